@@ -1,0 +1,65 @@
+# make demo    everything from nothing to a report, on two CPU cores
+# make test    the same set-up, then the tests
+# make help    all targets
+#
+# The set-up is done once; a stamp file (.done) makes it instant the second time.
+
+PYTHON := python3
+VENV := .venv
+BIN := $(VENV)/bin
+DATA := .data/fashion-mnist
+RUN := runs/demo
+SCRIPTS = .ci/run $(wildcard slurm/*.sh)
+
+.PHONY: help venv data demo test lint format clean
+.DELETE_ON_ERROR:
+
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+venv: $(VENV)/.done ## Create .venv with everything in requirements.txt
+
+$(VENV)/.done: requirements.txt
+	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
+	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	        echo 'Installing python3 and python3-venv'; \
+	        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3 python3-venv; \
+	    else \
+	        echo 'Python 3.11 with venv is needed: as root, apt-get install python3 python3-venv' >&2; exit 1; \
+	    fi; \
+	fi
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
+	    { echo "Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV)
+	@echo 'Installing requirements.txt into $(VENV) (about 6 GB, a few minutes, once)'
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+data: $(DATA)/.done ## Get Fashion-MNIST
+
+$(DATA)/.done: | $(VENV)/.done
+	@$(BIN)/python -m data.fashion_mnist $(DATA)
+	@touch $@
+
+demo: venv data ## Pre-train AdCo on Fashion-MNIST, evaluate, write the report
+	@$(BIN)/python -m trainer pretrain configs/demo.yaml
+	@$(BIN)/python -m trainer report $(RUN)
+	@echo 'The report: $(RUN)/report.html'
+
+test: venv data ## Run the tests (ARGS='-k name' for some of them)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: venv ## Check format, style, types and shell scripts
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/mypy
+	@for script in $(SCRIPTS); do bash -n "$$script" || exit 1; done
+	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); fi
+
+format: venv ## Format the code and fix what can be fixed
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+clean: ## Remove .venv, the data and every tool's cache, not the runs
+	@rm -rf $(VENV) .data .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

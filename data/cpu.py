@@ -1,0 +1,69 @@
+"""The plain CPU backend: applies `ViewParams` to one picture at a time.
+
+A view is: crop, resize, flip, colour matrix, Gaussian blur, solarize. What defines the picture, for other backends
+to agree with:
+
+- resize: bilinear between pixel centres, with a triangle filter as wide as the shrinking along each axis
+  (antialiasing; what Pillow, torchvision and DALI call linear with antialias). It reads only the crop.
+- colour: `views.color_matrix` about the mean of the resized crop, rounded and clamped once.
+- blur: window 2 ceil(3 sigma) + 1 (DALI's rule; torchvision's recipes fix 23), border reflected about the edge pixel.
+- solarize: values from 128 on are inverted.
+"""
+
+import math
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data.views import ViewParams, color_matrix, crop_box
+
+Image = NDArray[np.uint8]
+
+# Parallelism is over samples, in worker processes; OpenCV's own threads would only fight them.
+cv2.setNumThreads(0)
+
+
+def resize(image: Image, height: int, width: int) -> Image:
+    """`image` (uint8 [H, W, 3]) as [height, width, 3], bilinear, antialiased where it shrinks."""
+    if image.shape[0] <= height and image.shape[1] <= width:
+        # Nothing shrinks, nothing to antialias; a torch call alone costs more than this on a small picture.
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    # OpenCV does not antialias linear, and its area filter is three times slower than this one at 224 px.
+    batch = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    shrunk = torch.nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)
+    return shrunk[0].permute(1, 2, 0).numpy()
+
+
+def render(image: Image, params: ViewParams, i: int, size: int) -> Image:
+    """View i of `params` of `image` (uint8 [H, W, 3] RGB): uint8 [size, size, 3]."""
+    y, x, h, w = crop_box(params, i, image.shape[0], image.shape[1])
+    view = resize(image[y : y + h, x : x + w], size, size)
+    if params.flip[i]:
+        view = cv2.flip(view, 1)
+    if params.recolored[i]:
+        view = cv2.transform(view, color_matrix(params, i, cv2.mean(view)))
+    sigma = float(params.sigma[i])
+    if sigma > 0:
+        window = 2 * math.ceil(3 * sigma) + 1
+        view = cv2.GaussianBlur(view, (window, window), sigma, borderType=cv2.BORDER_REFLECT_101)
+    if params.solarize[i]:
+        view = cv2.min(view, cv2.bitwise_not(view))  # v < 128 is below 255 - v, v >= 128 above
+    return view
+
+
+def render_center(image: Image, size: int) -> Image:
+    """The view of `image` (uint8 [H, W, 3]) that evaluation uses: uint8 [size, size, 3].
+
+    The shorter side to size * 256 / 224, then the central square. A picture that is not larger than that comes from
+    a data set of small pictures: its shorter side is resized to `size`, so that nothing of a square one is cut off.
+    """
+    height, width = image.shape[:2]
+    shorter = round(size * 256 / 224)
+    if min(height, width) <= shorter:
+        shorter = size
+    scale = shorter / min(height, width)
+    image = resize(image, round(height * scale), round(width * scale))
+    y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    return image[y : y + size, x : x + size]

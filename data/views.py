@@ -1,0 +1,211 @@
+"""What happens to each view of each sample, as data: drawn here, applied by a backend (`data.cpu`, DALI).
+
+`draw` is a pure function of (seed, epoch, sample, view), so every backend, rank and worker sees the same
+parameters, and a resumed run repeats them.
+
+Colour
+------
+Brightness, contrast, saturation, hue and grayscale have their *linear* meaning here. In YIQ (luma Y, chroma I, Q):
+
+    brightness b   Y, I, Q  -> b Y, b I, b Q
+    contrast c     Y -> c Y + (1 - c) mean(Y),  (I, Q) -> c (I, Q)       mean(Y): of the view at that point
+    saturation s   Y -> Y,                      (I, Q) -> s (I, Q)
+    hue t          Y -> Y,                      (I, Q) -> rotated by the angle t
+    grayscale      Y -> Y,                      (I, Q) -> 0
+
+Each acts on Y by an affine map that keeps or scales mean(Y), and on chroma by a scaled rotation. Such maps commute,
+so the order of operations, which torchvision draws at random, makes no difference and is not drawn. All of them
+together are one 3x4 matrix per view (`color_matrix`), rounded and clamped to 0..255 once.
+
+How torchvision's ColorJitter differs: it rounds and clamps after each operation (so the order matters for bright
+pictures), rotates hue in HSV (which does not keep luma), and takes contrast's mean in whole grey levels. Factors
+and angle are drawn from the same distributions.
+"""
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+
+from data.random import VIEWS, uniform
+
+ATTEMPTS = 10  # crops tried before the central one, as torchvision's RandomResizedCrop
+
+RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
+YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
+LUMA_RED, LUMA_GREEN, LUMA_BLUE = RGB_TO_YIQ[0].tolist()
+
+Range = tuple[float, float]
+
+
+def _check_range(value: Range, name: str | None) -> Range:
+    low, high = value
+    if not 0 < low <= high < math.inf:
+        raise ValueError(f"{name} is {value}; it must be (low, high) with 0 < low <= high")
+    return value
+
+
+class View(BaseModel):
+    """One kind of view: its side in pixels and the crop's share of the picture's area."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(ge=8)
+    scale: Range = (0.2, 1.0)
+
+    @field_validator("scale")
+    @classmethod
+    def _scale(cls, value: Range) -> Range:
+        if value[1] > 1:
+            raise ValueError(f"scale is {value}; a crop cannot be larger than the picture (1.0)")
+        return _check_range(value, "scale")
+
+
+class Augment(BaseModel):
+    """Distribution of the augmentations; the default is MoCo v2's, which AdCo uses.
+
+    flip, jitter, gray, blur, solarize are probabilities. Brightness, contrast and saturation factors are uniform in
+    [max(0, 1 - x), 1 + x], hue in [-hue, hue] turns, blur_sigma in pixels of the view.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    ratio: Range = (3 / 4, 4 / 3)
+    flip: float = Field(0.5, ge=0, le=1)
+    jitter: float = Field(0.8, ge=0, le=1)
+    brightness: float = Field(0.4, ge=0, allow_inf_nan=False)
+    contrast: float = Field(0.4, ge=0, allow_inf_nan=False)
+    saturation: float = Field(0.4, ge=0, allow_inf_nan=False)
+    hue: float = Field(0.1, ge=0, le=0.5)
+    gray: float = Field(0.2, ge=0, le=1)
+    blur: float = Field(0.5, ge=0, le=1)
+    blur_sigma: Range = (0.1, 2.0)
+    solarize: float = Field(0.0, ge=0, le=1)
+
+    @field_validator("ratio", "blur_sigma")
+    @classmethod
+    def _positive_range(cls, value: Range, info: ValidationInfo) -> Range:
+        return _check_range(value, info.field_name)
+
+
+@dataclass(frozen=True)
+class ViewParams:
+    """Parameters of one view of B samples, one array each.
+
+    Where jitter does not apply, brightness, contrast and saturation are 1 and hue is 0.
+    """
+
+    crop_height: NDArray[np.float64]  # [B, 10] attempts, in units of sqrt(picture height x width)
+    crop_width: NDArray[np.float64]  # [B, 10] likewise
+    crop_position: NDArray[np.float64]  # [B, 2] (y, x) in [0, 1): which of the places the crop fits in
+    ratio: Range  # allowed width / height, for the central crop
+    flip: NDArray[np.bool_]  # [B]
+    brightness: NDArray[np.float64]  # [B] factor
+    contrast: NDArray[np.float64]  # [B] factor
+    saturation: NDArray[np.float64]  # [B] factor
+    hue: NDArray[np.float64]  # [B] angle in radians
+    gray: NDArray[np.bool_]  # [B]
+    sigma: NDArray[np.float64]  # [B] pixels of the view; 0: no blur
+    solarize: NDArray[np.bool_]  # [B]
+
+    def __len__(self) -> int:
+        return len(self.flip)
+
+    @cached_property
+    def recolored(self) -> NDArray[np.bool_]:
+        """[B]: whether the colour matrix is other than the identity."""
+        plain = (self.brightness == 1) & (self.contrast == 1) & (self.saturation == 1) & (self.hue == 0)
+        return ~plain | self.gray
+
+    @cached_property
+    def color_linear(self) -> NDArray[np.float64]:
+        """[B, 3, 3]: the part of the colour matrix that does not depend on the picture."""
+        chroma = np.where(self.gray, 0.0, self.saturation)
+        cos, sin = chroma * np.cos(self.hue), chroma * np.sin(self.hue)
+        yiq = np.zeros((len(self), 3, 3))
+        yiq[:, 0, 0] = 1
+        yiq[:, 1, 1] = yiq[:, 2, 2] = cos
+        yiq[:, 1, 2], yiq[:, 2, 1] = -sin, sin
+        gain = (self.brightness * self.contrast)[:, None, None]
+        return gain * (YIQ_TO_RGB @ yiq @ RGB_TO_YIQ)
+
+    @cached_property
+    def color_offset(self) -> NDArray[np.float64]:
+        """[B]: the colour matrix adds this share of the view's mean luma to each channel."""
+        return self.brightness * (1 - self.contrast)
+
+
+def _between(u: NDArray[np.float64], bounds: Range) -> NDArray[np.float64]:
+    low, high = bounds
+    return low + (high - low) * u
+
+
+def draw(
+    seed: int, epoch: int, samples: NDArray[np.int64], view_index: int, view: View, augment: Augment
+) -> ViewParams:
+    """The parameters of view `view_index` of `samples` (int64 [B]) in `epoch`."""
+    u = uniform(seed, VIEWS, epoch, samples, view_index, draws=2 * ATTEMPTS + 12)
+    side = np.sqrt(_between(u[:, :ATTEMPTS], view.scale))
+    log_ratio = _between(u[:, ATTEMPTS : 2 * ATTEMPTS], (math.log(augment.ratio[0]), math.log(augment.ratio[1])))
+    root_ratio = np.exp(log_ratio / 2)
+    # The columns are fixed, so switching one augmentation off leaves the others as they were.
+    y, x, flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = u[:, 2 * ATTEMPTS :].T
+    jittered = jitter < augment.jitter
+
+    def factor(u: NDArray[np.float64], strength: float) -> NDArray[np.float64]:
+        return np.where(jittered, _between(u, (max(0.0, 1 - strength), 1 + strength)), 1.0)
+
+    turn = 2 * math.pi * augment.hue
+    return ViewParams(
+        crop_height=side / root_ratio,
+        crop_width=side * root_ratio,
+        crop_position=np.stack([y, x], axis=1),
+        ratio=augment.ratio,
+        flip=flip < augment.flip,
+        brightness=factor(brightness, augment.brightness),
+        contrast=factor(contrast, augment.contrast),
+        saturation=factor(saturation, augment.saturation),
+        hue=np.where(jittered, _between(hue, (-turn, turn)), 0.0),
+        gray=gray < augment.gray,
+        sigma=np.where(blur < augment.blur, _between(sigma, augment.blur_sigma), 0.0),
+        solarize=solarize < augment.solarize,
+    )
+
+
+def crop_box(params: ViewParams, i: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """The crop of view i from a picture of `height` x `width`: (y, x, h, w) in pixels, inside the picture.
+
+    The first attempt that fits; if none does, the largest central crop with an allowed ratio. The same rule as
+    torchvision's RandomResizedCrop. Plain Python: for one picture it is ten times faster than numpy.
+    """
+    root_area = math.sqrt(height * width)
+    for side_y, side_x in zip(params.crop_height[i].tolist(), params.crop_width[i].tolist(), strict=True):
+        h, w = round(root_area * side_y), round(root_area * side_x)
+        if 0 < h <= height and 0 < w <= width:
+            v, u = params.crop_position[i].tolist()
+            return int(v * (height - h + 1)), int(u * (width - w + 1)), h, w
+    low, high = params.ratio
+    w = min(width, max(1, round(height * high)))
+    h = min(height, max(1, round(width / low)))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def crop_boxes(params: ViewParams, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """`crop_box` of each of B pictures, int64 [B, 4] of (y, x, h, w)."""
+    sizes = zip(heights.tolist(), widths.tolist(), strict=True)
+    return np.array([crop_box(params, i, h, w) for i, (h, w) in enumerate(sizes)], np.int64).reshape(-1, 4)
+
+
+def color_matrix(params: ViewParams, i: int, mean_rgb: tuple[float, ...] | NDArray[np.floating]) -> NDArray[np.float32]:
+    """The colour change of view i: float32 [3, 4], `out = m[:, :3] @ rgb + m[:, 3]` with channels in 0..255.
+
+    `mean_rgb` is the view's mean colour (of the crop, before any colour change), the point contrast turns about.
+    """
+    matrix = np.empty((3, 4), np.float32)
+    matrix[:, :3] = params.color_linear[i]
+    red, green, blue = mean_rgb[:3]
+    matrix[:, 3] = params.color_offset[i] * (LUMA_RED * red + LUMA_GREEN * green + LUMA_BLUE * blue)
+    return matrix

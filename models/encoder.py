@@ -1,0 +1,62 @@
+"""The encoder: a timm backbone and the two-layer projection head of SimCLR, MoCo v2 and AdCo."""
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Encoder(nn.Module):
+    """Images to unit embeddings.
+
+    backbone: any name `timm.create_model` knows; backbone_args go to it as they are.
+    dim: length of an embedding. hidden: width of the head's hidden layer, the backbone's own if None.
+    small_images: for images of about 32 pixels. A ResNet gets a 3 x 3 stem of stride 1 and no max
+        pooling (as in the CIFAR experiments of SimCLR, app. B.9), a ViT gets patches of 4 pixels.
+    Raises ValueError for an unknown backbone and for one that has no known stem for small images.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        *,
+        dim: int = 128,
+        hidden: int | None = None,
+        small_images: bool = False,
+        backbone_args: dict | None = None,
+    ) -> None:
+        super().__init__()
+        arguments = dict(backbone_args or {})
+        is_vit = backbone.startswith(("vit_", "deit"))
+        if is_vit:
+            arguments.setdefault("dynamic_img_size", True)  # crops of several sizes
+            if small_images:
+                arguments.setdefault("patch_size", 4)
+        try:
+            self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, **arguments)
+        except RuntimeError as error:
+            raise ValueError(f"model.backbone: timm has no model {backbone!r} ({error})") from error
+        if small_images and not is_vit:
+            _shrink_stem(self.backbone, backbone)
+        features = self.backbone.num_features
+        self.head = nn.Sequential(
+            nn.Linear(features, hidden or features), nn.ReLU(inplace=True), nn.Linear(hidden or features, dim)
+        )
+
+    def forward(self, views: list[Tensor]) -> Tensor:
+        """Embed views one after the other: V tensors [B, 3, S_v, S_v] to unit rows [V * B, D], fp32.
+
+        One call for all views, so that a wrapper such as DDP sees one forward for one backward.
+        """
+        # Apart on purpose: each view is its own batch to BatchNorm, as in the reference implementation.
+        z_ND = torch.cat([self.head(self.backbone(view)) for view in views])
+        return F.normalize(z_ND.float(), dim=1)
+
+
+def _shrink_stem(backbone: nn.Module, name: str) -> None:
+    conv = getattr(backbone, "conv1", None)
+    if not isinstance(conv, nn.Conv2d) or not hasattr(backbone, "maxpool"):
+        raise ValueError(f"model.small_images: {name} has no ResNet or ViT stem; need false for this backbone")
+    backbone.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
+    backbone.maxpool = nn.Identity()

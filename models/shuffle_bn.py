@@ -1,0 +1,114 @@
+"""What keeps BatchNorm from leaking which key belongs to which query (MoCo, arXiv 1911.05722, sec. 3.3).
+
+A teacher that normalises over the same images as the student gives the answer away. `shuffle`
+sends each image to a rank chosen by a permutation of the global batch, so that a key is made among
+other batch mates. The reference implementation all-gathers the whole batch to every rank and picks
+its share; the all-to-all here moves only the images a rank will use, which is R times less.
+"""
+
+from typing import Any, NamedTuple
+
+import timm.layers
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+
+class Shuffle(NamedTuple):
+    """How one rank's share of a global batch travels, from `plan`; all on the host.
+
+    send_B: int64, this rank's samples in the order they leave. sends, receives: how many go to and
+    come from each rank.
+    """
+
+    send_B: Tensor
+    sends: list[int]
+    receives: list[int]
+
+
+def plan(local_batch: int, rank: int, world: int, seed: int) -> Shuffle:
+    """A random exchange of samples, the same permutation on every rank for the same seed.
+
+    The permuted global batch is cut into equal parts, one a rank, as in the reference.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    wanted_RB = torch.randperm(world * local_batch, generator=generator).view(world, local_batch)
+    owner_RB = wanted_RB // local_batch
+    send_B = wanted_RB[owner_RB == rank] - rank * local_batch
+    sends = (owner_RB == rank).sum(1).tolist()
+    receives = torch.bincount(owner_RB[rank], minlength=world).tolist()
+    return Shuffle(send_B, sends, receives)
+
+
+def shuffle(x_BC: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
+    """Exchange rows over ranks: the images that this rank's teacher will see, same shape and type."""
+    received_BC = torch.empty_like(x_BC)
+    sent_BC = x_BC[route.send_B.to(x_BC.device)].contiguous()
+    dist.all_to_all_single(received_BC, sent_BC, route.receives, route.sends, group=group)
+    return received_BC
+
+
+def unshuffle(x_BC: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
+    """Send the rows made from shuffled ones back to where those came from, in the original order."""
+    returned_BC = torch.empty_like(x_BC)
+    dist.all_to_all_single(returned_BC, x_BC.contiguous(), route.sends, route.receives, group=group)
+    restored_BC = torch.empty_like(returned_BC)
+    restored_BC[route.send_B.to(x_BC.device)] = returned_BC
+    return restored_BC
+
+
+def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
+    """Every BatchNorm of the model normalises over the global batch.
+
+    On a GPU by torch's SyncBatchNorm, which does not run on a CPU; there by `_SyncBatchNormCPU`.
+    """
+    if device.type == "cuda":
+        return timm.layers.convert_sync_batchnorm(model)
+    for name, child in model.named_children():
+        if type(child) is nn.BatchNorm2d:
+            synced = _SyncBatchNormCPU(child.num_features, child.eps, child.momentum)
+            synced.load_state_dict(child.state_dict())
+            setattr(model, name, synced)
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(f"method.bn: sync on a CPU needs nn.BatchNorm2d, got {type(child).__name__}")
+        else:
+            synchronise_bn(child, device)
+    return model
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks whose gradient is the sum over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class _SyncBatchNormCPU(nn.BatchNorm2d):
+    """BatchNorm2d over all ranks' batches, by two sums per channel; all ranks hold equally many rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        rows = x.numel() // x.shape[1] * dist.get_world_size()
+        sums = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
+        mean, square = _AllReduceSum.apply(sums) / rows
+        variance = square - mean.square()
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            self.running_mean.lerp_(mean, self.momentum or 0.1)
+            self.running_var.lerp_(variance * rows / (rows - 1), self.momentum or 0.1)
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]

@@ -1,0 +1,29 @@
+"""The teacher: an exponential moving average of the student (momentum encoder, MoCo, arXiv 1911.05722)."""
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+
+def make_teacher(student: nn.Module) -> nn.Module:
+    """A copy of the student that takes no gradient."""
+    return copy.deepcopy(student).requires_grad_(False)
+
+
+@torch.no_grad()
+def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+    """teacher <- momentum * teacher + (1 - momentum) * student, in place.
+
+    Parameters and floating buffers (BatchNorm's running statistics) are averaged, other buffers copied.
+    """
+    targets: list[Tensor] = list(teacher.parameters())
+    sources: list[Tensor] = list(student.parameters())
+    for target, source in zip(teacher.buffers(), student.buffers(), strict=True):
+        if target.is_floating_point():
+            targets.append(target)
+            sources.append(source)
+        else:
+            target.copy_(source)
+    assert len(targets) == len(sources)
+    torch._foreach_lerp_(targets, sources, 1 - momentum)

@@ -1,0 +1,282 @@
+"""The report: what is in the page, that it loads nothing, and that a real browser draws it."""
+
+import json
+import math
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from trainer.report import MAX_POINTS, Gallery, Image, format_seconds, png_data_url, read_metrics, render
+
+HOSTILE = "<script>alert('x')</script>\"&<img src=http://evil.example/x.png>"
+
+
+def training_rows(num_steps: int = 400) -> list[dict[str, Any]]:
+    """Rows as the training loop writes them: noisy, with one loss that is not finite."""
+    noise = np.random.default_rng(0)
+    rows = []
+    for step in range(10, num_steps + 1, 10):
+        done = step / num_steps
+        rows.append(
+            {
+                "step": step,
+                "epoch": 5 * done,
+                "images": step * 512,
+                "seconds": step * 0.4,
+                "loss": 8.5 - 2 * (1 - math.exp(-4 * done)) + 0.05 * noise.normal(),
+                "pretext_top1": 0.85 * (1 - math.exp(-5 * done)) + 0.01 * noise.normal(),
+                "positive_similarity": 0.6 + 0.3 * done,
+                "hardest_similarity": 0.9 - 0.2 * done,
+                "adversary_grad_norm": 0.02 * math.exp(-2 * done) + 0.001 * noise.random(),
+                "bank_norm": 1 + 0.5 * done,
+                "bank_share": 0.4 + 0.3 * done,
+                "teacher_momentum": 0.99 + 0.01 * done,
+                "lr": 0.06 * 0.5 * (1 + math.cos(math.pi * done)),
+                "bank_lr": 3.0,
+                "images_per_second": 1250 + 20 * noise.normal(),
+                "data_wait": 0.02 + 0.01 * noise.random(),
+                "memory_gib": 1.4,
+            }
+        )
+    rows[7]["loss"] = math.nan
+    return rows
+
+
+def evaluation_rows(num_steps: int = 400) -> list[dict[str, Any]]:
+    accuracies = [0.76, 0.79, 0.81, 0.822, 0.829]
+    return [
+        {"step": num_steps * epoch // 5, "epoch": float(epoch), "images": 1, "seconds": 1.0, "knn": accuracy}
+        for epoch, accuracy in enumerate(accuracies, start=1)
+    ]
+
+
+RESULTS = {
+    "knn_untrained": 0.7112,
+    "knn": 0.8291,
+    "k": 200,
+    "temperature": 0.07,
+    "classes": 10,
+    "images": 204800,
+    "seconds": 163.4,
+    "images_per_second": 1253.4,
+    "data_wait": 0.024,
+    "device": "cpu",
+    "torch": "2.14.1",
+}
+
+CONFIG = {"run": {"dir": "runs/demo"}, "data": {"train": HOSTILE}, "bank": {"size": 4096}}
+
+
+def pictures(count: int, side: int = 28) -> list[Image]:
+    """Discs and rings of different sizes, so that a person can tell them apart."""
+    y, x = np.mgrid[:side, :side] / side - 0.5
+    radius = np.hypot(x, y)
+    shapes = [np.abs(radius - 0.45 * (i + 1) / count) < 0.08 for i in range(count)]
+    return [np.repeat((255 * shape).astype(np.uint8)[:, :, None], 3, axis=2) for shape in shapes]
+
+
+def galleries(count: int, title: str, with_query: bool, side: int = 28) -> list[Gallery]:
+    images = pictures(9, side)
+    names = ["Sneaker", "Ankle boot", "T-shirt/top", HOSTILE, "Coat", "Dress", "Bag", "Sandal"]
+    captions = [f"{name} 0.{99 - i}" for i, name in enumerate(names)]
+    return [Gallery(f"{title} {i}", images[0] if with_query else None, images[1:], captions) for i in range(count)]
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("runs") / "demo"
+    run_dir.mkdir()
+    rows = [*training_rows(), *evaluation_rows()]
+    rows[0]["mined_pairs"] = 12  # a metric the report has never heard of
+    (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    html = render(
+        run_dir,
+        CONFIG,
+        read_metrics(run_dir),
+        RESULTS,
+        galleries(4, "Test image", with_query=True),
+        [*galleries(3, "Negative", with_query=False), *galleries(1, "Photograph", False, side=224)],
+    )
+    path = run_dir / "report.html"
+    path.write_text(html, encoding="utf-8")
+    return path
+
+
+def own_text(html: str) -> str:
+    """The page without plotly.js."""
+    without = re.sub(r"<script>.{1000000,}?</script>", "", html, count=1, flags=re.DOTALL)
+    assert len(without) < len(html) - 1_000_000
+    return without
+
+
+def drawn_charts(html: str) -> list[dict[str, Any]]:
+    found = re.search(r'<script type="application/json" id="charts">(.*?)</script>', html, re.DOTALL)
+    assert found
+    charts: list[dict[str, Any]] = json.loads(found.group(1), parse_constant=pytest.fail)
+    return charts
+
+
+def test_the_page_says_what_the_run_reached(page: Path) -> None:
+    text = own_text(page.read_text(encoding="utf-8"))
+    assert "<title>demo: kNN 82.9 %</title>" in text
+    for said in (
+        "82.9 %",
+        "+11.8 points over the untrained encoder (71.1 %)",
+        "+72.9 points over chance (10.0 %)",
+        "k = 200, temperature = 0.07",
+        "204,800",
+        "2 min 43 s",
+        "1,253",
+        "2.4 %",
+        "2.14.1",
+        "1 logged value is not finite",
+        "size: 4096",
+        "Test image 0",
+        "Ankle boot 0.98",
+    ):
+        assert said in text, said
+
+
+def test_every_metric_is_charted_and_the_unknown_ones_last(page: Path) -> None:
+    charts = drawn_charts(page.read_text(encoding="utf-8"))
+    assert [chart["title"] for chart in charts] == [
+        "Loss",
+        "kNN accuracy",
+        "Pretext accuracy",
+        "Similarities",
+        "Adversary",
+        "Negatives at work",
+        "Learning rates",
+        "Teacher momentum",
+        "Throughput",
+        "Memory",
+        "mined pairs",
+    ]
+    loss, knn = charts[0], charts[1]
+    assert loss["lines"][0]["y"].count(None) == 1, "a loss that is not finite must leave a gap"
+    assert knn["lines"][0]["y"] == [0.76, 0.79, 0.81, 0.822, 0.829]
+    assert [(level["label"], level["value"]) for level in knn["levels"]] == [("untrained", 0.7112)]
+
+
+def test_hostile_text_is_escaped_and_nothing_is_loaded(page: Path) -> None:
+    text = own_text(page.read_text(encoding="utf-8"))
+    assert "<script>alert" not in text
+    assert "<img src=http" not in text
+    assert "&lt;script&gt;alert" in text
+    loads = re.findall(r"""(?:\ssrc|\shref|\saction|\ssrcset)\s*=\s*["']?([^\s"'>]+)""", text)
+    # what is written as text has its < escaped, and so isn't an attribute of anything
+    attributes = [load for load in loads if not load.startswith("http://evil.example")]
+    assert attributes
+    assert all(load.startswith("data:") for load in attributes)
+    assert not re.search(r"@import|url\(|fetch\(|XMLHttpRequest|\bimport\s", text)
+    assert "default-src 'none'" in text
+
+
+def test_a_run_with_nothing_but_a_step_still_has_a_page(tmp_path: Path) -> None:
+    html = render(tmp_path, {}, [{"step": 1}, {"step": 2, "loss": math.inf}], {}, [], [])
+    assert drawn_charts(html) == []
+    assert "no results yet" in html
+    assert "Nearest neighbours</h2>" not in html
+
+
+def test_an_unfinished_run_shows_its_latest_accuracy(tmp_path: Path) -> None:
+    html = render(tmp_path, {}, evaluation_rows(), {}, [], [])
+    assert "82.9 %" in html
+    assert "so far, at step 400" in html
+
+
+def test_rows_without_epochs_are_drawn_over_steps(tmp_path: Path) -> None:
+    chart = drawn_charts(render(tmp_path, {}, [{"step": 7, "loss": 1.0}], {}, [], []))[0]
+    assert (chart["position"], chart["lines"][0]["x"]) == ("step", [7.0])
+
+
+def test_long_runs_are_thinned_by_means(tmp_path: Path) -> None:
+    rows = [{"step": step, "loss": float(step % 2)} for step in range(10 * MAX_POINTS)]
+    line = drawn_charts(render(tmp_path, {}, rows, {}, [], []))[0]["lines"][0]
+    assert len(line["x"]) == MAX_POINTS
+    assert set(line["y"]) == {0.5}
+
+
+def test_metrics_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": 3.0}',
+        '{"step": 2, "loss": 9.0}',
+        '{"step": 2, "knn": 0.5}',
+        '{"step": 3, "lo',  # killed here, resumed from step 1
+        '{"step": 2, "loss": 2.0}',
+        '{"step": 3, "loss": NaN}',
+    ]
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    rows = read_metrics(tmp_path)
+    assert rows[:3] == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "knn": 0.5}]
+    assert rows[3]["step"] == 3
+    assert math.isnan(rows[3]["loss"])
+
+
+def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"metrics\.jsonl: a run directory is needed"):
+        read_metrics(tmp_path)
+
+
+def test_galleries_and_pictures_of_a_wrong_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match="1 images and 0 captions"):
+        Gallery("g", None, pictures(1), [])
+    with pytest.raises(ValueError, match=r"uint8 \[28, 28\] was given, uint8 \[H, W, 3\]"):
+        png_data_url(np.zeros((28, 28), np.uint8))
+
+
+def test_pictures_keep_their_colours_and_large_ones_shrink() -> None:
+    import base64
+
+    import cv2
+
+    red = np.zeros((400, 200, 3), np.uint8)
+    red[:, :, 0] = 200
+    data = base64.b64decode(png_data_url(red).split(",")[1])
+    bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
+    assert bgr is not None
+    assert bgr.shape == (160, 80, 3)
+    assert bgr[0, 0].tolist() == [0, 0, 200]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(3.4, "3 s"), (163, "2 min 43 s"), (3599.6, "1 h 0 min"), (190000, "2 d 4 h")]
+)
+def test_seconds(seconds: float, text: str) -> None:
+    assert format_seconds(seconds) == text
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on PATH")
+@pytest.mark.parametrize("width", [1280, 400])
+def test_a_browser_draws_every_chart(page: Path, tmp_path: Path, width: int) -> None:
+    command = [
+        "chromium",
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--disable-quic",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        f"--user-data-dir={tmp_path}",
+        f"--window-size={width},900",
+        "--enable-logging=stderr",
+        "--v=0",
+        "--virtual-time-budget=8000",
+        "--dump-dom",
+        page.as_uri(),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    charts = drawn_charts(page.read_text(encoding="utf-8"))
+    plots = re.findall(r'<div class="plot js-plotly-plot" id="(chart-\d+)">', done.stdout)
+    assert plots == [chart["id"] for chart in charts]
+    traces = len(re.findall(r'<g class="trace scatter trace', done.stdout))
+    assert traces == sum(len(chart["lines"]) + len(chart["levels"]) for chart in charts)
+    errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    assert not errors, errors

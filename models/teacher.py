@@ -7,8 +7,15 @@ from torch import Tensor, nn
 
 
 def make_teacher(student: nn.Module) -> nn.Module:
-    """A copy of the student that takes no gradient."""
-    return copy.deepcopy(student).requires_grad_(False)
+    """A copy of the student that takes no gradient; its BatchNorm's running statistics follow the student's only.
+
+    In training the teacher normalises by its own batches, whose statistics would otherwise enter the running ones.
+    """
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    for module in teacher.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.momentum = 0.0
+    return teacher
 
 
 @torch.no_grad()

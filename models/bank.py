@@ -1,0 +1,120 @@
+"""The bank of learned negatives: master weights, velocity and unit rows, cut into shards over the ranks.
+
+K negatives of D dimensions. Ranks form a grid of replicas x shards: the ranks of a row hold different shards of the
+bank, those of a column the same one. `sharded` is one row, `replicated` one column, `node` a row per node.
+"""
+
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from kernels import AdversaryStats
+
+
+def make_mesh(placement: str, device: torch.device, ranks_per_node: int) -> DeviceMesh:
+    """The grid ("replica", "shard") of all ranks for a placement: replicated, sharded or node.
+
+    Raises ValueError where `node` is asked for and nodes do not have equally many ranks.
+    """
+    world = dist.get_world_size()
+    if placement == "node" and world % ranks_per_node:
+        raise ValueError(
+            f"bank.placement: node needs as many ranks on each node, got {world} for {ranks_per_node} a node"
+        )
+    shards = {"replicated": 1, "sharded": world, "node": ranks_per_node}[placement]
+    return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replica", "shard"))
+
+
+def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
+    """Every rank's x (equal shapes [N, ...]) one after the other in the group's order."""
+    ranks = group.size()
+    if ranks == 1:
+        return x
+    out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
+class Rows(NamedTuple):
+    """What the adversary plays against: this shard row's queries and their weight over their partition sum.
+
+    q_ND: unit queries. coef_N: w_i / Z^a_i, fp32.
+    """
+
+    q_ND: Tensor
+    coef_N: Tensor
+
+
+class Bank:
+    """This rank's shard of K negatives.
+
+    w_KD, v_KD: fp32 weights and velocity. n_KD: rows of W at unit length. first: number of the first row held.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        mesh: DeviceMesh,
+        kernels: ModuleType,
+        *,
+        temperature: float,
+        momentum: float,
+        weight_decay: float,
+    ) -> None:
+        self.size, self.dim, self.mesh, self.kernels = size, dim, mesh, kernels
+        self.temperature, self.momentum, self.weight_decay = temperature, momentum, weight_decay
+        rows = -(-size // mesh.size(1))  # as torch.chunk cuts and so as DTensor does
+        self.first = min(mesh.get_local_rank("shard") * rows, size)
+        local = min(rows, size - self.first)
+        self.w_KD = torch.zeros(local, dim, device=mesh.device_type)
+        self.v_KD = torch.zeros_like(self.w_KD)
+        self.n_KD = torch.zeros_like(self.w_KD)
+
+    def fill(self, w_KD: Tensor) -> None:
+        """Start from these weights, [this shard's rows, D], at rest."""
+        self.w_KD.copy_(w_KD)
+        self.v_KD.zero_()
+        self.n_KD.copy_(torch.nn.functional.normalize(self.w_KD, dim=1))
+
+    def step(self, rows: list[Rows], lr: float) -> AdversaryStats:
+        """One step of gradient ascent for all rows of one training step. Statistics are of this shard.
+
+        Replicas gather each other's rows, so that they take the same step: traffic that does not depend on K.
+        """
+        replicas = self.mesh.get_group("replica")
+        q_ND = torch.cat([r.q_ND for r in rows])
+        coef_N = torch.cat([r.coef_N for r in rows])
+        q_ND = gather(q_ND, replicas)
+        coef_N = gather(coef_N, replicas)
+        stats: AdversaryStats = self.kernels.adversary_step(
+            q_ND,
+            coef_N,
+            self.n_KD,
+            self.w_KD,
+            self.v_KD,
+            temperature=self.temperature,
+            lr=lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+        return stats
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """W and v as DTensors over the mesh, which share memory with the bank: saving and loading reshard."""
+        shape, stride = torch.Size((self.size, self.dim)), (self.dim, 1)
+        return {
+            name: DTensor.from_local(
+                local, self.mesh, (Replicate(), Shard(0)), run_check=False, shape=shape, stride=stride
+            )
+            for name, local in (("w", self.w_KD), ("v", self.v_KD))
+        }
+
+    def loaded(self) -> None:
+        """To be called when W and v were written through `state_dict`: makes the unit rows."""
+        self.n_KD.copy_(self.w_KD / torch.linalg.vector_norm(self.w_KD, dim=1, keepdim=True))

@@ -1,0 +1,82 @@
+"""Loss, both gradients and both updates against what an independent implementation of AdCo computed.
+
+tests/golden/adco_reference.safetensors has fixed random embeddings and the results for three steps (fp32, CPU):
+{asym|sym|multicrop}.world{1|2}, settings in its metadata. Losses of each view before the halves of the symmetric game.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from kernels import implementation
+from models.adco import AdCo
+from models.bank import Bank, make_mesh
+from tests.ranks import run_ranks
+
+GOLDEN = Path(__file__).parent.parent / "golden" / "adco_reference.safetensors"
+LR, STEPS = 3.0, 3
+
+# View numbers of the golden file's queries and keys.
+GAMES = {
+    "asym": ({1: "query0"}, {0: "key0"}),
+    "sym": ({1: "query0", 0: "query1"}, {0: "key0", 1: "key1"}),
+    "multicrop": ({1: "query0", 2: "query1", 3: "query2"}, {0: "key0"}),
+}
+
+
+def play_three_steps(
+    kernels: str, game: str, placement: str
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """What this rank got and what the file has, per step."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    case = f"{game}.world{world}"
+    with safe_open(GOLDEN, "pt") as file:
+        golden = {name.removeprefix(case + "."): file.get_tensor(name) for name in file.keys() if name.startswith(case)}  # noqa: SIM118
+    size, dim = golden["W"].shape
+    mesh = make_mesh(placement, torch.device("cpu"), ranks_per_node=world)
+    bank = Bank(size, dim, mesh, implementation(kernels), temperature=0.02, momentum=0.9, weight_decay=1e-4)
+    shard = slice(bank.first, bank.first + len(bank.w_KD))
+    bank.fill(golden["W"][shard])
+    bank.v_KD.copy_(golden["v"][shard])
+    adco = AdCo(nn.Identity(), nn.Identity(), bank, temperature=0.12, symmetric=game == "sym")
+
+    got, expected = [], []
+    query_views, key_views = GAMES[game]
+    for step in range(STEPS):
+        here = {
+            k.removeprefix(f"rank{rank}.step{step}."): v for k, v in golden.items() if f"rank{rank}.step{step}." in k
+        }
+        queries = {view: here[name].clone().requires_grad_() for view, name in query_views.items()}
+        play = adco._contrast(queries, {view: here[name] for view, name in key_views.items()})
+        play.loss.backward()
+        bank.step(play.rows, LR)
+        losses = torch.stack([here[f"loss{i}"].squeeze() for i in range(len(queries))])
+        gradients = [q.grad for q in queries.values() if q.grad is not None]
+        got.append(
+            {"loss": play.loss.detach(), "dq": torch.stack(gradients), "w": bank.w_KD.clone(), "v": bank.v_KD.clone()}
+        )
+        expected.append(
+            {
+                "loss": losses.sum() / len(key_views),
+                "dq": torch.stack([here[f"grad{i}"] for i in range(len(queries))]),
+                "w": golden[f"step{step}.W_after"][shard],
+                "v": golden[f"step{step}.v_after"][shard],
+            }
+        )
+    return got, expected
+
+
+@pytest.mark.parametrize("kernels", ["reference", "chunked"])
+@pytest.mark.parametrize("game", GAMES)
+@pytest.mark.parametrize(("world", "placement"), [(1, "sharded"), (2, "sharded"), (2, "replicated")])
+def test_agrees_with_the_golden_values(world: int, placement: str, game: str, kernels: str) -> None:
+    for got, expected in run_ranks(world, play_three_steps, kernels, game, placement):
+        for step in range(STEPS):
+            for name in ("loss", "dq", "w", "v"):
+                torch.testing.assert_close(
+                    got[step][name], expected[step][name], rtol=1e-5, atol=1e-5, msg=f"{name} {step}"
+                )

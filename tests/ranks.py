@@ -1,0 +1,40 @@
+"""Runs a function on several ranks: processes of one gloo group on this machine."""
+
+import multiprocessing
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def run_ranks(world: int, function: Callable[..., T], *args: Any) -> list[T]:
+    """What `function(*args)`, a function of a module, returns on each rank of a group of `world` processes.
+
+    Raises the first failing rank's exception.
+    """
+    # A fork server imports torch once; forked from pytest itself the ranks would inherit locks of its threads.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "timm", "models.shuffle_bn"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, context) as pool:
+        store = Path(folder) / "store"
+        # Each task waits for all others to join the group, so no process takes two of them.
+        ranks = [pool.submit(_rank, rank, world, store, function, args) for rank in range(world)]
+        return [rank.result() for rank in ranks]
+
+
+def _rank(rank: int, world: int, store: Path, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+    )
+    try:
+        return function(*args)
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,249 @@
+"""The configuration: what may be in a YAML file, its types and limits, and how command line values change it.
+
+A file holds the sections of `Config`. `extends: other.yaml` takes another file of the same folder as the base, once;
+`section.key=value` on the command line is applied last. Unknown keys and values out of range are refused.
+"""
+
+import difflib
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data.views import Augment, View
+from kernels import check_temperature
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Run(Section):
+    """Where and how long. log_every and save_every in steps; keep: checkpoints that stay."""
+
+    dir: str
+    epochs: int = Field(ge=1)
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    log_every: int = Field(50, ge=1)
+    save_every: int = Field(1000, ge=1)
+    keep: int = Field(2, ge=1)
+
+
+class Data(Section):
+    """train and val: a folder of class/picture.jpg or a *-images-idx3-ubyte[.gz] file. batch_size: of all ranks.
+
+    views[0] is the key's view (in the symmetric game views[0] and views[1]), the others are queries.
+    """
+
+    train: str
+    val: str | None = None
+    batch_size: int = Field(256, ge=1)
+    workers: int = Field(4, ge=0)  # processes per rank that make batches
+    views: tuple[View, ...] = Field((View(size=224), View(size=224)), min_length=2)
+    augment: Augment = Augment()
+
+
+class Model(Section):
+    """See `models.encoder.Encoder`."""
+
+    backbone: str = "resnet50"
+    backbone_args: dict[str, Any] = {}
+    small_images: bool = False
+    dim: int = Field(128, ge=2)
+    hidden: int | None = Field(None, ge=1)
+
+
+class Method(Section):
+    """AdCo (arXiv 2011.08435), see `models.adco`."""
+
+    name: Literal["adco"] = "adco"
+    temperature: float = Field(0.12, gt=0)
+    symmetric: bool = False
+    batch_keys: bool = True  # every rank's keys in the denominator (the published code), or the own key only (the paper)
+    crops: Literal["sum", "mean"] = "sum"  # over the queries of one key
+    teacher_momentum: float = Field(0.999, ge=0, le=1)
+    bn: Literal["shuffle", "sync", "local"] = "shuffle"
+
+
+class BankSettings(Section):
+    """The learned negatives, see `models.bank.Bank`. lr_final: cosine from lr to it; constant if None."""
+
+    size: int = Field(65536, ge=1)
+    temperature: float = Field(0.02, gt=0)
+    lr: float = Field(3.0, ge=0)
+    lr_final: float | None = Field(None, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    init: Literal["keys", "random"] = "keys"
+    placement: Literal["replicated", "sharded", "node"] = "sharded"
+    kernels: Literal["reference", "chunked"] = "chunked"
+
+
+class Optim(Section):
+    """The encoder's optimizer. lr and lr_final are per 256 images of a batch; warmup in epochs.
+
+    accumulate: parts that a rank cuts its batch into, one after the other, to save memory. Each part has its own
+    batch statistics and its own batch keys.
+    """
+
+    name: Literal["sgd", "lars", "adamw"] = "sgd"
+    lr: float = Field(0.03, gt=0)
+    lr_final: float = Field(0.0, ge=0)
+    warmup: float = Field(0.0, ge=0)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    weight_decay: float = Field(1e-4, ge=0)
+    decay_norm_and_bias: bool = True
+    accumulate: int = Field(1, ge=1)
+
+
+class Eval(Section):
+    """Weighted kNN on the frozen backbone, every `knn_every` epochs and at the end; 0: never while training."""
+
+    knn_every: int = Field(10, ge=0)
+    k: int = Field(200, ge=1)
+    temperature: float = Field(0.1, gt=0)
+    batch_size: int = Field(256, ge=1)
+    size: int | None = Field(None, ge=8)  # pixels; None: that of views[0]
+
+
+class Config(Section):
+    run: Run
+    data: Data
+    model: Model = Model()
+    method: Method = Method()
+    bank: BankSettings = BankSettings()
+    optim: Optim = Optim()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Config":
+        columns = self.bank.size + (self.data.batch_size if self.method.batch_keys else 1)
+        for name, temperature in (("method", self.method.temperature), ("bank", self.bank.temperature)):
+            try:
+                check_temperature(temperature, columns)
+            except ValueError as error:
+                raise ValueError(f"{name}.temperature: {error}") from error
+        if self.optim.lr_final > self.optim.lr:
+            raise ValueError(f"optim.lr_final: {self.optim.lr_final} is above optim.lr, {self.optim.lr}")
+        if self.optim.warmup > self.run.epochs:
+            raise ValueError(f"optim.warmup: {self.optim.warmup} epochs are more than run.epochs, {self.run.epochs}")
+        return self
+
+
+def check_world(config: Config, world: int, shards: int) -> None:
+    """Raise ValueError where the configuration does not fit `world` ranks and `shards` parts of the bank."""
+    batch, parts = config.data.batch_size, config.optim.accumulate
+    if batch % (world * parts):
+        raise ValueError(
+            f"data.batch_size: {batch} does not divide among {world} ranks"
+            + (f" times {parts} parts (optim.accumulate)" if parts > 1 else "")
+        )
+    if config.method.bn != "sync" and batch // (world * parts) < 2:
+        raise ValueError(f"data.batch_size: {batch} leaves one image a rank and part, BatchNorm needs at least 2")
+    if (shards - 1) * -(-config.bank.size // shards) >= config.bank.size:
+        raise ValueError(
+            f"bank.size: {config.bank.size} negatives do not give each of {shards} ranks at least one; "
+            "need a larger bank or bank.placement=replicated"
+        )
+
+
+def load(path: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration of a YAML file, with `section.key=value` overrides.
+
+    Raises ValueError, one line, for a file that is missing or not YAML, and for unknown or unfit keys.
+    """
+    values = _read(path)
+    base = values.pop("extends", None)
+    if base is not None:
+        base_path = path.parent / str(base)
+        base_values = _read(base_path)
+        if "extends" in base_values:
+            raise ValueError(f"{path}: extends {base}, which extends another; only one level is allowed")
+        values = _merge(base_values, values)
+    for override in overrides or []:
+        values = _merge(values, _parse_override(override))
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        raise ValueError(f"{path}: " + "; ".join(_describe(e) for e in error.errors())) from None
+
+
+def dump(config: Config) -> str:
+    """The resolved configuration as YAML that `load` reads back to an equal one."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as one level of dotted names."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: need sections such as 'run:' and 'data:', got {type(values).__name__}")
+    return values
+
+
+def _parse_override(text: str) -> dict[str, Any]:
+    """`a.b=1` as {"a": {"b": 1}}."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"got {text!r}, need section.key=value")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{name}: value {value!r} is not YAML: {' '.join(str(error).split())}") from error
+    for key in reversed(name.split(".")):
+        nested = {key: nested}
+    return nested  # type: ignore[no-any-return]
+
+
+def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in top.items():
+        below = merged.get(key)
+        # backbone_args belongs to one backbone: another file's are not mixed in
+        both = isinstance(below, dict) and isinstance(value, dict) and key != "backbone_args"
+        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _describe(error: Any) -> str:
+    """One pydantic error in words, with the nearest valid name for an unknown key."""
+    place = ".".join(map(str, error["loc"]))
+    if error["type"] == "extra_forbidden":
+        names = {name: name for name in flatten(_fields(Config))}
+        if "." not in place:  # of any section, or a section
+            names = {name.split(".")[-1]: name for name in names} | {name: name for name in _fields(Config)}
+        near = difflib.get_close_matches(place, names, n=1, cutoff=0)
+        return f"{place}: unknown key, did you mean {names[near[0]]}?"
+    if error["type"] == "missing":
+        return f"{place}: is missing"
+    message = error["msg"].removeprefix("Value error, ")
+    if not place:  # a check of several keys names them itself
+        return str(message)
+    return f"{place}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
+
+
+def _fields(section: type[BaseModel]) -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
+        fields[name] = _fields(inner) if nested else None  # type: ignore[arg-type]
+    return fields

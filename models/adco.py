@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from models.bank import Bank, Rows
 from models.contrast import contrast
@@ -62,10 +63,12 @@ class AdCo:
         seed: of the shuffle, the same on all ranks.
         """
         key_views = [0, 1] if self.symmetric else [0]
-        keys = {j: self.keys(views[j], seed + j) for j in key_views}
+        with record_function("teacher"):
+            keys = {j: self.keys(views[j], seed + j) for j in key_views}
         query_views = [i for i in range(len(views)) if key_views != [i]]
-        queries_ND = student([views[i] for i in query_views])
-        with torch.autocast(queries_ND.device.type, enabled=False):
+        with record_function("student"):
+            queries_ND = student([views[i] for i in query_views])
+        with record_function("contrast"), torch.autocast(queries_ND.device.type, enabled=False):
             return self._contrast(dict(zip(query_views, queries_ND.chunk(len(query_views)), strict=True)), keys)
 
     @torch.no_grad()
@@ -73,7 +76,8 @@ class AdCo:
         """The teacher's embeddings of images [B, 3, S, S], unit rows [B, D]."""
         world = dist.get_world_size()
         if self.bn != "shuffle" or world == 1:
-            return self.teacher([images])
+            keys_BD: Tensor = self.teacher([images])
+            return keys_BD
         route = plan(len(images), dist.get_rank(), world, seed)
         return unshuffle(self.teacher([shuffle(images, route)]), route)
 
@@ -101,3 +105,16 @@ class AdCo:
     def follow(self, momentum: float) -> None:
         """The teacher's step after the student's."""
         ema_update(self.teacher, self.student, momentum)
+
+    @torch.no_grad()
+    def average_buffers(self) -> None:
+        """Make BatchNorm's running statistics, which each rank keeps of its own batches, the mean of all ranks'.
+
+        Where and how often this is done changes no result: it commutes with the moving averages.
+        """
+        world = dist.get_world_size()
+        for network in (self.student, self.teacher):
+            for buffer in network.buffers():
+                if world > 1 and buffer.is_floating_point():
+                    dist.all_reduce(buffer)
+                    buffer /= world

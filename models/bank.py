@@ -105,6 +105,23 @@ class Bank:
         )
         return stats
 
+    def metrics(self, stats: AdversaryStats) -> dict[str, float]:
+        """Of the whole bank, for the log; waits for the device.
+
+        adversary_grad_norm: mean length of the gradients. bank_norm: mean length of W's rows. bank_share: the
+        negatives that carry weight, as the participation ratio (sum m)^2 / (K sum m^2) of their shares m.
+        """
+        lengths_K = torch.linalg.vector_norm(self.w_KD, dim=1)
+        mass_K = stats.mass_K
+        sums = torch.stack([stats.grad_K.sum(), lengths_K.sum(), mass_K.sum(), mass_K.square().sum()])
+        dist.all_reduce(sums, group=self.mesh.get_group("shard"))
+        grad, length, mass, squares = sums.tolist()
+        return {
+            "adversary_grad_norm": grad / self.size,
+            "bank_norm": length / self.size,
+            "bank_share": mass**2 / (self.size * squares),
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
         """W and v as DTensors over the mesh, which share memory with the bank: saving and loading reshard."""
         shape, stride = torch.Size((self.size, self.dim)), (self.dim, 1)

@@ -62,7 +62,9 @@ class Method(Section):
     name: Literal["adco"] = "adco"
     temperature: float = Field(0.12, gt=0)
     symmetric: bool = False
-    batch_keys: bool = True  # every rank's keys in the denominator (the published code), or the own key only (the paper)
+    batch_keys: bool = (
+        True  # every rank's keys in the denominator (the published code), or the own key only (the paper)
+    )
     crops: Literal["sum", "mean"] = "sum"  # over the queries of one key
     teacher_momentum: float = Field(0.999, ge=0, le=1)
     bn: Literal["shuffle", "sync", "local"] = "shuffle"
@@ -219,7 +221,7 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
         below = merged.get(key)
         # backbone_args belongs to one backbone: another file's are not mixed in
         both = isinstance(below, dict) and isinstance(value, dict) and key != "backbone_args"
-        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+        merged[key] = _merge(below, value) if both else value
     return merged
 
 

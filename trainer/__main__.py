@@ -1,0 +1,84 @@
+"""The command line: python -m trainer VERB. Each verb imports what it needs, so that --help is quick."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="python -m trainer",
+    help="Adversarial contrastive self-supervised learning of image representations.\n\n"
+    "All verbs that compute also run on several processes: torchrun --nproc-per-node N -m trainer VERB …",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+app.add_typer(bench_app, name="bench")
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values that replace the file's: optim.lr=0.06", metavar="[KEY=VALUE]...")
+]
+RunPath = Annotated[Path, typer.Argument(help="Run directory of a pre-training", metavar="RUN")]
+OutPath = Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file, too.")]
+
+
+@app.command()
+def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
+    """Pre-train an encoder. In a run directory that has a checkpoint of the same run, it continues."""
+    from trainer.config import load
+    from trainer.pretrain import pretrain
+
+    pretrain(load(config, overrides))
+
+
+@app.command()
+def knn(run: RunPath, overrides: Overrides = None) -> None:
+    """Evaluate a run's newest checkpoint by weighted k nearest neighbours.
+
+    The run's own settings apply; eval.k=20 eval.temperature=0.07 is DINO's convention, eval.k=200
+    eval.temperature=0.1 the original one, which lightly's benchmarks use.
+    """
+    from trainer.inspect import evaluate_knn
+
+    evaluate_knn(run, overrides or [])
+
+
+@app.command()
+def report(run: RunPath) -> None:
+    """Write RUN/report.html: one page with curves, nearest neighbours and what the negatives look like."""
+    from trainer.inspect import write_report
+
+    print(write_report(run))
+
+
+@app.command()
+def doctor(
+    config: Annotated[Path | None, typer.Argument(help="Check that this machine has what it needs")] = None,
+    overrides: Overrides = None,
+) -> None:
+    """Tell what this machine has for training, and what a configuration needs and lacks."""
+    from trainer.config import load
+    from trainer.doctor import examine, show
+
+    if not show(examine(load(config, overrides) if config else None)):
+        raise typer.Exit(1)
+
+
+def main() -> None:
+    """One line and exit code 1 for what a user can mend; TRAINER_TRACEBACK=1 shows where it came from."""
+    try:
+        app()
+    except (ValueError, OSError) as error:
+        if os.environ.get("TRAINER_TRACEBACK"):
+            raise
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Time and memory of the game's arithmetic: `chunked` kernels against the materialised formulation.
+
+One step is what the negatives cost a training step: the contrastive loss of N queries against their
+keys and K negatives, its gradient by the queries, and the update of the bank. The materialised
+formulation is that of AdCo's published code (github.com/maple-research-lab/AdCo): autograd through
+logits of size N x (N + K). Its accuracy and other metrics are left out, in its favour.
+
+N queries and as many keys, K negatives, D dimensions.
+"""
+
+import json
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from kernels import chunked
+
+TEMPERATURE = 0.12
+ADVERSARY_TEMPERATURE = 0.02
+LR = 3.0
+MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-4
+
+# How far apart two implementations may be, as a share of the largest value.
+_TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
+
+
+@dataclass
+class _Game:
+    """Everything a step reads and writes; the bank is W and v, unit negatives n are made from W."""
+
+    q_ND: Tensor
+    k_ND: Tensor
+    w_KD: Tensor
+    v_KD: Tensor
+    n_KD: Tensor
+
+    def copy(self) -> "_Game":
+        return _Game(self.q_ND, self.k_ND, self.w_KD.clone(), self.v_KD.clone(), self.n_KD.clone())
+
+    def transposed(self) -> "_Game":
+        """The bank as [D, K], the layout of the published code; the names keep theirs."""
+        w, v, n = (t.T.contiguous() for t in (self.w_KD, self.v_KD, self.n_KD))
+        return _Game(self.q_ND, self.k_ND, w, v, n)
+
+
+# Takes a game, steps its bank in place and returns loss [] and its gradient by the queries [N, D].
+_Step = Callable[[_Game], tuple[Tensor, Tensor]]
+
+
+def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
+    """Compare the implementations on random unit vectors; one dictionary for each.
+
+    rows N, negatives K, dim D, dtype `float32` or `float64`. Keys: impl, N, K, D, dtype,
+    seconds_median (of `repeats` steps, the implementations taking turns), peak_bytes (the most that
+    a step holds beyond its inputs, counted at the allocator), speedup (over `materialised`).
+    Raises ValueError for another type and RuntimeError where the implementations disagree.
+    """
+    torch_dtype = getattr(torch, dtype, None)
+    if torch_dtype not in _TOLERANCES:
+        raise ValueError(f"bench kernels: got dtype {dtype!r}, need float32 or float64")
+    game = _random_game(rows, negatives, dim, torch_dtype)
+    steps: dict[str, tuple[_Step, _Game]] = {
+        "materialised": (_materialised, game.transposed()),
+        "chunked": (_chunked, game),
+    }
+    _check_agreement(game, _TOLERANCES[torch_dtype])
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(repeats):
+        for name, (step, start) in steps.items():
+            state = start.copy()  # from the same bank each time, outside the clock
+            begin = time.perf_counter()
+            step(state)
+            seconds[name].append(time.perf_counter() - begin)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    return [
+        {
+            "impl": name,
+            "N": rows,
+            "K": negatives,
+            "D": dim,
+            "dtype": dtype,
+            "seconds_median": medians[name],
+            "peak_bytes": _peak_bytes(step, start.copy()),
+            "speedup": medians["materialised"] / medians[name],
+        }
+        for name, (step, start) in steps.items()
+    ]
+
+
+def report(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Print the rows of `run` as a table, and write them with the machine they hold for to `out` as JSON."""
+    table = Table("implementation", "N", "K", "D", "type", "seconds", "peak memory", "speed-up", "less memory")
+    most = max(row["peak_bytes"] for row in rows)
+    for row in rows:
+        table.add_row(
+            row["impl"],
+            *(str(row[name]) for name in ("N", "K", "D", "dtype")),
+            f"{row['seconds_median']:.4f}",
+            f"{row['peak_bytes'] / 2**20:.1f} MiB",
+            f"{row['speedup']:.2f}x",
+            f"{most / row['peak_bytes']:.1f}x",
+        )
+    Console().print(table)
+    if out is not None:
+        machine = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
+        out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+
+
+def _random_game(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> _Game:
+    generator = torch.Generator().manual_seed(0)
+
+    def unit(count: int) -> Tensor:
+        return F.normalize(torch.randn(count, dim, generator=generator, dtype=dtype), dim=1)
+
+    w_KD = unit(negatives)
+    return _Game(unit(rows), unit(rows), w_KD, torch.zeros_like(w_KD), w_KD.clone())
+
+
+def _chunked(game: _Game) -> tuple[Tensor, Tensor]:
+    q_ND, k_ND = game.q_ND, game.k_ND
+    own_N = torch.arange(len(q_ND))
+    score = chunked.score(q_ND, k_ND, own_N, game.n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE)
+    loss = (score.z_N.log() - (q_ND * k_ND).sum(1) / TEMPERATURE).mean()
+    grad_ND = (score.o_ND / score.z_N[:, None] - k_ND) / (TEMPERATURE * len(q_ND))
+    coef_N = 1 / (score.za_N * len(q_ND))
+    chunked.adversary_step(
+        q_ND,
+        coef_N,
+        game.n_KD,
+        game.w_KD,
+        game.v_KD,
+        temperature=ADVERSARY_TEMPERATURE,
+        lr=LR,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+    )
+    return loss, grad_ND
+
+
+def _materialised(game: _Game) -> tuple[Tensor, Tensor]:
+    """The published code's step, operation by operation; its bank is [D, K]."""
+    q_ND = game.q_ND.detach().requires_grad_()
+    n_DK = F.normalize(game.w_KD, dim=0)
+    positive_NN = torch.einsum("nc,ck->nk", q_ND, game.k_ND.T)
+    negative_NK = torch.einsum("nc,ck->nk", q_ND, n_DK)
+    logits_NC = torch.cat([positive_NN, negative_NK], dim=1)
+    logits_NC /= TEMPERATURE
+    loss = F.cross_entropy(logits_NC, torch.arange(len(q_ND)))
+    loss.backward()
+    with torch.no_grad():
+        logits_NC = torch.cat([positive_NN, negative_NK], dim=1) / ADVERSARY_TEMPERATURE
+        p_NK = torch.softmax(logits_NC, dim=1)[:, len(q_ND) :]
+        radial_K = torch.mean(p_NK * negative_NK, dim=0)
+        g_DK = torch.einsum("cn,nk->ck", q_ND.T, p_NK) / len(q_ND) - radial_K * n_DK
+        g_DK = -g_DK / game.w_KD.norm(dim=0) / ADVERSARY_TEMPERATURE
+        game.v_KD = MOMENTUM * game.v_KD + g_DK + WEIGHT_DECAY * game.w_KD
+        game.w_KD = game.w_KD - LR * game.v_KD
+    assert q_ND.grad is not None
+    return loss.detach(), q_ND.grad
+
+
+def _check_agreement(game: _Game, tolerance: float) -> None:
+    ours, theirs = game.copy(), game.transposed()
+    loss, grad_ND = _chunked(ours)
+    other_loss, other_grad_ND = _materialised(theirs)
+    pairs = {
+        "loss": (loss, other_loss),
+        "gradient by the queries": (grad_ND, other_grad_ND),
+        "bank": (ours.w_KD, theirs.w_KD.T),
+        "velocity": (ours.v_KD, theirs.v_KD.T),
+    }
+    for name, (value, other) in pairs.items():
+        error = ((value - other).abs().max() / other.abs().max()).item()
+        if not error <= tolerance:  # so that NaN is an error, too
+            raise RuntimeError(
+                f"bench kernels: chunked and materialised differ in {name} by {error:.1e} of its largest"
+            )
+
+
+def _peak_bytes(step: _Step, game: _Game) -> int:
+    """The most memory held at once during a step beyond what was held before, as the profiler saw it allocated."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        step(game)
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def _cpu_name() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

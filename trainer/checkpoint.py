@@ -1,0 +1,175 @@
+"""Checkpoints: torch.distributed.checkpoint in a folder per step, whole or absent, checked before use.
+
+    checkpoints/step-00001000/      what dcp writes, and manifest.json: size and SHA-256 of each file
+
+A checkpoint is written under another name and renamed when it is complete; older ones go only after that. Only
+tensors are stored: what else dcp can hold would be unpickled on loading.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import pickle
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import Metadata
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Any]  # nested, tensors at the leaves
+
+
+def save(folder: Path, step: int, state: State, keep: int) -> bool:
+    """Write `state` as the checkpoint of `step` and delete all but the newest `keep`; called by all ranks.
+
+    False, on all ranks, where the disk does not take it: says so in the log, and earlier checkpoints stay.
+    """
+    final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
+    failure = None
+    first = dist.get_rank() == 0
+    if first:
+        failure = _attempt(lambda: _make_empty(temporary))
+    failure = _any_failure(failure)
+    if failure is None:
+        try:
+            # The second argument: fsync, so that the rename cannot come before the content.
+            dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+        except (dcp.CheckpointException, OSError) as error:
+            failure = _reason(error)
+        failure = _any_failure(failure)
+    if failure is None and first:
+        failure = _attempt(lambda: _publish(temporary, final))
+    failure = _any_failure(failure)
+    if failure is not None:
+        if first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            log.warning(
+                "checkpoint of step %d not saved: %s; training goes on, earlier checkpoints stay", step, failure
+            )
+        return False
+    if first:
+        for old in _list(folder)[keep:]:
+            shutil.rmtree(old, ignore_errors=True)
+    return True
+
+
+def newest(folder: Path) -> Path | None:
+    """The newest checkpoint whose files are all as its manifest says, the same on all ranks; None if there is none.
+
+    Damaged ones are named in the log and left where they are.
+    """
+    found: list[Path | None] = [None]
+    if dist.get_rank() == 0:
+        for path in _list(folder):
+            damage = _damage(path)
+            if damage is None:
+                found = [path]
+                break
+            log.warning("checkpoint %s is damaged (%s): skipped", path, damage)
+    dist.broadcast_object_list(found)
+    return found[0]
+
+
+def step_of(path: Path) -> int:
+    """The step whose checkpoint is at `path`."""
+    return int(path.name.removeprefix("step-"))
+
+
+def load(path: Path, state: State) -> None:
+    """Fill the tensors of `state`, which may be a part of what was saved, in place. Called by all ranks."""
+    dcp.load(state, storage_reader=_Reader(path))
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads the index of a checkpoint without running what a forged one might contain."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        with (Path(self.path) / ".metadata").open("rb") as file:
+            metadata: Metadata = _MetadataUnpickler(file).load()
+        return metadata
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        ours = module in ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
+        if ours or (module, name) in _PLAIN:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
+
+
+_PLAIN = {("torch", "Size"), ("collections", "OrderedDict"), ("torch.serialization", "_get_layout")}
+
+
+def _list(folder: Path) -> list[Path]:
+    """All checkpoints, newest first."""
+    return sorted(folder.glob("step-*"), reverse=True)
+
+
+def _make_empty(path: Path) -> None:
+    for left in path.parent.glob(".step-*"):  # of a process that was killed while saving
+        shutil.rmtree(left)
+    path.mkdir(parents=True)
+
+
+def _publish(temporary: Path, final: Path) -> None:
+    files = sorted(path for path in temporary.iterdir() if path.is_file())
+    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+    with (temporary / "manifest.json").open("w") as file:
+        json.dump(manifest, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    if final.exists():  # a damaged one of the same step, or the same run trained again from an earlier one
+        shutil.rmtree(final)
+    temporary.rename(final)
+    directory = os.open(final.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if nothing."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest.items():
+            size = (path / name).stat().st_size
+            if size != expected["bytes"]:
+                return f"{name} has {size} bytes, not {expected['bytes']}"
+            if _sha256(path / name) != expected["sha256"]:
+                return f"{name} does not have its checksum"
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _attempt(action: Any) -> str | None:
+    try:
+        action()
+    except OSError as error:
+        return str(error)
+    return None
+
+
+def _any_failure(failure: str | None) -> str | None:
+    """The first failure of any rank, on all ranks."""
+    failures: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(failures, failure)
+    return next((f for f in failures if f is not None), None)
+
+
+def _reason(error: BaseException) -> str:
+    """The operating system's words inside dcp's exception, which spans many lines."""
+    failures = getattr(error, "failures", {})
+    for wrapped in failures.values():
+        inner = wrapped[0] if isinstance(wrapped, tuple) else wrapped
+        return str(inner)
+    return str(error).splitlines()[0]

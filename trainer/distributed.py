@@ -1,0 +1,57 @@
+"""The group of ranks: one process or many under torchrun, always with a process group, so that all code is the same."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+
+class Place(NamedTuple):
+    """This process among all: its device, its number, how many there are, and how many on this machine."""
+
+    device: torch.device
+    rank: int
+    world: int
+    local_world: int
+
+
+@contextmanager
+def started(device: str) -> Iterator[Place]:
+    """In the group that torchrun's environment describes, or in a group of one. `device`: auto, cpu or cuda.
+
+    Raises ValueError where a GPU is asked for and there is none for this rank.
+    """
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"run.device: cuda, but this machine has {torch.cuda.device_count()} GPUs for {local_world} ranks"
+            )
+        torch.cuda.set_device(local_rank)
+        place = Place(torch.device("cuda", local_rank), rank, world, local_world)
+    else:
+        place = Place(torch.device("cpu"), rank, world, local_world)
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    options: dict[str, Any] = {} if world > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    # Short enough that a lost rank ends the job the same hour, long enough for an index of millions of files.
+    dist.init_process_group(backend, timeout=timedelta(minutes=30), **options)
+    try:
+        yield place
+    finally:
+        dist.destroy_process_group()
+
+
+def agree(error: str | None) -> None:
+    """Raise ValueError on all ranks if any has an error: the first one's, with its rank."""
+    errors: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(errors, error)
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise ValueError(text if len(errors) == 1 else f"rank {rank}: {text}")

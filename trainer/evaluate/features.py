@@ -1,0 +1,70 @@
+"""Features of a data set from a frozen network."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from data.index import Source
+from data.loader import eval_batches, normalize
+from models.encoder import Encoder
+from trainer.build import autocast_type
+from trainer.config import Config
+
+
+class Features(NamedTuple):
+    """Unit rows and labels on the device, and the samples they are of; bad: samples left out, with the reason."""
+
+    x_ND: Tensor
+    labels_N: Tensor
+    samples_N: Tensor
+    bad: list[tuple[int, str]]
+
+
+@torch.no_grad()
+def embed(
+    encoder: Encoder,
+    source: Source,
+    samples: NDArray[np.int64],
+    device: torch.device,
+    config: Config,
+    *,
+    head: bool = False,
+) -> Features:
+    """Of `samples` (int64 [N]), in evaluation mode: the backbone's features, or the head's embeddings.
+
+    Raises ValueError if no sample can be read.
+    """
+    xs, shown, bad = [], [], []
+    size = config.eval.size or config.data.views[0].size
+    precision = autocast_type(config, device)
+    batches = eval_batches(source, samples, size, config.eval.batch_size, config.data.workers)
+    with frozen(encoder), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+        for images, numbers, unreadable in batches:
+            bad += unreadable
+            if len(images):
+                x_BCHW = normalize(images.to(device), torch.float32)
+                x_BD = encoder([x_BCHW]) if head else encoder.backbone(x_BCHW)
+                xs.append(F.normalize(x_BD.float(), dim=1))
+                shown.append(numbers)
+    if not xs:
+        raise ValueError(f"none of {len(samples)} images can be read" + (f": {bad[-1][1]}" if bad else ""))
+    samples_N = torch.cat(shown)
+    labels_N = torch.from_numpy(source.labels[samples_N.numpy()])
+    return Features(torch.cat(xs), labels_N.to(device), samples_N, bad)
+
+
+@contextmanager
+def frozen(network: nn.Module) -> Iterator[None]:
+    """The network is in evaluation mode inside the `with` block."""
+    training = network.training
+    network.eval()
+    try:
+        yield
+    finally:
+        network.train(training)

@@ -1,0 +1,182 @@
+"""What a run tells: rows to metrics.jsonl, TensorBoard and the console."""
+
+import json
+import logging
+import resource
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from trainer.run_dir import write_atomically
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+
+class Averages:
+    """Means of scalars over steps and ranks, kept on the device: nothing waits for it until `take`."""
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.names: list[str] = []
+        self.steps = 0
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        values = torch.stack([v.float() for v in metrics.values()])
+        self.names = list(metrics)
+        self.sums = values if self.sums is None else self.sums + values
+        self.steps += 1
+
+    def take(self) -> dict[str, float]:
+        """The means since the last call, equal on all ranks; waits for the device."""
+        assert self.sums is not None
+        means = self.sums / self.steps
+        dist.all_reduce(means)
+        self.sums, self.steps = None, 0
+        return dict(zip(self.names, (means / dist.get_world_size()).tolist(), strict=True))
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory this process has held: on the GPU if it uses one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+
+
+class Recorder:
+    """Writes rows, and shows how far the run is: a progress bar on a terminal, plain lines elsewhere.
+
+    start: the step the run continues from. Rows after it are of a run that was cut off, and are dropped.
+    active: on rank 0 only; elsewhere nothing is written or shown. evaluated: steps that have an evaluation.
+    """
+
+    def __init__(self, folder: Path, start: int, total: int, *, active: bool) -> None:
+        self.path = folder / "metrics.jsonl"
+        self.active = active
+        shared: list[Any] = [None]
+        if active:
+            shared = [_keep_rows_until(self.path, start)]
+        dist.broadcast_object_list(shared)
+        kept: list[Row] = shared[0]
+        self.evaluated = {row["step"] for row in kept if "knn" in row}
+        self.earlier_seconds = kept[-1]["seconds"] if kept else 0.0
+        self.began = time.monotonic()
+        self.bar: Progress | None = None
+        if not active:
+            return
+        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
+        self.console = Console(stderr=False)
+        self.start, self.total = start, total
+        if self.console.is_terminal:
+            self.bar = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(elapsed_when_finished=False),
+                TextColumn("{task.fields[status]}"),
+                console=self.console,
+            )
+            self.task = self.bar.add_task("training", total=total, completed=start, status="")
+
+    def __enter__(self) -> "Recorder":
+        if self.bar:
+            self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.bar:
+            self.bar.stop()
+        if self.active:
+            self.tensorboard.close()
+
+    @property
+    def seconds(self) -> float:
+        """Time spent on this run, over all its starts."""
+        return self.earlier_seconds + time.monotonic() - self.began
+
+    def advance(self, step: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, completed=step)
+
+    def say(self, text: str) -> None:
+        """A line on the console, above the bar if there is one."""
+        if self.active:
+            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def row(self, row: Row) -> None:
+        """Record one row; `step` is its place. What the disk does not take is said, not raised."""
+        if not self.active:
+            return
+        row = {**row, "seconds": round(self.seconds, 3)}
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            for name, value in row.items():
+                if name != "step":
+                    self.tensorboard.add_scalar(name, value, row["step"])
+        except OSError as error:
+            log.warning("metrics of step %d not written: %s", row["step"], error)
+        self._show(row)
+
+    def _show(self, row: Row) -> None:
+        if "knn" in row:
+            self.say(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}")
+            return
+        status = f"loss {row['loss']:.3f}  pretext {row['pretext_top1']:.3f}  {row['images_per_second']:,.0f} img/s"
+        if self.bar:
+            self.bar.update(self.task, status=status)
+            return
+        done = row["step"] - self.start
+        left = (time.monotonic() - self.began) / max(done, 1) * (self.total - row["step"])
+        self.say(f"step {row['step']:,}/{self.total:,}  epoch {row['epoch']:.2f}  {status}  left {_clock(left)}")
+
+
+def _clock(seconds: float) -> str:
+    hours, rest = divmod(round(seconds), 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, [] if there is none; a line cut short is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            log.warning("%s: a line is not JSON, left out: %.40s", path, line)
+    return rows
+
+
+def _keep_rows_until(path: Path, step: int) -> list[Row]:
+    """Drop the rows after `step` from the file; returns the others."""
+    rows = read_rows(path)
+    kept = [row for row in rows if row["step"] <= step]
+    if len(kept) < len(rows):
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
+    return kept
+
+
+def set_up_logging(rank: int) -> None:
+    """Our own messages to stderr, rank 0's from information on, the others' from warnings on."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
+    ours = logging.getLogger("trainer")
+    for name in ("trainer", "data", "models", "kernels"):
+        ours = logging.getLogger(name)
+        ours.handlers = [handler]
+        ours.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        ours.propagate = False

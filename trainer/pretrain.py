@@ -1,0 +1,180 @@
+"""Pre-training: from a configuration to a finished run directory."""
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from data.index import Source
+from data.loader import normalize, train_batches
+from data.order import steps_per_epoch
+from data.random import NETWORK, hash_counters
+from models.adco import AdCo
+from trainer import checkpoint, distributed
+from trainer.build import autocast_type, fill_bank, make_game
+from trainer.config import Config
+from trainer.distributed import Place
+from trainer.evaluate import knn
+from trainer.metrics import Averages, Recorder, peak_memory_gib, read_rows, set_up_logging
+from trainer.optim import cosine, make_optimizer, scaled_lr
+from trainer.run_dir import Unreadable, claim, open_sources, write_json
+from trainer.step import Learner, Rates
+
+log = logging.getLogger(__name__)
+
+
+def pretrain(config: Config) -> None:
+    """Train to the end from the newest good checkpoint in the run directory, or from the start, and evaluate.
+
+    Raises ValueError for what the user can mend: the data, the run directory, sizes that do not fit; and, on all
+    ranks, where the loss is not finite.
+    """
+    with distributed.started(config.run.device) as place:
+        set_up_logging(place.rank)
+        with claim(config, place) as folder:
+            if (folder / "results.json").exists():
+                log.info("%s is finished: nothing to do", folder)
+            else:
+                _pretrain(config, place, folder)
+
+
+def _pretrain(config: Config, place: Place, folder: Path) -> None:
+    train, val = open_sources(config, folder)
+    epoch_steps = steps_per_epoch(len(train), config.data.batch_size)
+    steps = epoch_steps * config.run.epochs
+    game = make_game(config, place)
+    optimizer = make_optimizer(game.student, config.optim)
+    learner = Learner(game, optimizer, place, config.optim.accumulate, autocast_type(config, place.device))
+    start = 0
+    if saved := checkpoint.newest(folder / "checkpoints"):
+        start = learner.load(saved)
+    else:
+        fill_bank(game.bank, config, place, train)
+    _introduce(config, place, game, train, epoch_steps, saved)
+
+    with Recorder(folder, start, steps, active=place.rank == 0) as recorder:
+        for step in _steps(config, place, learner, train, start, steps, recorder):
+            epoch = step / epoch_steps
+            if step > start and (step % config.run.save_every == 0 or step == steps):
+                game.average_buffers()
+                checkpoint.save(folder / "checkpoints", step, learner.state(step), config.run.keep)
+            every = config.eval.knn_every
+            due = step in (0, steps) or (every and epoch % every == 0)
+            if val and due and step not in recorder.evaluated:
+                game.average_buffers()
+                recorder.say(f"epoch {epoch:g}: evaluating")
+                accuracy = knn.evaluate(game.student, train, val, place.device, config)
+                recorder.row({"step": step, "epoch": epoch, "images": step * config.data.batch_size, "knn": accuracy})
+        if place.rank == 0:
+            write_json(folder / "results.json", _results(config, place, recorder))
+
+
+def _steps(
+    config: Config, place: Place, learner: Learner, train: Source, start: int, steps: int, recorder: Recorder
+) -> Iterator[int]:
+    """Train from step `start` to `steps`; gives the number of steps done, the first time before any."""
+    yield start
+    run, data = config.run, config.data
+    epoch_steps = steps // run.epochs
+    averages = Averages()
+    unreadable = Unreadable(Path(run.dir), place.rank)
+    batches = train_batches(
+        train, list(data.views), data.augment, run.seed, data.batch_size, place.rank, place.world,
+        start, steps, data.workers, pin_memory=place.device.type == "cuda",
+    )  # fmt: skip
+    began, first, waited = time.perf_counter(), start, 0.0
+    for step in range(start + 1, steps + 1):
+        before = time.perf_counter()
+        batch = next(batches)
+        waited += time.perf_counter() - before
+        unreadable.note(batch.bad)
+        views = [normalize(view.to(place.device, non_blocking=True), torch.float32) for view in batch.views]
+        rates = rates_at(config, step - 1, steps)
+        seed = int(hash_counters(run.seed, NETWORK, step)[0] >> np.uint64(2))
+        metrics, adversary = learner.step(views, seed, rates)
+        averages.add(metrics)
+        recorder.advance(step)
+        if step % run.log_every == 0 or step % run.save_every == 0 or step == steps:
+            row = averages.take()
+            seconds = time.perf_counter() - began
+            if not all(map(math.isfinite, row.values())):
+                raise ValueError(f"step {step}: not finite: {row}; checkpoints stay as they are")
+            row |= learner.game.bank.metrics(adversary)
+            images = step * data.batch_size
+            speed = (step - first) * data.batch_size / seconds
+            row |= {"teacher_momentum": rates.teacher_momentum, "lr": rates.lr, "bank_lr": rates.bank_lr}
+            row |= {"images_per_second": speed, "data_wait": waited / seconds}
+            row |= {"memory_gib": peak_memory_gib(place.device), "unreadable": unreadable.total()}
+            recorder.row({"step": step, "epoch": step / epoch_steps, "images": images, **row})
+            first, waited = step, 0.0
+            yield step
+            began = time.perf_counter()  # what is done between, such as saving, is not training
+        else:
+            yield step
+
+
+def rates_at(config: Config, step: int, steps: int) -> Rates:
+    """Learning rates and teacher's momentum for the step after `step` others, of `steps` in all."""
+    optim, bank = config.optim, config.bank
+    lr, final = (scaled_lr(x, config.data.batch_size) for x in (optim.lr, optim.lr_final))
+    warmup_steps = optim.warmup * steps / config.run.epochs
+    return Rates(
+        lr=cosine(step, steps, lr, final, warmup_steps),
+        bank_lr=bank.lr if bank.lr_final is None else cosine(step, steps, bank.lr, bank.lr_final),
+        teacher_momentum=config.method.teacher_momentum,
+    )
+
+
+def _introduce(config: Config, place: Place, game: AdCo, train: Source, epoch_steps: int, saved: Path | None) -> None:
+    """Say what will run, once."""
+    batch, optim = config.data.batch_size, config.optim
+    parameters = sum(p.numel() for p in game.student.parameters())
+    log.info("%d images, %d steps an epoch, %d epochs, batch %d", len(train), epoch_steps, config.run.epochs, batch)
+    log.info(
+        "%s with %.2f M parameters, %d ranks on %s",
+        config.model.backbone,
+        parameters / 1e6,
+        place.world,
+        place.device.type,
+    )
+    log.info("learning rate %g for a batch of %d (%g for 256)", scaled_lr(optim.lr, batch), batch, optim.lr)
+    log.info(
+        "%d negatives, %s over %d ranks, %s kernels",
+        game.bank.size,
+        config.bank.placement,
+        place.world,
+        config.bank.kernels,
+    )
+    if saved:
+        log.info("continuing from %s", saved)
+
+
+def _results(config: Config, place: Place, recorder: Recorder) -> dict[str, Any]:
+    """What the finished run reached."""
+    rows = read_rows(recorder.path)
+    accuracies = [row["knn"] for row in rows if "knn" in row]
+    trained = [row for row in rows if "loss" in row]
+    device = torch.cuda.get_device_name() if place.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    found = {
+        "knn_untrained": accuracies[0],
+        "knn": accuracies[-1],
+        "k": config.eval.k,
+        "temperature": config.eval.temperature,
+    }
+    return {
+        **(found if accuracies else {}),
+        "epochs": config.run.epochs,
+        "images": trained[-1]["images"],
+        "seconds": recorder.seconds,
+        "images_per_second": sum(r["images_per_second"] for r in trained) / len(trained),
+        "data_wait": sum(r["data_wait"] for r in trained) / len(trained),
+        "memory_gib": trained[-1]["memory_gib"],
+        "ranks": place.world,
+        "device": device,
+        "torch": torch.__version__,
+    }

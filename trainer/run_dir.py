@@ -1,0 +1,155 @@
+"""The folder of a run: configuration, metrics, checkpoints, results, report. Starting again in it continues it.
+
+config.yaml         the resolved configuration
+metrics.jsonl       one row per log point or evaluation
+tensorboard/        the same for TensorBoard
+checkpoints/        see `trainer.checkpoint`
+index-*.npz         listing of an image folder
+unreadable-*.txt    samples that could not be read, per rank
+results.json        what the finished run reached
+report.html         see `trainer.report`
+"""
+
+import fcntl
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import torch.distributed as dist
+
+from data.index import Source, open_source
+from trainer.config import Config, dump, flatten, load
+from trainer.distributed import Place, agree
+
+log = logging.getLogger(__name__)
+
+# What may change between two starts of a run, since it changes nothing that is learned.
+FREE = ("run.dir", "run.device", "run.log_every", "run.save_every", "run.keep", "data.workers", "eval.")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """`path` has the old content or the new one, never half of it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+@contextmanager
+def claim(config: Config, place: Place) -> Iterator[Path]:
+    """The run's folder, made new or taken up from an earlier start of the same run, and kept from other processes.
+
+    Raises ValueError, on all ranks, if it is that of another configuration, of something else, or in use.
+    """
+    folder = Path(config.run.dir)
+    lock, error = None, None
+    if place.rank == 0:
+        try:
+            lock = _claim(folder, config)
+        except ValueError as refusal:
+            error = str(refusal)
+    agree(error)
+    try:
+        yield folder
+    finally:
+        if lock:
+            lock.close()
+
+
+def _claim(folder: Path, config: Config) -> IO[str]:
+    """The open file whose lock keeps others out."""
+    stored = folder / "config.yaml"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / "lock").open("a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(f"run.dir: another process is training in {folder}") from error
+    except OSError as error:
+        raise ValueError(f"run.dir: {folder} cannot be used: {error.strerror}") from error
+    if stored.exists():
+        before, now = (flatten(c.model_dump(mode="json")) for c in (load(stored), config))
+        changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)]
+        if changed:
+            listed = "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in changed)
+            raise ValueError(f"run.dir: {folder} holds another run: {listed}. Choose another run.dir")
+    elif (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
+        raise ValueError(f"run.dir: {folder} has files of a run, but no config.yaml. Choose another run.dir")
+    write_atomically(stored, dump(config))
+    return lock
+
+
+def open_sources(config: Config, folder: Path) -> tuple[Source, Source | None]:
+    """The training images and, if the configuration names any, the validation images.
+
+    Raises ValueError, on all ranks, if any rank cannot use them or finds other images than rank 0.
+    """
+    error, train, val = None, None, None
+    try:
+        train = open_source(config.data.train, folder / "index-train.npz")
+        val = open_source(config.data.val, folder / "index-val.npz") if config.data.val else None
+        if config.data.batch_size > len(train):
+            error = (
+                f"data.batch_size: {config.data.batch_size} images are more than {config.data.train} has, {len(train)}"
+            )
+        elif val and (unknown := sorted(set(val.classes) - set(train.classes))):
+            error = (
+                f"data.val: {config.data.val} has classes that {config.data.train} has not: {', '.join(unknown[:3])}"
+            )
+    except ValueError as refusal:
+        error = f"data: {refusal}"
+    agree(error)
+    assert train is not None
+    return train, val
+
+
+class Unreadable:
+    """The samples that could not be read, each listed once in a file of its rank."""
+
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path = folder / f"unreadable-{rank}.txt"
+        listed = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        self.samples = {int(line.split("\t")[0]) for line in listed}
+
+    def note(self, bad: list[tuple[int, str]]) -> None:
+        for sample, reason in bad:
+            if sample not in self.samples:
+                self.samples.add(sample)
+                log.warning("sample %d cannot be read, another is used: %s", sample, reason)
+                try:
+                    with self.path.open("a", encoding="utf-8") as file:
+                        file.write(f"{sample}\t{reason}\n")
+                except OSError as error:
+                    log.warning("%s not written: %s", self.path, error)
+
+    def total(self) -> int:
+        """Over all ranks; a sample that two ranks met counts twice."""
+        count = torch.tensor(len(self.samples))
+        dist.all_reduce(count)
+        return int(count)
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of the run in `folder`. Raises ValueError if there is none."""
+    if not (folder / "config.yaml").is_file():
+        raise ValueError(f"{folder} is not a run: it has no config.yaml")
+    return load(folder / "config.yaml")
+
+
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    write_atomically(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, {} if there is no such file."""
+    if not path.is_file():
+        return {}
+    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return values

@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from models.bank import Bank, Rows
 from models.contrast import contrast
+from models.encoder import Encoder
 from models.shuffle_bn import plan, shuffle, unshuffle
 from models.teacher import ema_update
 
@@ -42,8 +43,8 @@ class AdCo:
 
     def __init__(
         self,
-        student: nn.Module,
-        teacher: nn.Module,
+        student: Encoder,
+        teacher: Encoder,
         bank: Bank,
         *,
         temperature: float = 0.12,
@@ -76,8 +77,7 @@ class AdCo:
         """The teacher's embeddings of images [B, 3, S, S], unit rows [B, D]."""
         world = dist.get_world_size()
         if self.bn != "shuffle" or world == 1:
-            keys_BD: Tensor = self.teacher([images])
-            return keys_BD
+            return self.teacher([images])
         route = plan(len(images), dist.get_rank(), world, seed)
         return unshuffle(self.teacher([shuffle(images, route)]), route)
 

@@ -36,7 +36,7 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if ranks == 1:
         return x
     out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    dist.all_gather_single(out, x.contiguous(), group=group)
     return out
 
 

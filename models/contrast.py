@@ -74,7 +74,7 @@ class _Contrast(torch.autograd.Function):
         za_N, hardest_N = score.za_N, score.top_N
         if row.size() > 1:
             summed_ND = oz_ND.new_empty(len(q_ND), oz_ND.shape[1])
-            dist.reduce_scatter_tensor(summed_ND, oz_ND, group=row)
+            dist.reduce_scatter_single(summed_ND, oz_ND, group=row)
             oz_ND = summed_ND
             dist.all_reduce(za_N, group=row)
             dist.all_reduce(hardest_N, dist.ReduceOp.MAX, group=row)

@@ -1,12 +1,15 @@
 """The teacher: an exponential moving average of the student (momentum encoder, MoCo, arXiv 1911.05722)."""
 
 import copy
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+T = TypeVar("T", bound=nn.Module)
 
-def make_teacher(student: nn.Module) -> nn.Module:
+
+def make_teacher(student: T) -> T:
     """A copy of the student that takes no gradient; its BatchNorm's running statistics follow the student's only.
 
     In training the teacher normalises by its own batches, whose statistics would otherwise enter the running ones.

@@ -212,7 +212,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise ValueError(f"{name}: value {value!r} is not YAML: {' '.join(str(error).split())}") from error
     for key in reversed(name.split(".")):
         nested = {key: nested}
-    return nested  # type: ignore[no-any-return]
+    return nested
 
 
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
@@ -220,8 +220,9 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     for key, value in top.items():
         below = merged.get(key)
         # backbone_args belongs to one backbone: another file's are not mixed in
-        both = isinstance(below, dict) and isinstance(value, dict) and key != "backbone_args"
-        merged[key] = _merge(below, value) if both else value
+        if isinstance(below, dict) and isinstance(value, dict) and key != "backbone_args":
+            value = _merge(below, value)
+        merged[key] = value
     return merged
 
 

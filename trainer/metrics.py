@@ -16,11 +16,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from trainer.run_dir import write_atomically
+from trainer.run_dir import Row, read_rows, write_atomically
 
 log = logging.getLogger(__name__)
-
-Row = dict[str, Any]
 
 
 class Averages:
@@ -148,17 +146,6 @@ class Recorder:
 def _clock(seconds: float) -> str:
     hours, rest = divmod(round(seconds), 3600)
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a metrics.jsonl, [] if there is none; a line cut short is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            log.warning("%s: a line is not JSON, left out: %.40s", path, line)
-    return rows
 
 
 def _keep_rows_until(path: Path, step: int) -> list[Row]:

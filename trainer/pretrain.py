@@ -20,9 +20,9 @@ from trainer.build import autocast_type, fill_bank, make_game
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.evaluate import knn
-from trainer.metrics import Averages, Recorder, peak_memory_gib, read_rows, set_up_logging
+from trainer.metrics import Averages, Recorder, peak_memory_gib, set_up_logging
 from trainer.optim import cosine, make_optimizer, scaled_lr
-from trainer.run_dir import Unreadable, claim, open_sources, write_json
+from trainer.run_dir import Unreadable, claim, open_sources, read_rows, write_json
 from trainer.step import Learner, Rates
 
 log = logging.getLogger(__name__)

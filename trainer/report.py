@@ -6,7 +6,6 @@ Content-Security-Policy forbids the rest. The template is `report.html.j2`; what
 
 import base64
 import json
-import logging
 import math
 import shlex
 import sys
@@ -20,14 +19,13 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-Row = dict[str, Any]
+from trainer.run_dir import Row
+
 Image = NDArray[np.uint8]
 
 MAX_POINTS = 1000  # per line: more cannot be told apart on a screen and only makes the page heavy
 MAX_IMAGE_SIDE = 160  # pixels: larger pictures are shrunk, they are shown as thumbnails
 CRISP_SIDE = 96  # pixels: pictures up to this side are scaled up without smoothing
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,28 +132,6 @@ CHARTS = (
 POSITION_KEYS = {"step", "epoch", "images", "seconds"}  # where a row was written: never charted themselves
 
 
-def read_metrics(run_dir: Path) -> list[Row]:
-    """The rows of `run_dir`/metrics.jsonl by step; where a resumed run wrote a row again, the later one.
-
-    A line that is not a JSON object (a run killed while writing) is left out and named in the log.
-    ValueError if there is no such file.
-    """
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise ValueError(f"no {path}: a run directory is needed, and one step logged at least")
-    rows: dict[tuple[int, bool], Row] = {}
-    for number, text in enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1):
-        try:
-            row = json.loads(text)
-        except json.JSONDecodeError:
-            row = None
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            log.warning("%s, line %d is not a row of metrics: left out", path, number)
-            continue
-        rows[row["step"], "knn" in row] = row
-    return [rows[key] for key in sorted(rows)]
-
-
 def render(
     run_dir: Path,
     config: dict[str, Any],
@@ -166,7 +142,7 @@ def render(
 ) -> str:
     """The page, as HTML.
 
-    `config` is the resolved configuration, `rows` what `read_metrics` gave, `results` the content of
+    `config` is the resolved configuration, `rows` those of metrics.jsonl, `results` the content of
     results.json ({} while the run is not finished). `neighbours` are images with their nearest neighbours,
     `negatives` are negatives with the images nearest to them; either may be empty.
     """

@@ -28,6 +28,8 @@ from trainer.distributed import Place, agree
 
 log = logging.getLogger(__name__)
 
+Row = dict[str, Any]
+
 # What may change between two starts of a run, since it changes nothing that is learned.
 FREE = ("run.dir", "run.device", "run.log_every", "run.save_every", "run.keep", "data.workers", "eval.")
 
@@ -136,11 +138,11 @@ class Unreadable:
         return int(count)
 
 
-def read_config(folder: Path) -> Config:
-    """The configuration of the run in `folder`. Raises ValueError if there is none."""
+def read_config(folder: Path, overrides: list[str] | None = None) -> Config:
+    """The configuration of the run in `folder`, with overrides. Raises ValueError if there is none."""
     if not (folder / "config.yaml").is_file():
         raise ValueError(f"{folder} is not a run: it has no config.yaml")
-    return load(folder / "config.yaml")
+    return load(folder / "config.yaml", overrides)
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -153,3 +155,14 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a metrics.jsonl, [] if there is none. A line cut short, by a kill while writing, is left out."""
+    rows = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(text))
+        except json.JSONDecodeError:
+            log.warning("%s: a line is not JSON, left out: %.60s", path, text)
+    return rows

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.report import MAX_POINTS, Gallery, Image, format_seconds, png_data_url, read_metrics, render
+from trainer.report import MAX_POINTS, Gallery, Image, format_seconds, png_data_url, render
+from trainer.run_dir import read_rows
 
 HOSTILE = "<script>alert('x')</script>\"&<img src=http://evil.example/x.png>"
 
@@ -97,7 +98,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     html = render(
         run_dir,
         CONFIG,
-        read_metrics(run_dir),
+        read_rows(run_dir / "metrics.jsonl"),
         RESULTS,
         galleries(4, "Test image", with_query=True),
         [*galleries(3, "Negative", with_query=False), *galleries(1, "Photograph", False, side=224)],
@@ -202,25 +203,11 @@ def test_long_runs_are_thinned_by_means(tmp_path: Path) -> None:
     assert set(line["y"]) == {0.5}
 
 
-def test_metrics_of_a_killed_and_resumed_run(tmp_path: Path) -> None:
-    lines = [
-        '{"step": 1, "loss": 3.0}',
-        '{"step": 2, "loss": 9.0}',
-        '{"step": 2, "knn": 0.5}',
-        '{"step": 3, "lo',  # killed here, resumed from step 1
-        '{"step": 2, "loss": 2.0}',
-        '{"step": 3, "loss": NaN}',
-    ]
-    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-    rows = read_metrics(tmp_path)
-    assert rows[:3] == [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 2, "knn": 0.5}]
-    assert rows[3]["step"] == 3
-    assert math.isnan(rows[3]["loss"])
-
-
-def test_a_folder_that_is_not_a_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"metrics\.jsonl: a run directory is needed"):
-        read_metrics(tmp_path)
+def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
+    assert read_rows(path) == [{"step": 1, "loss": 3.0}]
+    assert read_rows(tmp_path / "none") == []
 
 
 def test_galleries_and_pictures_of_a_wrong_shape_are_refused() -> None:

@@ -33,7 +33,7 @@ def accuracy(train: Features, test: Features, classes: int, k: int, temperature:
         own_ND = test.x_ND[i * _CHUNK : (i + 1) * _CHUNK]
         padded_ND = F.pad(own_ND, (0, 0, 0, _CHUNK - len(own_ND)))
         all_MD = padded_ND.new_empty(world * _CHUNK, own_ND.shape[1])
-        dist.all_gather_into_tensor(all_MD, padded_ND)
+        dist.all_gather_single(all_MD, padded_ND)
         similarity_Mk, label_Mk = _nearest(all_MD, train, k)
         # Every rank's neighbours of every rank's queries: to each the ones of its own.
         similarity_RNk, label_RNk = torch.empty_like(similarity_Mk), torch.empty_like(label_Mk)

@@ -1,0 +1,201 @@
+"""The game over several ranks against a plain fp64 formula on one: every placement gives the same."""
+
+from typing import NamedTuple, cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from kernels import implementation
+from models.adco import AdCo
+from models.bank import Bank, Rows, make_mesh
+from models.contrast import contrast
+from models.encoder import Encoder
+from tests.ranks import run_ranks
+
+B, D, K = 12, 8, 37  # images over all ranks; K is divisible by no number of ranks
+T, TA, LR, MOMENTUM, DECAY = 0.12, 0.05, 3.0, 0.9, 1e-2
+CPU = torch.device("cpu")
+
+
+class Outcome(NamedTuple):
+    """Of one rank, after two steps: losses, gradients of its queries, its shard of the bank and where that begins."""
+
+    losses: Tensor
+    dq: Tensor
+    w: Tensor
+    v: Tensor
+    first: int
+
+
+def unit(*shape: int, seed: int) -> Tensor:
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return nn.functional.normalize(x, dim=-1)
+
+
+def make_bank(
+    placement: str, ranks_per_node: int, kernels: str = "chunked", dtype: torch.dtype = torch.float32
+) -> Bank:
+    mesh = make_mesh(placement, CPU, ranks_per_node)
+    bank = Bank(K, D, mesh, implementation(kernels), temperature=TA, momentum=MOMENTUM, weight_decay=DECAY)
+    bank.w_KD, bank.v_KD, bank.n_KD = (x.to(dtype) for x in (bank.w_KD, bank.v_KD, bank.n_KD))
+    w_KD = 1.5 * unit(K, D, seed=1).to(dtype)
+    bank.fill(w_KD[bank.first : bank.first + len(bank.w_KD)])
+    return bank
+
+
+def two_steps(placement: str, ranks_per_node: int, batch_keys: bool, views: int) -> Outcome:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    bank = make_bank(placement, ranks_per_node)
+    mine = slice(rank * B // world, (rank + 1) * B // world)
+    losses, gradients = [], []
+    for step in range(2):
+        k_BD = unit(B, D, seed=10 + step)[mine].float()
+        queries = torch.cat([unit(B, D, seed=20 + step + 7 * view)[mine].float() for view in range(views)])
+        queries.requires_grad_()
+        result = contrast(queries, k_BD, bank, T, batch_keys)
+        result.loss_N.sum().backward()
+        assert queries.grad is not None
+        bank.step([result.rows(1 / B)], LR)
+        losses.append(result.loss_N.detach().view(views, -1))
+        gradients.append(queries.grad.view(views, -1, D))
+    return Outcome(torch.stack(losses), torch.stack(gradients), bank.w_KD, bank.v_KD, bank.first)
+
+
+def expected(batch_keys: bool, views: int) -> Outcome:
+    """The same in fp64 with autograd, everything materialised."""
+    w = (1.5 * unit(K, D, seed=1)).float().double()
+    v = torch.zeros_like(w)
+    losses, gradients = [], []
+    for step in range(2):
+        k_BD = unit(B, D, seed=10 + step)
+        q = torch.cat([unit(B, D, seed=20 + step + 7 * view) for view in range(views)]).requires_grad_()
+        weights = w.clone().requires_grad_()
+        n = weights / weights.norm(dim=1, keepdim=True)
+        own = k_BD.repeat(views, 1)
+        positive = (q * own).sum(1, keepdim=True)
+        rivals = q @ k_BD.T if batch_keys else positive
+        similarity = torch.cat([rivals, q @ n.T], dim=1)
+        loss = torch.logsumexp(similarity / T, 1) - positive[:, 0] / T
+        (dq,) = torch.autograd.grad(loss.sum(), q, retain_graph=True)
+        adversarial = (torch.logsumexp(similarity / TA, 1) - positive[:, 0] / TA).sum() / B
+        (gradient,) = torch.autograd.grad(adversarial, weights)
+        v = MOMENTUM * v - gradient + DECAY * w
+        w = w - LR * v
+        losses.append(loss.detach().view(views, B))
+        gradients.append(dq.view(views, B, D))
+    return Outcome(torch.stack(losses), torch.stack(gradients), w, v, 0)
+
+
+@pytest.mark.parametrize("batch_keys", [True, False])
+@pytest.mark.parametrize(
+    ("world", "placement", "ranks_per_node"),
+    [(1, "sharded", 1), (2, "sharded", 2), (3, "sharded", 3), (3, "replicated", 3), (4, "node", 2)],
+)
+def test_every_placement_agrees_with_the_formula(
+    world: int, placement: str, ranks_per_node: int, batch_keys: bool
+) -> None:
+    views = 2
+    truth = expected(batch_keys, views)
+    ranks = run_ranks(world, two_steps, placement, ranks_per_node, batch_keys, views)
+    for rank, got in enumerate(ranks):
+        mine = slice(rank * B // world, (rank + 1) * B // world)
+        shard = slice(got.first, got.first + len(got.w))
+        for name, value, true in (
+            ("loss", got.losses, truth.losses[:, :, mine]),
+            ("dq", got.dq, truth.dq[:, :, mine]),
+            ("w", got.w, truth.w[shard]),
+            ("v", got.v, truth.v[shard]),
+        ):
+            torch.testing.assert_close(value.double(), true, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    assert sorted({got.first for got in ranks})[0] == 0
+    if placement == "replicated":
+        assert all(torch.equal(got.w, ranks[0].w) for got in ranks), "replicas must not differ by a bit"
+    if placement == "node":
+        assert torch.equal(ranks[0].w, ranks[2].w)
+        assert torch.equal(ranks[1].w, ranks[3].w)
+
+
+def adco_losses(symmetric: bool, crops: str, views: int) -> tuple[float, Tensor]:
+    """The loss of the game on given embeddings and the summed weight of the adversary's rows."""
+    bank = make_bank("sharded", 1, "reference", torch.float64)
+    network = cast(Encoder, nn.Identity())
+    adco = AdCo(network, network, bank, temperature=T, symmetric=symmetric, crops=crops)
+    keys = {j: unit(B, D, seed=10 + j) for j in ([0, 1] if symmetric else [0])}
+    queries = {i: unit(B, D, seed=20 + i) for i in range(views) if list(keys) != [i]}
+    play = adco._contrast(queries, keys)
+    z = torch.cat([(r.coef_N * torch.exp(r.q_ND @ bank.n_KD.T / TA).sum(1)) for r in play.rows])
+    return float(play.loss), z.sum()
+
+
+def pair_loss(i: int, j: int) -> float:
+    """Mean loss of view i's queries against view j's keys."""
+    bank = make_bank("sharded", 1, "reference", torch.float64)
+    return float(contrast(unit(B, D, seed=20 + i), unit(B, D, seed=10 + j), bank, T, True).loss_N.mean())
+
+
+def games() -> None:
+    two, three = 2, 3
+    asym = pair_loss(1, 0)
+    assert adco_losses(False, "sum", two)[0] == pytest.approx(asym)
+    sym = (pair_loss(1, 0) + pair_loss(0, 1)) / 2
+    assert adco_losses(True, "sum", two)[0] == pytest.approx(sym)
+    assert adco_losses(False, "sum", three)[0] == pytest.approx(pair_loss(1, 0) + pair_loss(2, 0))
+    assert adco_losses(False, "mean", three)[0] == pytest.approx((pair_loss(1, 0) + pair_loss(2, 0)) / 2)
+    both = pair_loss(1, 0) + pair_loss(2, 0) + pair_loss(0, 1) + pair_loss(2, 1)
+    assert adco_losses(True, "sum", three)[0] == pytest.approx(both / 2)
+    assert adco_losses(True, "mean", three)[0] == pytest.approx(both / 4)
+    # A row's probabilities over the negatives add up to less than its weight; all rows to less than the views' sum.
+    assert 0 < adco_losses(False, "mean", three)[1] < 1
+    assert 0.5 * float(adco_losses(False, "sum", three)[1]) == pytest.approx(
+        float(adco_losses(False, "mean", three)[1])
+    )
+
+
+def test_every_kind_of_game_weighs_its_views() -> None:
+    run_ranks(1, games)
+
+
+def hardest() -> None:
+    bank = make_bank("sharded", 1)
+    k_BD = unit(B, D, seed=3).float()
+    q_BD = nn.functional.normalize(k_BD + 0.1 * unit(B, D, seed=4).float(), dim=1)
+    result = contrast(q_BD, k_BD, bank, T, True)
+    similarity = q_BD @ torch.cat([k_BD, bank.n_KD]).T
+    torch.testing.assert_close(result.positive_N, similarity.diagonal())
+    rivals = similarity.clone()
+    rivals.fill_diagonal_(-2)
+    torch.testing.assert_close(result.hardest_N, rivals.amax(1))
+
+
+def test_the_hardest_negative_is_not_the_own_key() -> None:
+    run_ranks(1, hardest)
+
+
+def statistics() -> tuple[dict[str, float], float, float]:
+    bank = make_bank("sharded", dist.get_world_size())
+    q_ND = unit(B, D, seed=5).float()
+    before = bank.w_KD.clone()
+    stats = bank.step([Rows(q_ND, torch.full((B,), 0.01))], lr=0.0)
+    assert torch.equal(bank.w_KD, before)
+    return bank.metrics(stats), float(stats.mass_K.sum()), float(stats.mass_K.square().sum())
+
+
+def test_statistics_are_of_the_whole_bank() -> None:
+    (metrics, _, _), (again, _, _) = run_ranks(2, statistics)
+    ((one, mass, squares),) = run_ranks(1, statistics)
+    assert metrics == again
+    assert metrics == pytest.approx(one, rel=1e-5)
+    assert one["bank_norm"] == pytest.approx(1.5)
+    assert one["bank_share"] == pytest.approx(mass**2 / squares / K)
+    assert 0 < one["bank_share"] < 1
+
+
+def wrong_mesh() -> None:
+    with pytest.raises(ValueError, match="node needs as many ranks on each node, got 3 for 2"):
+        make_mesh("node", CPU, 2)
+
+
+def test_nodes_of_unequal_size_are_refused() -> None:
+    run_ranks(3, wrong_mesh)

@@ -56,14 +56,12 @@ def render(image: Image, params: ViewParams, i: int, size: int) -> Image:
 def render_center(image: Image, size: int) -> Image:
     """The view of `image` (uint8 [H, W, 3]) that evaluation uses: uint8 [size, size, 3].
 
-    The shorter side to size * 256 / 224, then the central square. A picture that is not larger than that comes from
-    a data set of small pictures: its shorter side is resized to `size`, so that nothing of a square one is cut off.
+    The shorter side to size * 256 / 224, then the central square, as torchvision cuts it. A picture whose shorter
+    side is not above `size` is taken to come from a data set of small pictures: that side becomes `size`, so that
+    nothing of a square one is cut off.
     """
     height, width = image.shape[:2]
-    shorter = round(size * 256 / 224)
-    if min(height, width) <= shorter:
-        shorter = size
-    scale = shorter / min(height, width)
-    image = resize(image, round(height * scale), round(width * scale))
-    y, x = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
+    shorter = size if min(height, width) <= size else round(size * 256 / 224)
+    image = resize(image, height * shorter // min(height, width), width * shorter // min(height, width))
+    y, x = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
     return image[y : y + size, x : x + size]

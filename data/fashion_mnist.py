@@ -18,6 +18,9 @@ INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 FILES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
 
 
+CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+
 def complete(folder: Path) -> bool:
     """Whether the four files are in `folder`."""
     return all((folder / name).is_file() for name in FILES)
@@ -90,10 +93,12 @@ def main() -> int:
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python -m data.fashion_mnist DEST", file=sys.stderr)
         return 2
-    failure = fetch(Path(sys.argv[1]))
-    if failure:
+    dest = Path(sys.argv[1])
+    if failure := fetch(dest):
         print(failure, file=sys.stderr)
-    return 1 if failure else 0
+        return 1
+    (dest / "classes.txt").write_text("".join(name + "\n" for name in CLASSES), encoding="utf-8")
+    return 0
 
 
 if __name__ == "__main__":

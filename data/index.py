@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp")
 
 # A damaged file is reported by us, with its name; OpenCV's own line on stderr has none.
-cv2.setLogLevel(0)  # type: ignore[attr-defined]
+cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
 
 
 class UnreadableImage(Exception):
@@ -87,7 +87,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
         try:
             return simplejpeg.decode_jpeg(data, "RGB")
         except ValueError:
-            pass  # it also refuses what Pillow and OpenCV take, such as a missing end marker
+            pass  # it also refuses what Pillow and OpenCV take, such as stray bytes between two markers
     try:
         image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
     except cv2.error as error:  # such as more pixels than OpenCV allows
@@ -104,13 +104,7 @@ class ImageFolder:
     ignored. Pictures directly in the root, without class folders, are one class. Paths are kept as one block of bytes.
     """
 
-    def __init__(self, root: Path, classes: list[str], labels: NDArray[np.int64], paths: list[bytes]) -> None:
-        """`paths` are relative to `root`, with their `labels`."""
-        lengths = np.fromiter(map(len, paths), np.int64, len(paths))
-        offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-        self._set(root, classes, labels, np.frombuffer(bytearray().join(paths), np.uint8), offsets)
-
-    def _set(
+    def __init__(
         self,
         root: Path,
         classes: list[str],
@@ -118,13 +112,12 @@ class ImageFolder:
         names: NDArray[np.uint8],
         offsets: NDArray[np.int64],
     ) -> None:
+        """The path of sample i, relative to `root`, is the bytes `offsets[i]` to `offsets[i + 1]` of `names`."""
         self.root = root
         self.classes = classes
-        self._labels, self._names, self._offsets = (
-            SharedArray(labels),
-            SharedArray(names),
-            SharedArray(offsets),
-        )
+        self._labels = SharedArray(labels)
+        self._names = SharedArray(names)
+        self._offsets = SharedArray(offsets)
 
     @classmethod
     def scan(cls, root: Path) -> "ImageFolder":
@@ -141,14 +134,18 @@ class ImageFolder:
                     "put every picture in a class folder, or none"
                 )
             classes = [os.fsdecode(folder) for folder in folders]
-            labels = np.repeat(np.arange(len(folders)), [len(paths) for paths in by_class])
-            return cls(root, classes, labels, [path for paths in by_class for path in paths])
-        if loose:
-            return cls(root, [root.resolve().name], np.zeros(len(loose), np.int64), loose)
-        raise ValueError(
-            f"{root} has no pictures: it needs class/picture.jpg (or {', '.join(e.decode() for e in EXTENSIONS[1:])}) "
-            "inside; for IDX data give the path of the *-images-idx3-ubyte[.gz] file"
-        )
+        elif loose:
+            classes, by_class = [root.resolve().name], [loose]
+        else:
+            raise ValueError(
+                f"{root} has no pictures: it needs class/picture.jpg (or "
+                f"{', '.join(e.decode() for e in EXTENSIONS[1:])}) inside; for IDX data give the path of the "
+                "*-images-idx3-ubyte[.gz] file"
+            )
+        labels = np.repeat(np.arange(len(classes)), [len(paths) for paths in by_class])
+        paths = [path for paths in by_class for path in paths]
+        offsets = np.cumsum([0, *map(len, paths)])
+        return cls(root, classes, labels, np.frombuffer(bytearray().join(paths), np.uint8), offsets)
 
     @classmethod
     def load(cls, index: Path, root: Path) -> "ImageFolder | None":
@@ -157,10 +154,8 @@ class ImageFolder:
             with np.load(index, allow_pickle=False) as saved:
                 if saved["root"].tobytes() != os.fsencode(root.resolve()):
                     return None
-                folder = cls.__new__(cls)
                 classes = [os.fsdecode(name) for name in saved["classes"].tobytes().split(b"/")]
-                folder._set(root, classes, saved["labels"], saved["names"], saved["offsets"])
-                return folder
+                return cls(root, classes, saved["labels"], saved["names"], saved["offsets"])
         except FileNotFoundError:
             return None
         except (zipfile.BadZipFile, ValueError, KeyError, EOFError):
@@ -233,7 +228,8 @@ def _images(top: bytes, folder: bytes, recurse: bool = True) -> list[bytes]:
 class IdxImages:
     """Grey pictures in the IDX format of MNIST: x-images-idx3-ubyte[.gz] beside x-labels-idx1-ubyte[.gz].
 
-    Format: http://yann.lecun.com/exdb/mnist/. Everything is read into memory.
+    Format: http://yann.lecun.com/exdb/mnist/. Everything is read into memory. Classes are called by their numbers, or
+    by the lines of a file classes.txt beside.
     """
 
     PATTERN = re.compile(r"(.*)-images-idx3-ubyte(\.gz)?")
@@ -257,6 +253,12 @@ class IdxImages:
         self._file = path.name
         self._images, self._labels = SharedArray(images), SharedArray(labels)
         self.classes = [str(label) for label in range(labels.max() + 1)]
+        if (names := path.with_name("classes.txt")).is_file():
+            self.classes = names.read_text(encoding="utf-8").split("\n")[:-1]
+            if labels.max() >= len(self.classes):
+                raise ValueError(
+                    f"{names} has {len(self.classes)} lines, but {labels_path.name} has label {labels.max()}"
+                )
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -286,7 +288,10 @@ def _read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
     magic = bytes([0, 0, 8, dims])  # 8: unsigned bytes
     header = len(magic) + 4 * dims
     if not data.startswith(magic) or len(data) < header:
-        raise ValueError(f"{path} is not an IDX file: it begins with {data[:4].hex()}, needed {magic.hex()}")
+        raise ValueError(
+            f"{path} is not an IDX file: it must begin with {magic.hex()} and {dims} sizes, "
+            f"it begins with {data[:header].hex()}"
+        )
     shape = np.frombuffer(data, ">u4", dims, len(magic)).tolist()
     if len(data) - header != math.prod(shape):
         raise ValueError(

@@ -67,15 +67,14 @@ class _TrainSteps(Dataset[Batch]):
 
 def _readable(source: Source, sample: int, bad: list[tuple[int, str]]) -> tuple[NDArray[np.uint8], int]:
     """The picture of `sample`, or of the next readable one, and which it is; unreadable ones are added to `bad`."""
-    for i in range(sample, sample + MAX_REPLACEMENTS):
+    tries = min(MAX_REPLACEMENTS, len(source))
+    for i in range(sample, sample + tries):
         i %= len(source)
         try:
             return source.image(i), i
         except UnreadableImage as error:
             bad.append((i, str(error)))
-    raise ValueError(
-        f"{MAX_REPLACEMENTS} samples in a row cannot be read, the last is {bad[-1][1]}: check the data set"
-    )
+    raise ValueError(f"{tries} samples in a row cannot be read, the last is {bad[-1][1]}: check the data set")
 
 
 @dataclass
@@ -116,6 +115,7 @@ def _start(dataset: Dataset, items: range, workers: int, pin_memory: bool) -> It
             num_workers=workers,
             pin_memory=pin_memory,
             multiprocessing_context=context,
+            generator=torch.Generator(),  # else it takes its unused seed from torch's, which a resumed run would miss
         )
     )
 
@@ -138,7 +138,7 @@ def train_batches(
     `batch_size` is the global one. A sample that cannot be read is replaced by the next one that can, under the
     first one's view parameters, and listed in `bad`. `workers` processes, each of one thread, make whole batches;
     with 0 they are made here. Raises ValueError if the data do not fill a batch, or `world` does not divide it;
-    while iterating, if 100 samples in a row cannot be read.
+    while iterating, if 100 samples in a row, or all of fewer, cannot be read.
     """
     steps_per_epoch(len(source), batch_size)
     if batch_size % world:

@@ -10,7 +10,7 @@ Brightness, contrast, saturation, hue and grayscale have their *linear* meaning 
     brightness b   Y, I, Q  -> b Y, b I, b Q
     contrast c     Y -> c Y + (1 - c) mean(Y),  (I, Q) -> c (I, Q)       mean(Y): of the view at that point
     saturation s   Y -> Y,                      (I, Q) -> s (I, Q)
-    hue t          Y -> Y,                      (I, Q) -> rotated by the angle t
+    hue t          Y -> Y,                      (I, Q) -> rotated by the angle t, from red to yellow as in HSV
     grayscale      Y -> Y,                      (I, Q) -> 0
 
 Each acts on Y by an affine map that keeps or scales mean(Y), and on chroma by a scaled rotation. Such maps commute,
@@ -128,7 +128,7 @@ class ViewParams:
         yiq = np.zeros((len(self), 3, 3))
         yiq[:, 0, 0] = 1
         yiq[:, 1, 1] = yiq[:, 2, 2] = cos
-        yiq[:, 1, 2], yiq[:, 2, 1] = -sin, sin
+        yiq[:, 1, 2], yiq[:, 2, 1] = sin, -sin
         gain = (self.brightness * self.contrast)[:, None, None]
         return gain * (YIQ_TO_RGB @ yiq @ RGB_TO_YIQ)
 

@@ -108,7 +108,7 @@ def test_every_placement_agrees_with_the_formula(
             ("w", got.w, truth.w[shard]),
             ("v", got.v, truth.v[shard]),
         ):
-            torch.testing.assert_close(value.double(), true, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(value.double(), true, rtol=1e-5, atol=1e-5, msg=name)
     assert sorted({got.first for got in ranks})[0] == 0
     if placement == "replicated":
         assert all(torch.equal(got.w, ranks[0].w) for got in ranks), "replicas must not differ by a bit"

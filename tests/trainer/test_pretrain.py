@@ -1,0 +1,237 @@
+"""Whole runs: what is written, that several ranks do the same as one, that a killed run goes on bit for bit."""
+
+import json
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.small import PYTHON, RESNET, VIT, VIT_ARGS, small_config, write_images
+from trainer.config import Config, dump
+from trainer.inspect import write_report
+from trainer.pretrain import pretrain
+from trainer.run_dir import read_rows
+
+TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib"}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "train")
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    """The metrics without what a clock or the memory decides."""
+    rows = read_rows(folder / "metrics.jsonl")
+    return [{key: value for key, value in row.items() if key not in TIMINGS} for row in rows]
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file with tensors in every checkpoint of a run."""
+    return {
+        f"{manifest.parent.name}/{name}": entry["sha256"]
+        for manifest in sorted(folder.glob("checkpoints/*/manifest.json"))
+        for name, entry in json.loads(manifest.read_text()).items()
+        if name.endswith(".distcp")
+    }
+
+
+def command(config: Config, ranks: int = 1) -> list[str]:
+    path = Path(config.run.dir).with_suffix(".yaml")
+    path.write_text(dump(config))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    return [PYTHON, *launcher, "-m", "trainer", "pretrain", str(path)]
+
+
+def test_a_run_leaves_what_a_user_looks_for(tmp_path: Path, images: Path) -> None:
+    config = small_config(tmp_path / "run", images)
+    pretrain(config)
+    rows = rows_of(tmp_path / "run")
+    training, evaluations = ([row for row in rows if key in row] for key in ("loss", "knn"))
+    assert [row["step"] for row in training] == list(range(1, 19))
+    assert [row["step"] for row in evaluations] == [0, 6, 12, 18]
+    assert training[-1]["loss"] < training[0]["loss"]
+    for key in ("pretext_top1", "positive_similarity", "hardest_similarity", "adversary_grad_norm", "bank_norm",
+                "bank_share", "teacher_momentum", "lr", "bank_lr", "unreadable"):  # fmt: skip
+        assert key in training[0], key
+    assert training[0]["lr"] == pytest.approx(0.5 * 12 / 256), "the first step takes the whole rate"
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["knn_untrained"] == evaluations[0]["knn"]
+    assert results["knn"] == evaluations[-1]["knn"]
+    steps = [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())]
+    assert steps == [f"step-{n:08d}" for n in (4, 8, 12, 16, 18)]
+    assert list((tmp_path / "run/tensorboard").iterdir())
+    html = write_report(tmp_path / "run").read_text()
+    assert "negative 0" in html
+    assert "class-2" in html
+
+
+METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "symmetric": {"method": {"symmetric": True}},
+    "multi-crop": {"data": {"views": [{"size": 16}, {"size": 16}, {"size": 12, "scale": [0.1, 0.5]}]}},
+    "symmetric multi-crop, mean": {
+        "data": {"views": [{"size": 16}, {"size": 16}, {"size": 12, "scale": [0.1, 0.5]}]},
+        "method": {"symmetric": True, "crops": "mean"},
+    },
+    "own key only, random bank, reference": {
+        "method": {"batch_keys": False},
+        "bank": {"init": "random", "kernels": "reference", "lr_final": 0.1},
+    },
+    "vit, adamw, accumulation": {
+        "model": VIT,
+        "optim": {"name": "adamw", "lr": 1e-3, "warmup": 1, "accumulate": 3, "decay_norm_and_bias": False},
+    },
+    "lars, sync": {"optim": {"name": "lars", "lr": 200.0}, "method": {"bn": "sync"}},
+    "bf16": {"run": {"precision": "bf16"}},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_option_trains(tmp_path: Path, images: Path, name: str) -> None:
+    config = small_config(tmp_path / "run", images, **METHODS[name])
+    pretrain(config)
+    training = [row for row in rows_of(tmp_path / "run") if "loss" in row]
+    assert len(training) == 18
+    losses = [row["loss"] for row in training]
+    assert sum(losses[-6:]) < sum(losses[:6])
+
+
+@pytest.mark.parametrize(
+    ("model", "method", "tolerance"),
+    [(VIT, {"symmetric": True}, 1e-5), (RESNET, {"bn": "sync"}, 1e-2)],
+    ids=["no BatchNorm", "BatchNorm over all ranks"],
+)
+def test_two_ranks_do_the_same_as_one(
+    tmp_path: Path, images: Path, model: dict[str, Any], method: dict[str, Any], tolerance: float
+) -> None:
+    """`tolerance`: BatchNorm multiplies rounding errors a hundredfold in these 18 steps."""
+    one = small_config(tmp_path / "one", images, model=model, method=method)
+    two = one.model_copy(update={"run": one.run.model_copy(update={"dir": str(tmp_path / "two")})})
+    pretrain(one)
+    subprocess.run(command(two, ranks=2), check=True, capture_output=True, timeout=120)
+    for alone, together in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        assert together.keys() == alone.keys()
+        for key in ("loss", "positive_similarity", "hardest_similarity", "adversary_grad_norm", "bank_norm"):
+            if key in alone:
+                assert together[key] == pytest.approx(alone[key], rel=tolerance, abs=1e-5), (alone["step"], key)
+
+
+def test_shuffled_batchnorm_trains_on_two_ranks_and_goes_on_with_one(tmp_path: Path, images: Path) -> None:
+    config = small_config(
+        tmp_path / "run", images, run={**small_config(tmp_path, images).run.model_dump(), "dir": str(tmp_path / "run")}
+    )
+    process = subprocess.Popen(command(config, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(tmp_path / "run", 9, process)
+    process.send_signal(signal.SIGINT)
+    process.wait(timeout=60)
+    pretrain(config)
+    rows = rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 19))
+    assert rows[-1]["knn"] > 0
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    for _ in range(600):
+        path = folder / "metrics.jsonl"
+        if path.exists() and path.read_text().count('"loss"') >= step:
+            return
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.05)
+    raise AssertionError(f"step {step} was not reached in 30 s")
+
+
+@pytest.mark.parametrize("model", ["resnet", "vit with dropout"])
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, images: Path, model: str) -> None:
+    sections = (
+        {} if model == "resnet" else {"model": {**VIT, "backbone_args": VIT_ARGS | {"drop_rate": 0.2}}}
+    )
+    whole = small_config(tmp_path / "whole", images, **sections)
+    killed = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "killed")})})
+    pretrain(whole)
+    process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(tmp_path / "killed", 10, process)
+    process.kill()
+    process.wait()
+    assert not (tmp_path / "killed/results.json").exists(), "it was to be killed before its end"
+    pretrain(killed)
+    assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
+    assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path, images: Path) -> None:
+    config = small_config(tmp_path / "run", images, run={"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"})
+    pretrain(config)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.suffix == ".json"}
+    pretrain(config)
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*") if path.suffix == ".json"}
+
+
+def test_unreadable_images_are_listed_skipped_and_counted(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    (images / "class-1/003.png").write_bytes(b"")
+    (images / "class-2/004.png").write_bytes(b"not a picture")
+    config = small_config(tmp_path / "run", images, run={"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"})
+    pretrain(config)
+    listed = (tmp_path / "run/unreadable-0.txt").read_text()
+    assert "class-1/003.png" in listed
+    assert "class-2/004.png" in listed
+    last = [row for row in rows_of(tmp_path / "run") if "loss" in row][-1]
+    assert last["unreadable"] == len(listed.splitlines()) == 2
+
+
+def test_a_truncated_checkpoint_is_skipped_for_the_one_before(
+    tmp_path: Path, images: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, cut = (small_config(tmp_path / name, images) for name in ("whole", "cut"))
+    pretrain(whole)
+    pretrain(cut)
+    (tmp_path / "cut/results.json").unlink()
+    for name in ("step-00000018", "step-00000016"):
+        file = tmp_path / "cut/checkpoints" / name / "__0_0.distcp"
+        file.write_bytes(file.read_bytes()[:-100])
+    pretrain(cut)
+    assert capfd.readouterr().err.count("is damaged") == 2
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert checksums(tmp_path / "cut") == checksums(tmp_path / "whole")
+
+
+def test_a_full_disk_does_not_stop_training(tmp_path: Path, images: Path) -> None:
+    """A limit on the size of a file stands for the full disk: metrics fit, checkpoints do not."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
+
+    config = small_config(tmp_path / "run", images, run={"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"})
+    done = subprocess.run(command(config), preexec_fn=limit, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "checkpoint of step 6 not saved" in done.stderr
+    assert "File too large" in done.stderr
+    assert list((tmp_path / "run/checkpoints").iterdir()) == []
+    assert (tmp_path / "run/results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("sections", "message"),
+    [
+        ({"data": {"train": "/no/such/folder"}}, "data: /no/such/folder does not exist"),
+        ({"data": {"batch_size": 73}}, "data.batch_size: 73 images are more than"),
+        ({"model": {"backbone": "resnet_none"}}, "model.backbone: timm has no model 'resnet_none'"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(
+    tmp_path: Path, images: Path, sections: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message) as refusal:
+        pretrain(small_config(tmp_path / "run", images, **sections))
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path, images: Path) -> None:
+    config = small_config(tmp_path / "run", images, optim={"lr": 1e30})
+    with pytest.raises(ValueError, match=r"step \d+: not finite"):
+        pretrain(config)
+    assert not (tmp_path / "run/results.json").exists()

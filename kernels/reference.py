@@ -1,6 +1,7 @@
 """The specification of the kernels: plain PyTorch, any floating type, everything materialised.
 
-N queries, M keys, K negatives, D dimensions. See `kernels/__init__.py` for what the results mean.
+Half types are widened to fp32 first, in which exp(1/T_a) fits. N queries, M keys, K negatives,
+D dimensions. See `kernels/__init__.py` for what the results mean.
 """
 
 import torch
@@ -25,8 +26,9 @@ def score(
     Raises ValueError where shapes or types do not fit.
     """
     check_inputs(q_ND, k_MD, own_N, n_KD)
-    c_CD = torch.cat([k_MD, n_KD])
-    s_NC = q_ND @ c_CD.T
+    wide = torch.promote_types(q_ND.dtype, torch.float32)
+    c_CD = torch.cat([k_MD, n_KD]).to(wide)
+    s_NC = q_ND.to(wide) @ c_CD.T
     e_NC = torch.exp(s_NC / temperature)
     rival_NC = s_NC
     if own_N is not None:
@@ -60,11 +62,13 @@ def adversary_step(
 
     q_ND: unit queries of all ranks, views and micro-batches. coef_N: w_i / Z^a_i.
     n_KD, w_KD, v_KD: unit negatives, master weights, velocity. temperature: T_a.
+    q and n may be of a narrower type than W and v, in whose type all is computed.
     """
-    p_NK = coef_N[:, None] * torch.exp(q_ND @ n_KD.T / temperature)
+    q_ND, n_wide_KD = q_ND.to(w_KD.dtype), n_KD.to(w_KD.dtype)
+    p_NK = coef_N[:, None] * torch.exp(q_ND @ n_wide_KD.T / temperature)
     g_KD = p_NK.T @ q_ND
     length_K1 = w_KD.norm(dim=1, keepdim=True)
-    grad_KD = (g_KD - (g_KD * n_KD).sum(1, keepdim=True) * n_KD) / (temperature * length_K1)
+    grad_KD = (g_KD - (g_KD * n_wide_KD).sum(1, keepdim=True) * n_wide_KD) / (temperature * length_K1)
     v_KD.mul_(momentum).sub_(grad_KD).add_(w_KD, alpha=weight_decay)
     w_KD.sub_(v_KD, alpha=lr)
     n_KD.copy_(w_KD / w_KD.norm(dim=1, keepdim=True))

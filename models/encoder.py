@@ -13,7 +13,8 @@ class Encoder(nn.Module):
     dim: length of an embedding. hidden: width of the head's hidden layer, the backbone's own if None.
     small_images: for images of about 32 pixels. A ResNet gets a 3 x 3 stem of stride 1 and no max
         pooling (as in the CIFAR experiments of SimCLR, app. B.9), a ViT gets patches of 4 pixels.
-    Raises ValueError for an unknown backbone and for one that has no known stem for small images.
+    Raises ValueError for an unknown backbone, for arguments it does not take, and for one that has no
+    known stem for small images.
     """
 
     def __init__(
@@ -36,9 +37,12 @@ class Encoder(nn.Module):
             self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, **arguments)
         except RuntimeError as error:
             raise ValueError(f"model.backbone: timm has no model {backbone!r} ({error})") from error
+        except TypeError as error:
+            raise ValueError(f"model.backbone_args: {backbone} does not take {arguments} ({error})") from error
         if small_images and not is_vit:
             _shrink_stem(self.backbone, backbone)
-        features = self.backbone.num_features
+        # Some models (MobileNetV3) widen their features once more after pooling.
+        features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.head = nn.Sequential(
             nn.Linear(features, hidden or features), nn.ReLU(inplace=True), nn.Linear(hidden or features, dim)
         )

@@ -41,21 +41,22 @@ def plan(local_batch: int, rank: int, world: int, seed: int) -> Shuffle:
     return Shuffle(send_B, sends, receives)
 
 
-def shuffle(x_BC: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
-    """Exchange rows over ranks: the images that this rank's teacher will see, same shape and type."""
-    received_BC = torch.empty_like(x_BC)
-    sent_BC = x_BC[route.send_B.to(x_BC.device)].contiguous()
-    dist.all_to_all_single(received_BC, sent_BC, route.receives, route.sends, group=group)
-    return received_BC
+def shuffle(images_BCHW: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
+    """Exchange images over ranks: those that this rank's teacher will see, same shape and type, channels_last."""
+    rows_BHWC = images_BCHW.permute(0, 2, 3, 1)  # the order of the bytes in channels_last: nothing is copied
+    sent_BHWC = rows_BHWC[route.send_B.to(rows_BHWC.device)].contiguous()
+    received_BHWC = torch.empty_like(sent_BHWC)
+    dist.all_to_all_single(received_BHWC, sent_BHWC, route.receives, route.sends, group=group)
+    return received_BHWC.permute(0, 3, 1, 2)
 
 
-def unshuffle(x_BC: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
-    """Send the rows made from shuffled ones back to where those came from, in the original order."""
-    returned_BC = torch.empty_like(x_BC)
-    dist.all_to_all_single(returned_BC, x_BC.contiguous(), route.sends, route.receives, group=group)
-    restored_BC = torch.empty_like(returned_BC)
-    restored_BC[route.send_B.to(x_BC.device)] = returned_BC
-    return restored_BC
+def unshuffle(x_BD: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
+    """Send the rows made from shuffled images back to where those came from, in the original order."""
+    returned_BD = torch.empty_like(x_BD, memory_format=torch.contiguous_format)
+    dist.all_to_all_single(returned_BD, x_BD.contiguous(), route.sends, route.receives, group=group)
+    restored_BD = torch.empty_like(returned_BD)
+    restored_BD[route.send_B.to(x_BD.device)] = returned_BD
+    return restored_BD
 
 
 def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
@@ -94,15 +95,19 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 class _SyncBatchNormCPU(nn.BatchNorm2d):
-    """BatchNorm2d over all ranks' batches, by two sums per channel; all ranks hold equally many rows."""
+    """BatchNorm2d over all ranks' batches, by two sums per channel; all ranks hold equally many rows.
+
+    The variance is that around the mean, a second sum: as E[x^2] - E[x]^2 it would lose most of its digits
+    where the mean is large against it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
         rows = x.numel() // x.shape[1] * dist.get_world_size()
-        sums = torch.stack([x.sum((0, 2, 3)), x.square().sum((0, 2, 3))])
-        mean, square = _AllReduceSum.apply(sums) / rows
-        variance = square - mean.square()
+        mean = _AllReduceSum.apply(x.sum((0, 2, 3))) / rows
+        centred = x - mean[:, None, None]
+        variance = _AllReduceSum.apply(centred.square().sum((0, 2, 3))) / rows
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -112,4 +117,4 @@ class _SyncBatchNormCPU(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return centred * scale[:, None, None] + self.bias[:, None, None]

@@ -69,6 +69,38 @@ def doctor(
         raise typer.Exit(1)
 
 
+@bench_app.command("kernels")
+def bench_kernels(
+    rows: Annotated[int, typer.Option(help="Queries N, and as many keys")] = 1024,
+    negatives: Annotated[int, typer.Option(help="Negatives K")] = 65536,
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32, or what torch calls another type")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many")] = 7,
+    out: OutPath = None,
+) -> None:
+    """The negatives step (loss, its gradient, bank update): ours against the formulation that stores N x K tensors."""
+    from trainer.bench import kernels
+
+    kernels.report(kernels.run(rows, negatives, dim, dtype, repeats), out)
+
+
+@bench_app.command("step")
+def bench_step(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many")] = 15,
+    out: OutPath = None,
+) -> None:
+    """A training step of CONFIG against the bare forward, backward, optimizer and moving average of its networks."""
+    import tempfile
+
+    from trainer.bench import step
+    from trainer.config import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        step.report(step.run(load(config, overrides), Path(folder), repeats), out)
+
+
 def main() -> None:
     """One line and exit code 1 for what a user can mend; TRAINER_TRACEBACK=1 shows where it came from."""
     try:

@@ -1,5 +1,7 @@
 """From a configuration to the objects that it describes."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -72,34 +74,39 @@ def autocast_type(config: Config, device: torch.device) -> torch.dtype:
 def fill_bank(bank: Bank, config: Config, place: Place, source: Source) -> None:
     """The negatives' first weights: keys of the untrained encoder, or random directions; at unit length.
 
-    They are made in chunks of 256 rows, each a function of the seed and its number only, so the bank is the same
+    They are made in chunks of up to 256 rows, each a function of the seed and its number only, so the bank is the same
     for any number of ranks. Replicas share the work.
     """
-    random = config.bank.init == "random"
-    chunk = 256 if random else min(256, len(source))
+    chunk = min(256, len(source))
+    first, last = bank.first, bank.first + len(bank.w_KD)
+    chunks = range(first // chunk, -(-last // chunk))
     replica, replicas = bank.mesh.get_local_rank("replica"), bank.mesh.size(0)
-    w_KD = torch.zeros_like(bank.w_KD)
-    last = bank.first + len(w_KD)
-    chunks = range(bank.first // chunk, -(-last // chunk))
     share = chunks[len(chunks) * replica // replicas : len(chunks) * (replica + 1) // replicas]
-    seed = int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
-    # Training mode: before any step BatchNorm's running statistics say nothing. Plain BatchNorm whatever method.bn:
-    # ranks make different numbers of chunks.
-    encoder = make_encoder(config).to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    data = config.data
-    batches = train_batches(
-        source, [data.views[0]], data.augment, seed, chunk, 0, 1, share.start, share.stop, data.workers, False
-    )
-    for c in share:
-        if random:
-            generator = torch.Generator().manual_seed(seed + c)
-            rows_CD = torch.randn(chunk, bank.dim, generator=generator).to(place.device)
-        else:
-            rows_CD = encoder([normalize(next(batches).views[0].to(place.device), torch.float32)])
-        start, stop = max(c * chunk, bank.first), min((c + 1) * chunk, last)
-        w_KD[start - bank.first : stop - bank.first] = rows_CD[start - c * chunk : stop - c * chunk]
+    make_rows = _random_rows if config.bank.init == "random" else _key_rows
+    w_KD = torch.zeros_like(bank.w_KD)
+    for c, rows_CD in zip(share, make_rows(config, place.device, source, share, chunk), strict=True):
+        start, stop = max(c * chunk, first), min((c + 1) * chunk, last)
+        w_KD[start - first : stop - first] = rows_CD[start - c * chunk : stop - c * chunk]
     dist.all_reduce(w_KD, group=bank.mesh.get_group("replica"))  # each row is zero on all replicas but one
     bank.fill(torch.nn.functional.normalize(w_KD, dim=1))
+
+
+def _random_rows(config: Config, device: torch.device, source: Source, chunks: range, size: int) -> Iterator[Tensor]:
+    """[size, D] for each chunk."""
+    for seed in hash_counters(config.run.seed, BANK, np.arange(chunks.start, chunks.stop)) >> np.uint64(2):
+        yield torch.randn(size, config.model.dim, generator=torch.Generator().manual_seed(int(seed))).to(device)
+
+
+def _key_rows(config: Config, device: torch.device, source: Source, chunks: range, size: int) -> Iterator[Tensor]:
+    """[size, D] for each chunk: its images, augmented as views[0] is, seen by the untrained encoder."""
+    # In training mode: before any step BatchNorm's running statistics say nothing. With plain BatchNorm whatever
+    # method.bn says: ranks make different numbers of chunks.
+    encoder = make_encoder(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    data, seed = config.data, int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
+    start, stop, workers = chunks.start, chunks.stop, config.data.workers
+    batches = train_batches(source, [data.views[0]], data.augment, seed, size, 0, 1, start, stop, workers, False)
+    for batch in batches:
+        yield encoder([normalize(batch.views[0].to(device), torch.float32)])
 
 
 def weights(game: AdCo) -> dict[str, dict[str, Tensor]]:

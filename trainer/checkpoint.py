@@ -39,7 +39,7 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
     if failure is None:
         try:
             # The second argument: fsync, so that the rename cannot come before the content.
-            dcp.save(state, storage_writer=dcp.FileSystemWriter(temporary, sync_files=True))
+            dcp.save(state, storage_writer=_Writer(temporary, sync_files=True))
         except (dcp.CheckpointException, OSError) as error:
             failure = _reason(error)
         failure = _any_failure(failure)
@@ -54,7 +54,8 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
             )
         return False
     if first:
-        for old in _list(folder)[keep:]:
+        # Later ones than this were found damaged, or the run would have gone on from them: they count for nothing.
+        for old in [path for path in _list(folder) if path <= final][keep:]:
             shutil.rmtree(old, ignore_errors=True)
     return True
 
@@ -82,8 +83,26 @@ def step_of(path: Path) -> int:
 
 
 def load(path: Path, state: State) -> None:
-    """Fill the tensors of `state`, which may be a part of what was saved, in place. Called by all ranks."""
-    dcp.load(state, storage_reader=_Reader(path))
+    """Fill the tensors of `state`, which may be a part of what was saved, in place. Called by all ranks.
+
+    Raises ValueError, on all ranks, where the checkpoint does not have them, or its index holds what is not data.
+    """
+    try:
+        dcp.load(state, storage_reader=_Reader(path))
+    except dcp.CheckpointException as error:
+        raise ValueError(f"checkpoint {path}: {_reason(error)}") from error
+
+
+class _Writer(dcp.FileSystemWriter):
+    """Fails with the operating system's words: torch.save's zip writer covers them with its own."""
+
+    def write_data(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().write_data(*args, **kwargs)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
 
 
 class _Reader(dcp.FileSystemReader):

@@ -6,17 +6,17 @@ A file holds the sections of `Config`. `extends: other.yaml` takes another file 
 
 import difflib
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from data.views import Augment, View
 from kernels import check_temperature
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class Run(Section):
@@ -24,7 +24,7 @@ class Run(Section):
 
     dir: str
     epochs: int = Field(ge=1)
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     log_every: int = Field(50, ge=1)
@@ -42,8 +42,15 @@ class Data(Section):
     val: str | None = None
     batch_size: int = Field(256, ge=1)
     workers: int = Field(4, ge=0)  # processes per rank that make batches
-    views: tuple[View, ...] = Field((View(size=224), View(size=224)), min_length=2)
+    views: tuple[View, ...] = (View(size=224), View(size=224))
     augment: Augment = Augment()
+
+    @field_validator("views")  # min_length would count only the views without errors
+    @classmethod
+    def _at_least_a_pair(cls, views: tuple[View, ...]) -> tuple[View, ...]:
+        if len(views) < 2:
+            raise ValueError("need at least 2 views")
+        return views
 
 
 class Model(Section):
@@ -62,9 +69,7 @@ class Method(Section):
     name: Literal["adco"] = "adco"
     temperature: float = Field(0.12, gt=0)
     symmetric: bool = False
-    batch_keys: bool = (
-        True  # every rank's keys in the denominator (the published code), or the own key only (the paper)
-    )
+    batch_keys: bool = True  # the denominator has every rank's keys (the published code) or the own one (the paper)
     crops: Literal["sum", "mean"] = "sum"  # over the queries of one key
     teacher_momentum: float = Field(0.999, ge=0, le=1)
     bn: Literal["shuffle", "sync", "local"] = "shuffle"
@@ -194,7 +199,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
         raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path}: need sections such as 'run:' and 'data:', got {type(values).__name__}")
@@ -208,7 +213,7 @@ def _parse_override(text: str) -> dict[str, Any]:
         raise ValueError(f"got {text!r}, need section.key=value")
     try:
         nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ValueError(f"{name}: value {value!r} is not YAML: {' '.join(str(error).split())}") from error
     for key in reversed(name.split(".")):
         nested = {key: nested}
@@ -230,11 +235,14 @@ def _describe(error: Any) -> str:
     """One pydantic error in words, with the nearest valid name for an unknown key."""
     place = ".".join(map(str, error["loc"]))
     if error["type"] == "extra_forbidden":
-        names = {name: name for name in flatten(_fields(Config))}
-        if "." not in place:  # of any section, or a section
-            names = {name.split(".")[-1]: name for name in names} | {name: name for name in _fields(Config)}
-        near = difflib.get_close_matches(place, names, n=1, cutoff=0)
-        return f"{place}: unknown key, did you mean {names[near[0]]}?"
+        names: dict[str, list[str]] = {}
+        for name in _names(Config):
+            if "." not in place:  # a section, or a key of any section
+                names.setdefault(name.split(".")[-1], []).append(name)
+            elif "." in name:
+                names[name] = [name]
+        near = difflib.get_close_matches(place, names, n=1, cutoff=0)[0]
+        return f"{place}: unknown key, did you mean {' or '.join(names[near])}?"
     if error["type"] == "missing":
         return f"{place}: is missing"
     message = error["msg"].removeprefix("Value error, ")
@@ -243,10 +251,14 @@ def _describe(error: Any) -> str:
     return f"{place}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
-def _fields(section: type[BaseModel]) -> dict[str, Any]:
-    fields: dict[str, Any] = {}
+def _names(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """The dotted names of all keys, those of sections too."""
+    names = []
     for name, field in section.model_fields.items():
+        names.append(prefix + name)
         inner = field.annotation
-        nested = isinstance(inner, type) and issubclass(inner, BaseModel)
-        fields[name] = _fields(inner) if nested else None  # type: ignore[arg-type]
-    return fields
+        if get_origin(inner) is tuple:
+            inner = get_args(inner)[0]
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            names += _names(inner, f"{prefix}{name}.")
+    return names

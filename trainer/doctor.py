@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from data.index import open_source
@@ -36,7 +37,7 @@ def show(checks: list[Check]) -> bool:
     for column in ("", "state", "detail"):
         table.add_column(column, overflow="fold")
     for check in checks:
-        table.add_row(check.name, f"[{colors[check.state]}]{check.state}[/]", check.detail)
+        table.add_row(check.name, f"[{colors[check.state]}]{check.state}[/]", escape(check.detail))
     Console().print(table)
     return all(check.state != "missing" for check in checks)
 

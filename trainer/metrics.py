@@ -1,10 +1,13 @@
 """What a run tells: rows to metrics.jsonl, TensorBoard and the console."""
 
+import errno
 import json
 import logging
+import os
 import resource
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -70,9 +73,13 @@ class Recorder:
         self.earlier_seconds = kept[-1]["seconds"] if kept else 0.0
         self.began = time.monotonic()
         self.bar: Progress | None = None
+        self.tensorboard: SummaryWriter | None = None
         if not active:
             return
-        self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1 if start else None)
+        try:
+            self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        except OSError as error:
+            log.warning("no TensorBoard files: %s", error)
         self.console = Console(stderr=False)
         self.start, self.total = start, total
         if self.console.is_terminal:
@@ -98,8 +105,11 @@ class Recorder:
     ) -> None:
         if self.bar:
             self.bar.stop()
-        if self.active:
-            self.tensorboard.close()
+        if self.tensorboard:
+            try:
+                self.tensorboard.close()
+            except OSError as error:
+                log.warning("the last TensorBoard rows not written: %s", error)
 
     @property
     def seconds(self) -> float:
@@ -113,7 +123,8 @@ class Recorder:
     def say(self, text: str) -> None:
         """A line on the console, above the bar if there is one."""
         if self.active:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with suppress(OSError):  # standard output may be a file on a full disk
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def row(self, row: Row) -> None:
         """Record one row; `step` is its place. What the disk does not take is said, not raised."""
@@ -121,13 +132,17 @@ class Recorder:
             return
         row = {**row, "seconds": round(self.seconds, 3)}
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-            for name, value in row.items():
-                if name != "step":
-                    self.tensorboard.add_scalar(name, value, row["step"])
+            _append(self.path, json.dumps(row) + "\n")
         except OSError as error:
             log.warning("metrics of step %d not written: %s", row["step"], error)
+        if self.tensorboard:
+            try:
+                for name, value in row.items():
+                    if name != "step":
+                        self.tensorboard.add_scalar(name, value, row["step"])
+            except OSError as error:
+                log.warning("no more TensorBoard files until the next start: %s", error)
+                self.tensorboard = None  # its writer does not recover
         self._show(row)
 
     def _show(self, row: Row) -> None:
@@ -148,11 +163,20 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
 
 
+def _append(path: Path, line: str) -> None:
+    """Add the whole line or, where the disk has no room for it, nothing."""
+    content = line.encode()
+    with path.open("ab", buffering=0) as file:
+        size = file.tell()
+        if file.write(content) < len(content):
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
 def _keep_rows_until(path: Path, step: int) -> list[Row]:
-    """Drop the rows after `step` from the file; returns the others."""
-    rows = read_rows(path)
-    kept = [row for row in rows if row["step"] <= step]
-    if len(kept) < len(rows):
+    """Drop the rows after `step`, and lines cut short, from the file; returns the others."""
+    kept = [row for row in read_rows(path) if row["step"] <= step]
+    if path.exists():
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
     return kept
 

@@ -155,26 +155,20 @@ def _introduce(config: Config, place: Place, game: AdCo, train: Source, epoch_st
 
 
 def _results(config: Config, place: Place, recorder: Recorder) -> dict[str, Any]:
-    """What the finished run reached."""
+    """What the finished run reached. Rows that a full disk did not take are missing in it."""
     rows = read_rows(recorder.path)
     accuracies = [row["knn"] for row in rows if "knn" in row]
     trained = [row for row in rows if "loss" in row]
+    images = np.diff([0, *(row["images"] for row in trained)])
+    seconds = images / np.array([row["images_per_second"] for row in trained])
+    waited = seconds * np.array([row["data_wait"] for row in trained])
     device = torch.cuda.get_device_name() if place.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    found = {
-        "knn_untrained": accuracies[0],
-        "knn": accuracies[-1],
-        "k": config.eval.k,
-        "temperature": config.eval.temperature,
-    }
-    return {
-        **(found if accuracies else {}),
-        "epochs": config.run.epochs,
-        "images": trained[-1]["images"],
-        "seconds": recorder.seconds,
-        "images_per_second": sum(r["images_per_second"] for r in trained) / len(trained),
-        "data_wait": sum(r["data_wait"] for r in trained) / len(trained),
-        "memory_gib": trained[-1]["memory_gib"],
-        "ranks": place.world,
-        "device": device,
-        "torch": torch.__version__,
-    }
+    results: dict[str, Any] = {}
+    if accuracies:
+        results |= {"knn_untrained": accuracies[0], "knn": accuracies[-1]}
+        results |= {"k": config.eval.k, "temperature": config.eval.temperature}
+    if trained:
+        results |= {"epochs": config.run.epochs, "images": trained[-1]["images"], "seconds": recorder.seconds}
+        results |= {"images_per_second": images.sum() / seconds.sum(), "data_wait": waited.sum() / seconds.sum()}
+        results |= {"memory_gib": trained[-1]["memory_gib"]}
+    return {**results, "ranks": place.world, "device": device, "torch": torch.__version__}

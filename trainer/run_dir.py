@@ -14,8 +14,9 @@ import fcntl
 import json
 import logging
 import os
+import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -51,23 +52,20 @@ def claim(config: Config, place: Place) -> Iterator[Path]:
     Raises ValueError, on all ranks, if it is that of another configuration, of something else, or in use.
     """
     folder = Path(config.run.dir)
-    lock, error = None, None
-    if place.rank == 0:
-        try:
-            lock = _claim(folder, config)
-        except ValueError as refusal:
-            error = str(refusal)
-    agree(error)
-    try:
+    error = None
+    with ExitStack() as stack:
+        if place.rank == 0:
+            try:
+                stack.enter_context(_lock(folder))
+                _take(folder, config)
+            except (ValueError, OSError) as refusal:
+                error = str(refusal)
+        agree(error)
         yield folder
-    finally:
-        if lock:
-            lock.close()
 
 
-def _claim(folder: Path, config: Config) -> IO[str]:
-    """The open file whose lock keeps others out."""
-    stored = folder / "config.yaml"
+def _lock(folder: Path) -> IO[str]:
+    """An open file that keeps other processes out of the folder until it is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / "lock").open("a")
@@ -76,6 +74,12 @@ def _claim(folder: Path, config: Config) -> IO[str]:
         raise ValueError(f"run.dir: another process is training in {folder}") from error
     except OSError as error:
         raise ValueError(f"run.dir: {folder} cannot be used: {error.strerror}") from error
+    return lock
+
+
+def _take(folder: Path, config: Config) -> None:
+    """Write the configuration into the folder. Raises ValueError where that of another run, or its files, are there."""
+    stored = folder / "config.yaml"
     if stored.exists():
         before, now = (flatten(c.model_dump(mode="json")) for c in (load(stored), config))
         changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)]
@@ -85,7 +89,6 @@ def _claim(folder: Path, config: Config) -> IO[str]:
     elif (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
         raise ValueError(f"run.dir: {folder} has files of a run, but no config.yaml. Choose another run.dir")
     write_atomically(stored, dump(config))
-    return lock
 
 
 def open_sources(config: Config, folder: Path) -> tuple[Source, Source | None]:
@@ -105,10 +108,17 @@ def open_sources(config: Config, folder: Path) -> tuple[Source, Source | None]:
             error = (
                 f"data.val: {config.data.val} has classes that {config.data.train} has not: {', '.join(unknown[:3])}"
             )
-    except ValueError as refusal:
+    except (ValueError, OSError) as refusal:
         error = f"data: {refusal}"
     agree(error)
     assert train is not None
+    for name, source in (("data.train", train), ("data.val", val)):
+        if source:
+            found = (len(source), len(source.classes), zlib.crc32(source.labels.tobytes()))
+            first = [found]
+            dist.broadcast_object_list(first)
+            here, there = ("{} images in {} classes, checksum {:08x}".format(*x) for x in (found, first[0]))
+            agree(None if found == first[0] else f"{name}: this rank finds {here}, rank 0 {there}")
     return train, val
 
 
@@ -117,8 +127,8 @@ class Unreadable:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f"unreadable-{rank}.txt"
-        listed = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        self.samples = {int(line.split("\t")[0]) for line in listed}
+        listed = self.path.read_bytes().splitlines() if self.path.exists() else []
+        self.samples = {int(line.split(b"\t")[0]) for line in listed}
 
     def note(self, bad: list[tuple[int, str]]) -> None:
         for sample, reason in bad:
@@ -126,8 +136,9 @@ class Unreadable:
                 self.samples.add(sample)
                 log.warning("sample %d cannot be read, another is used: %s", sample, reason)
                 try:
-                    with self.path.open("a", encoding="utf-8") as file:
-                        file.write(f"{sample}\t{reason}\n")
+                    # The reason has a file's name, which may hold any bytes and a line's end.
+                    with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
+                        file.write(f"{sample}\t{' '.join(reason.split())}\n")
                 except OSError as error:
                     log.warning("%s not written: %s", self.path, error)
 

@@ -154,7 +154,8 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert f"apt-get install {PACKAGE}" in capsys.readouterr().err
     monkeypatch.setattr(fashion_mnist, "INSTALLED", fill(tmp_path / "installed"))
     assert main() == 0
-    assert_filled(tmp_path / "dest")
+    assert complete(tmp_path / "dest")
+    assert (tmp_path / "dest/classes.txt").read_text().splitlines()[9] == "Ankle boot"
     monkeypatch.setattr(sys, "argv", ["fashion_mnist", "--help"])
     assert main() == 2
     assert "usage" in capsys.readouterr().err

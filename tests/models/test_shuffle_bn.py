@@ -1,26 +1,122 @@
 """The exchange of images over ranks, and BatchNorm over all of them."""
 
+import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
-from models.shuffle_bn import plan, shuffle, unshuffle
+from models.shuffle_bn import plan, shuffle, synchronise_bn, unshuffle
 from tests.ranks import run_ranks
+
+SEED = 7
 
 
 def there_and_back(local_batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's images, those it got, and what came back of the ones it had sent, flattened as embeddings are."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    x = torch.arange(local_batch)[:, None] + rank * local_batch + torch.zeros(1, 3)
-    route = plan(local_batch, rank, world, seed=7)
-    shuffled = shuffle(x, route)
-    return x, shuffled, unshuffle(shuffled, route)
+    everything = torch.rand(world * local_batch, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    images = everything[rank * local_batch :][:local_batch].contiguous(memory_format=torch.channels_last)
+    route = plan(local_batch, rank, world, seed=SEED)
+    shuffled = shuffle(images, route)
+    assert shuffled.is_contiguous(memory_format=torch.channels_last)
+    return images, shuffled, unshuffle(shuffled.flatten(1), route)
+
+
+def in_order(images: Tensor) -> Tensor:
+    """Sorted by their first pixel, which tells them apart."""
+    return images[images[:, 0, 0, 0].argsort()]
 
 
 def test_images_travel_and_return() -> None:
     ranks = run_ranks(3, there_and_back, 8)
-    everything = torch.cat([x for x, _, _ in ranks])
+    everything = torch.cat([images for images, _, _ in ranks])
     travelled = torch.cat([shuffled for _, shuffled, _ in ranks])
     assert not torch.equal(travelled, everything)
-    assert torch.equal(travelled.sort(0).values, everything)
-    for x, _, returned in ranks:
-        assert torch.equal(x, returned)
+    assert torch.equal(in_order(travelled), in_order(everything))
+    for images, _, returned in ranks:
+        assert torch.equal(returned, images.flatten(1))
+
+    # Each rank got its part of the permuted global batch. BatchNorm does not ask for the order of batch mates.
+    permuted = everything[torch.randperm(24, generator=torch.Generator().manual_seed(SEED))]
+    for part, (_, shuffled, _) in zip(permuted.chunk(3), ranks, strict=True):
+        assert torch.equal(in_order(shuffled), in_order(part))
+
+
+@pytest.mark.parametrize(("local_batch", "world"), [(1, 1), (5, 1), (1, 4), (8, 3), (32, 8)])
+def test_ranks_agree_on_who_sends_what(local_batch: int, world: int) -> None:
+    routes = [plan(local_batch, rank, world, seed=3) for rank in range(world)]
+    for rank, route in enumerate(routes):
+        assert sum(route.sends) == sum(route.receives) == local_batch
+        assert route.receives == [other.sends[rank] for other in routes]
+        assert torch.equal(route.send_B.sort().values, torch.arange(local_batch))
+
+
+def test_another_seed_is_another_exchange() -> None:
+    assert not torch.equal(plan(32, 0, 2, seed=1).send_B, plan(32, 0, 2, seed=2).send_B)
+    assert torch.equal(plan(32, 0, 2, seed=1).send_B, plan(32, 0, 2, seed=1).send_B)
+
+
+def make_network(momentum: float = 0.3) -> nn.Module:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.BatchNorm2d(3, eps=1e-3, momentum=momentum), nn.ReLU())
+    with torch.no_grad():
+        for p in network.parameters():
+            p.add_(0.3 * torch.rand(p.shape))
+    return network
+
+
+def make_images() -> Tensor:
+    # Brighter and of less contrast than a normal distribution: the variance is a small part of the mean square.
+    return 2 + 0.5 * torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def run_network(network: nn.Module, x: Tensor, first_row: int) -> dict[str, Tensor]:
+    """Output, gradients and buffers after a step on a loss that weighs every output differently."""
+    x = x.clone().requires_grad_()
+    y = network(x)
+    weights = torch.arange(first_row * y[0].numel(), (first_row + len(y)) * y[0].numel()).view(y.shape).sin()
+    (weights * y).sum().backward()
+    assert x.grad is not None
+    gradients = {f"gradient of {name}": p.grad for name, p in network.named_parameters() if p.grad is not None}
+    return {"y": y.detach(), "dx": x.grad, **gradients, **dict(network.named_buffers())}
+
+
+def run_synchronised(momentum: float) -> dict[str, Tensor]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    network = synchronise_bn(make_network(momentum), torch.device("cpu"))
+    assert type(network[0]) is not nn.BatchNorm2d  # type: ignore[index]
+    x = make_images().chunk(world)[rank]
+    got = run_network(network, x, first_row=rank * len(x))
+    for name, value in got.items():
+        if name.startswith("gradient"):
+            dist.all_reduce(value)
+    return got
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.0])  # 0: the teacher's
+def test_synchronised_batchnorm_is_batchnorm_of_the_global_batch(momentum: float) -> None:
+    ranks = run_ranks(2, run_synchronised, momentum)
+    expected = run_network(make_network(momentum), make_images(), first_row=0)
+    assert {"y", "dx", "gradient of 0.weight", "gradient of 0.bias", "0.running_mean", "0.running_var"} < set(expected)
+    for name in ("y", "dx"):
+        torch.testing.assert_close(
+            torch.cat([rank.pop(name) for rank in ranks]), expected.pop(name), rtol=1e-5, atol=1e-5
+        )
+    for rank in ranks:
+        torch.testing.assert_close(rank, expected, rtol=1e-5, atol=1e-5)
+
+
+def evaluate_synchronised() -> tuple[Tensor, Tensor]:
+    plain = make_network().eval().requires_grad_(False)
+    synchronised = synchronise_bn(make_network(), torch.device("cpu")).eval().requires_grad_(False)
+    return plain(make_images()), synchronised(make_images())
+
+
+def test_synchronised_batchnorm_evaluates_as_plain() -> None:
+    for plain, synchronised in run_ranks(2, evaluate_synchronised):
+        assert torch.equal(plain, synchronised)
+
+
+def test_only_batchnorm_over_images_is_synchronised_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"sync on a CPU needs nn\.BatchNorm2d, got BatchNorm1d"):
+        synchronise_bn(nn.Sequential(nn.BatchNorm1d(4)), torch.device("cpu"))

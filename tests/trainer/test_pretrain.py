@@ -146,9 +146,7 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
 
 @pytest.mark.parametrize("model", ["resnet", "vit with dropout"])
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, images: Path, model: str) -> None:
-    sections = (
-        {} if model == "resnet" else {"model": {**VIT, "backbone_args": VIT_ARGS | {"drop_rate": 0.2}}}
-    )
+    sections = {} if model == "resnet" else {"model": {**VIT, "backbone_args": VIT_ARGS | {"drop_rate": 0.2}}}
     whole = small_config(tmp_path / "whole", images, **sections)
     killed = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "killed")})})
     pretrain(whole)

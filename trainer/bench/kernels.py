@@ -1,11 +1,12 @@
 """Time and memory of the game's arithmetic: `chunked` kernels against the materialised formulation.
 
 One step is what the negatives cost a training step: the contrastive loss of N queries against their
-keys and K negatives, its gradient by the queries, and the update of the bank. The materialised
-formulation is that of AdCo's published code (github.com/maple-research-lab/AdCo): autograd through
-logits of size N x (N + K). Its accuracy and other metrics are left out, in its favour.
+keys and K negatives, its accuracy, its gradient by the queries, and the update of the bank. The
+materialised formulation is that of AdCo's published code (github.com/maple-research-lab/AdCo):
+autograd through logits of size N x (N + K). In its favour it is asked for nothing else: the published
+step also finds the five likeliest classes and takes a third softmax for a metric.
 
-N queries and as many keys, K negatives, D dimensions.
+N queries and as many keys, K negatives, D dimensions, C = N + K.
 """
 
 import json
@@ -16,7 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -55,8 +56,15 @@ class _Game:
         return _Game(self.q_ND, self.k_ND, w, v, n)
 
 
-# Takes a game, steps its bank in place and returns loss [] and its gradient by the queries [N, D].
-_Step = Callable[[_Game], tuple[Tensor, Tensor]]
+class _Played(NamedTuple):
+    """What a step returns: loss [], share [] of the queries nearest to their own key, gradient by the queries."""
+
+    loss: Tensor
+    accuracy: Tensor
+    grad_ND: Tensor
+
+
+_Step = Callable[[_Game], _Played]  # steps the game's bank, too
 
 
 def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
@@ -101,12 +109,13 @@ def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[d
 
 def report(rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print the rows of `run` as a table, and write them with the machine they hold for to `out` as JSON."""
-    table = Table("implementation", "N", "K", "D", "type", "seconds", "peak memory", "speed-up", "less memory")
+    first = rows[0]
+    title = f"N = {first['N']}, K = {first['K']}, D = {first['D']}, {first['dtype']}"
+    table = Table("implementation", "seconds", "peak memory", "speed-up", "less memory", title=title)
     most = max(row["peak_bytes"] for row in rows)
     for row in rows:
         table.add_row(
             row["impl"],
-            *(str(row[name]) for name in ("N", "K", "D", "dtype")),
             f"{row['seconds_median']:.4f}",
             f"{row['peak_bytes'] / 2**20:.1f} MiB",
             f"{row['speedup']:.2f}x",
@@ -124,15 +133,18 @@ def _random_game(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> _Ga
     def unit(count: int) -> Tensor:
         return F.normalize(torch.randn(count, dim, generator=generator, dtype=dtype), dim=1)
 
-    w_KD = unit(negatives)
-    return _Game(unit(rows), unit(rows), w_KD, torch.zeros_like(w_KD), w_KD.clone())
+    q_ND, w_KD = unit(rows), unit(negatives)
+    k_ND = F.normalize(q_ND + 2.5 * unit(rows), dim=1)  # about as near as the nearest of many negatives
+    return _Game(q_ND, k_ND, w_KD, torch.zeros_like(w_KD), w_KD.clone())
 
 
-def _chunked(game: _Game) -> tuple[Tensor, Tensor]:
+def _chunked(game: _Game) -> _Played:
     q_ND, k_ND = game.q_ND, game.k_ND
     own_N = torch.arange(len(q_ND))
     score = chunked.score(q_ND, k_ND, own_N, game.n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE)
-    loss = (score.z_N.log() - (q_ND * k_ND).sum(1) / TEMPERATURE).mean()
+    positive_N = (q_ND * k_ND).sum(1)
+    loss = (score.z_N.log() - positive_N / TEMPERATURE).mean()
+    accuracy = (positive_N > score.top_N).double().mean()
     grad_ND = (score.o_ND / score.z_N[:, None] - k_ND) / (TEMPERATURE * len(q_ND))
     coef_N = 1 / (score.za_N * len(q_ND))
     chunked.adversary_step(
@@ -146,10 +158,10 @@ def _chunked(game: _Game) -> tuple[Tensor, Tensor]:
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
     )
-    return loss, grad_ND
+    return _Played(loss, accuracy, grad_ND)
 
 
-def _materialised(game: _Game) -> tuple[Tensor, Tensor]:
+def _materialised(game: _Game) -> _Played:
     """The published code's step, operation by operation; its bank is [D, K]."""
     q_ND = game.q_ND.detach().requires_grad_()
     n_DK = F.normalize(game.w_KD, dim=0)
@@ -157,7 +169,9 @@ def _materialised(game: _Game) -> tuple[Tensor, Tensor]:
     negative_NK = torch.einsum("nc,ck->nk", q_ND, n_DK)
     logits_NC = torch.cat([positive_NN, negative_NK], dim=1)
     logits_NC /= TEMPERATURE
-    loss = F.cross_entropy(logits_NC, torch.arange(len(q_ND)))
+    own_N = torch.arange(len(q_ND))
+    loss = F.cross_entropy(logits_NC, own_N)
+    accuracy = (logits_NC.argmax(1) == own_N).double().mean()
     loss.backward()
     with torch.no_grad():
         logits_NC = torch.cat([positive_NN, negative_NK], dim=1) / ADVERSARY_TEMPERATURE
@@ -168,21 +182,21 @@ def _materialised(game: _Game) -> tuple[Tensor, Tensor]:
         game.v_KD = MOMENTUM * game.v_KD + g_DK + WEIGHT_DECAY * game.w_KD
         game.w_KD = game.w_KD - LR * game.v_KD
     assert q_ND.grad is not None
-    return loss.detach(), q_ND.grad
+    return _Played(loss.detach(), accuracy, q_ND.grad)
 
 
 def _check_agreement(game: _Game, tolerance: float) -> None:
     ours, theirs = game.copy(), game.transposed()
-    loss, grad_ND = _chunked(ours)
-    other_loss, other_grad_ND = _materialised(theirs)
+    got, expected = _chunked(ours), _materialised(theirs)
     pairs = {
-        "loss": (loss, other_loss),
-        "gradient by the queries": (grad_ND, other_grad_ND),
+        "loss": (got.loss, expected.loss),
+        "accuracy": (got.accuracy, expected.accuracy),
+        "gradient by the queries": (got.grad_ND, expected.grad_ND),
         "bank": (ours.w_KD, theirs.w_KD.T),
         "velocity": (ours.v_KD, theirs.v_KD.T),
     }
     for name, (value, other) in pairs.items():
-        error = ((value - other).abs().max() / other.abs().max()).item()
+        error = ((value - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
         if not error <= tolerance:  # so that NaN is an error, too
             raise RuntimeError(
                 f"bench kernels: chunked and materialised differ in {name} by {error:.1e} of its largest"

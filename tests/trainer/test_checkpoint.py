@@ -1,0 +1,245 @@
+"""Checkpoints: what comes back, on other numbers of ranks too, and what happens to damaged and unfinished ones."""
+
+import logging
+import pickle
+import resource
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kernels import implementation
+from models.bank import Bank, make_mesh
+from tests.ranks import run_ranks
+from trainer import checkpoint
+from trainer.distributed import started
+
+ROWS, DIM = 7, 3  # no number of ranks here divides ROWS
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    with started("cpu"):
+        yield
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("trainer"), "propagate", True)  # `set_up_logging` may have cut it off
+    return caplog
+
+
+def make_bank(rows: int = ROWS, dim: int = DIM) -> Bank:
+    mesh = make_mesh("sharded", torch.device("cpu"), ranks_per_node=1)
+    kernels = implementation("reference")
+    return Bank(rows, dim, mesh, kernels, temperature=0.02, momentum=0.9, weight_decay=0.0)
+
+
+def state_of(bank: Bank, step: int) -> dict[str, Any]:
+    weight = torch.full((2, 5), float(step))
+    return {"student": {"weight": weight}, "bank": bank.state_dict(), "step": torch.tensor(step)}
+
+
+def save_bank(folder: Path, step: int) -> bool:
+    bank = make_bank()
+    whole = torch.arange(ROWS * DIM, dtype=torch.float32).view(ROWS, DIM)
+    shard = slice(bank.first, bank.first + len(bank.w_KD))
+    bank.fill(whole[shard])
+    bank.v_KD.copy_(-whole[shard])
+    return checkpoint.save(folder, step, state_of(bank, step), keep=2)
+
+
+def load_bank(folder: Path) -> tuple[Tensor, Tensor, Tensor, int]:
+    bank = make_bank()
+    state = state_of(bank, 0)
+    path = checkpoint.newest(folder)
+    assert path is not None
+    checkpoint.load(path, state)
+    assert int(state["step"]) == checkpoint.step_of(path)
+    return bank.w_KD, bank.v_KD, state["student"]["weight"], int(state["step"])
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (3, 2)])
+def test_comes_back_on_any_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
+    assert run_ranks(before, save_bank, tmp_path, 30) == [True] * before
+    loaded = run_ranks(after, load_bank, tmp_path)
+    whole = torch.arange(ROWS * DIM, dtype=torch.float32).view(ROWS, DIM)
+    assert torch.equal(torch.cat([w for w, _, _, _ in loaded]), whole)
+    assert torch.equal(torch.cat([v for _, v, _, _ in loaded]), -whole)
+    for _, _, weight, step in loaded:
+        assert step == 30
+        assert torch.equal(weight, torch.full((2, 5), 30.0))
+
+
+def save(folder: Path, step: int, keep: int = 2) -> bool:
+    return checkpoint.save(folder, step, {"weight": torch.full((64,), float(step))}, keep)
+
+
+def load(folder: Path) -> float | None:
+    """What the newest good checkpoint holds."""
+    path = checkpoint.newest(folder)
+    if path is None:
+        return None
+    state = {"weight": torch.zeros(64)}
+    checkpoint.load(path, state)
+    return float(state["weight"].mean())
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_the_newest_are_kept(tmp_path: Path, group: None) -> None:
+    assert load(tmp_path / "none yet") is None
+    for step in (5, 10, 15, 20):
+        assert save(tmp_path, step, keep=3)
+    assert names(tmp_path) == ["step-00000010", "step-00000015", "step-00000020"]
+    assert load(tmp_path) == 20
+    assert save(tmp_path, 25, keep=1)
+    assert names(tmp_path) == ["step-00000025"]
+
+
+def test_a_part_of_what_was_saved_can_be_loaded(tmp_path: Path, group: None) -> None:
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(3), "b": {"c": torch.ones(4)}}, keep=1)
+    state = {"b": {"c": torch.zeros(4)}}
+    checkpoint.load(tmp_path / "step-00000001", state)
+    assert state["b"]["c"].tolist() == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("state", [{"other": torch.zeros(64)}, {"weight": torch.zeros(63)}], ids=["name", "shape"])
+def test_tensors_that_are_not_in_it(tmp_path: Path, group: None, state: dict[str, Any]) -> None:
+    save(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"checkpoint .*step-00000001: .*(other|weight|size)"):
+        checkpoint.load(tmp_path / "step-00000001", state)
+
+
+def cut(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def flip(path: Path) -> None:
+    file = next(path.glob("*.distcp"))
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def lose_manifest(path: Path) -> None:
+    (path / "manifest.json").unlink()
+
+
+def lose_file(path: Path) -> None:
+    next(path.glob("*.distcp")).unlink()
+
+
+def garble_manifest(path: Path) -> None:
+    (path / "manifest.json").write_text("{")
+
+
+@pytest.mark.parametrize("damage", [cut, flip, lose_manifest, lose_file, garble_manifest])
+def test_a_damaged_one_is_skipped(
+    tmp_path: Path, group: None, warnings: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    damage(tmp_path / "step-00000020")
+    assert load(tmp_path) == 10
+    assert "step-00000020 is damaged" in warnings.text
+    damage(tmp_path / "step-00000010")
+    assert load(tmp_path) is None
+    assert save(tmp_path, 20)
+    assert load(tmp_path) == 20
+
+
+def test_damaged_ones_do_not_push_out_good_ones(tmp_path: Path, group: None) -> None:
+    save(tmp_path, 10)
+    save(tmp_path, 20)
+    flip(tmp_path / "step-00000020")
+    save(tmp_path, 15, keep=1)
+    assert load(tmp_path) == 15
+    assert names(tmp_path) == ["step-00000015", "step-00000020"]
+
+
+def test_leftovers_of_a_killed_save(tmp_path: Path, group: None) -> None:
+    save(tmp_path, 10)
+    for step in ("00000020", "00000030"):
+        (tmp_path / f".step-{step}").mkdir()
+        (tmp_path / f".step-{step}" / "__0_0.distcp").write_bytes(b"half")
+    assert load(tmp_path) == 10
+    assert save(tmp_path, 20)
+    assert names(tmp_path) == ["step-00000010", "step-00000020"]
+
+
+def fill_disk_of_last_rank(folder: Path) -> tuple[list[bool], list[str], Tensor, list[str]]:
+    """Save, save while the last rank's disk is full, look, save again; and what the log got."""
+    messages = []
+
+    def note(record: logging.LogRecord) -> bool:
+        messages.append(record.getMessage())
+        return False
+
+    logging.getLogger("trainer.checkpoint").addFilter(note)
+    bank = make_bank(1024, 16)  # each rank writes 64 KiB
+    first = checkpoint.save(folder, 1, state_of(bank, 1), keep=2)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    second = checkpoint.save(folder, 2, state_of(bank, 2), keep=1)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    dist.barrier()  # rank 0 cleans up
+    left = names(folder)
+    state = state_of(bank, 0)
+    path = checkpoint.newest(folder)
+    assert path is not None
+    checkpoint.load(path, state)
+    third = checkpoint.save(folder, 3, state_of(bank, 3), keep=2)
+    return [first, second, third], left, state["step"], messages
+
+
+def test_a_full_disk_on_one_rank(tmp_path: Path) -> None:
+    ranks = run_ranks(2, fill_disk_of_last_rank, tmp_path)
+    for saved, left, step, _ in ranks:
+        assert saved == [True, False, True]
+        assert left == ["step-00000001"]
+        assert step == 1
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+    (message,), none = ranks[0][3], ranks[1][3]
+    assert message.startswith("checkpoint of step 2 not saved: [Errno 27] File too large")
+    assert not none
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, group: None, warnings: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "file").touch()
+    assert not save(tmp_path / "file", 1)
+    assert "checkpoint of step 1 not saved" in warnings.text
+
+
+def call(module: str, name: str, argument: str) -> bytes:
+    """A pickle that calls module.name(argument) when it is loaded."""
+
+    def text(value: str) -> bytes:
+        return pickle.SHORT_BINUNICODE + bytes([len(value)]) + value.encode()
+
+    function = text(module) + text(name) + pickle.STACK_GLOBAL
+    return pickle.PROTO + b"\x04" + function + text(argument) + pickle.TUPLE1 + pickle.REDUCE + pickle.STOP
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [("os", "system"), ("torch.distributed.checkpoint.filesystem", "os.system")]
+)
+def test_a_forged_index_does_not_run(tmp_path: Path, group: None, module: str, name: str) -> None:
+    ran = tmp_path / "ran"
+    forged = call(module, name, f"touch '{ran}'")
+    pickle.loads(forged)
+    assert ran.exists()  # it would
+    ran.unlink()
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / ".metadata").write_bytes(forged)
+    with pytest.raises(ValueError, match="has no place in a checkpoint's index"):
+        checkpoint.load(tmp_path / "step-00000001", {"weight": torch.zeros(64)})
+    assert not ran.exists()

@@ -1,0 +1,106 @@
+"""The command line: help of every verb, and one line for a mistake."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner
+
+from trainer.__main__ import app, main
+
+ROOT = Path(__file__).parents[2]
+
+
+def verbs(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """This command's words and those of all commands below it."""
+    yield path
+    for name, below in getattr(command, "commands", {}).items():
+        yield from verbs(below, (*path, name))
+
+
+@pytest.mark.parametrize("words", list(verbs(typer.main.get_command(app))), ids=" ".join)
+def test_help(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, [*words, "--help"])
+    assert result.exit_code == 0
+    assert "Usage: " in result.output
+    assert " ".join(words) in result.output
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False, timeout=300
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    result = run("-X", "importtime", "-m", "trainer", "--help")
+    assert result.returncode == 0
+    assert "pretrain" in result.stdout
+    imported = {line.rsplit("|")[-1].strip() for line in result.stderr.splitlines()}
+    assert "typer" in imported
+    for heavy in ("torch", "numpy", "cv2", "timm", "pydantic", "yaml", "plotly"):
+        assert heavy not in imported
+
+
+def test_no_verb_and_an_unknown_one() -> None:
+    assert "Usage: " in CliRunner().invoke(app, []).output
+    result = CliRunner().invoke(app, ["pretrian"])
+    assert result.exit_code == 2
+    assert "No such command 'pretrian'" in result.output
+
+
+def test_a_mistake_is_one_line() -> None:
+    result = run("-m", "trainer", "pretrain", "configs/demo.yaml", "optim.lrr=1")
+    assert result.returncode == 1
+    assert result.stderr == "error: configs/demo.yaml: optim.lrr: unknown key, did you mean optim.lr?\n"
+    assert result.stdout == ""
+
+
+def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """What `python -m trainer WORDS` says on stderr as it fails."""
+    monkeypatch.delenv("TRAINER_TRACEBACK", raising=False)
+    monkeypatch.setattr(sys, "argv", ["trainer", *words])
+    with pytest.raises(SystemExit) as caught:
+        main()
+    assert caught.value.code == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    return captured.err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("pretrain", "nowhere.yaml"), "error: nowhere.yaml: No such file or directory\n"),
+        (("doctor", "nowhere.yaml"), "error: nowhere.yaml: No such file or directory\n"),
+        (("report", "nowhere"), "error: nowhere is not a run: it has no config.yaml\n"),
+        (("knn", "nowhere", "eval.k=20"), "error: nowhere is not a run: it has no config.yaml\n"),
+    ],
+)
+def test_files_that_are_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    assert mistake(monkeypatch, capsys, *words) == message
+
+
+def test_data_that_are_missing(tmp_path: Path) -> None:
+    config = tmp_path / "a.yaml"
+    values = {"run": {"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"}, "data": {"train": "nowhere"}}
+    config.write_text(yaml.safe_dump(values))
+    result = run("-m", "trainer", "pretrain", str(config))
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: data: nowhere does not exist")
+    assert result.stderr.count("\n") == 1
+    assert CliRunner().invoke(app, ["doctor", str(config)]).exit_code == 1
+
+
+def test_the_traceback_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRAINER_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["trainer", "pretrain", str(tmp_path / "nowhere.yaml")])
+    with pytest.raises(ValueError, match="No such file"):
+        main()

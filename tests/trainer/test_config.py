@@ -1,0 +1,231 @@
+"""Configurations: files, overrides, limits, and what the messages about mistakes say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from trainer.config import Config, check_world, dump, load
+
+BASE: dict[str, Any] = {"run": {"dir": "runs/x", "epochs": 2}, "data": {"train": "pictures"}}
+PUBLISHED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+
+
+def write(path: Path, values: object) -> Path:
+    path.write_text(yaml.safe_dump(values), encoding="utf-8")
+    return path
+
+
+def refusal(path: Path, *overrides: str) -> str:
+    """What `load` says; every message must be one line."""
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
+        load(path, list(overrides))
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_files_load(path: Path) -> None:
+    config = load(path)
+    assert config.run.epochs > 0
+    check_world(config, 1, 1)
+
+
+def test_what_is_dumped_loads_as_the_same(tmp_path: Path) -> None:
+    values = {
+        **BASE,
+        "data": {"train": "pictures", "views": [{"size": 28}, {"size": 28, "scale": [0.1, 0.5]}, {"size": 12}]},
+        "model": {"backbone_args": {"channels": [8, 16], "act_layer": "gelu"}},
+        "optim": {"weight_decay": 1e-6, "lr": 0.1 + 0.2},
+        "bank": {"lr_final": 0.5},
+    }
+    config = load(write(tmp_path / "a.yaml", values))
+    (tmp_path / "b.yaml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp_path / "b.yaml") == config
+
+
+def test_defaults_are_the_papers(tmp_path: Path) -> None:
+    config = load(write(tmp_path / "a.yaml", BASE))
+    assert (config.method.temperature, config.bank.temperature, config.bank.lr) == (0.12, 0.02, 3.0)
+    assert (config.bank.size, config.data.batch_size, config.optim.lr) == (65536, 256, 0.03)
+
+
+def test_extends_merges_sections_but_not_backbone_args(tmp_path: Path) -> None:
+    base = {**BASE, "model": {"backbone": "resnet18", "dim": 64, "backbone_args": {"channels": [8, 16]}}}
+    write(tmp_path / "base.yaml", base)
+    above = {"extends": "base.yaml", "model": {"backbone": "resnet34", "backbone_args": {"width": 2}}}
+    config = load(write(tmp_path / "above.yaml", above))
+    assert config.run.epochs == 2
+    assert (config.model.backbone, config.model.dim) == ("resnet34", 64)
+    assert config.model.backbone_args == {"width": 2}
+
+
+def test_extends_only_once(tmp_path: Path) -> None:
+    write(tmp_path / "a.yaml", BASE)
+    write(tmp_path / "b.yaml", {"extends": "a.yaml"})
+    assert "only one level" in refusal(write(tmp_path / "c.yaml", {"extends": "b.yaml"}))
+    assert "only one level" in refusal(write(tmp_path / "d.yaml", {"extends": "d.yaml"}))
+
+
+def test_extends_a_file_that_is_missing(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.yaml", {"extends": "nowhere.yaml"}))
+    assert message == f"{tmp_path / 'nowhere.yaml'}: No such file or directory"
+
+
+def test_overrides_come_last_and_keep_their_neighbours(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", {**BASE, "model": {"backbone_args": {"channels": [8, 16]}}})
+    config = load(
+        path,
+        [
+            "optim.lr=1e-3",
+            "run.epochs=5",
+            "run.epochs=7",
+            "run.dir=a=b",
+            "data.val=",
+            "data.views=[{size: 28}, {size: 12}]",
+            "method.symmetric=true",
+            "model.backbone_args.channels=[4, 8]",
+        ],
+    )
+    assert config.optim.lr == 1e-3
+    assert (config.run.epochs, config.run.dir) == (7, "a=b")
+    assert config.data.train == "pictures"
+    assert config.data.val is None
+    assert config.method.symmetric
+    assert [view.size for view in config.data.views] == [28, 12]
+    assert config.model.backbone_args == {"channels": [4, 8]}
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("run: [1", "not YAML"),
+        ("run:\n\tdir: x", "not YAML"),
+        ("run: 2024-13-45", "not YAML: month"),
+        ("just words", "need sections"),
+        ("", "need sections"),
+    ],
+)
+def test_files_that_are_not_configurations(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(text, encoding="utf-8")
+    message = refusal(path)
+    assert message.startswith(f"{path}: ")
+    assert words in message
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    assert "Is a directory" in refusal(tmp_path)
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfd")
+    assert "not YAML" in refusal(tmp_path / "binary.yaml")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optim.lrr=1", "optim.lrr: unknown key, did you mean optim.lr?"),
+        ("data.augment.blurr=1", "data.augment.blurr: unknown key, did you mean data.augment.blur?"),
+        ("data.on=3", "data.on: unknown key, did you mean data.train?"),
+        ("data.vews=3", "data.vews: unknown key, did you mean data.views?"),
+        ("optm.lr=1", "optm: unknown key, did you mean optim?"),
+        ("epoch=3", "epoch: unknown key, did you mean run.epochs?"),
+        ("momentums=0", "momentums: unknown key, did you mean bank.momentum or optim.momentum?"),
+    ],
+)
+def test_unknown_keys_name_the_nearest(tmp_path: Path, override: str, message: str) -> None:
+    path = write(tmp_path / "a.yaml", BASE)
+    assert refusal(path, override) == f"{path}: {message}"
+
+
+def test_unknown_key_of_a_view(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.yaml", BASE), "data.views=[{size: 28, scales: [0.1, 1]}, {size: 28}]")
+    assert message.endswith("data.views.0.scales: unknown key, did you mean data.views.scale?")
+
+
+def test_all_mistakes_at_once(tmp_path: Path) -> None:
+    message = refusal(write(tmp_path / "a.yaml", {"run": {"dir": "x", "epochs": 0}, "optim": {"rl": 1}}))
+    for words in ("run.epochs: input should be greater", "data: is missing", "did you mean optim.lr?"):
+        assert words in message
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("run.epochs=many", "run.epochs: input should be a valid integer"),
+        ("run.epochs=2.5", "run.epochs: input should be a valid integer"),
+        ("run.dir=5", "run.dir: input should be a valid string, got 5"),
+        ("method.symmetric=maybe", "method.symmetric: input should be a valid boolean"),
+        ("optim=3", "optim: input should be a valid dictionary"),
+        ("optim.lr.x=3", "optim.lr: input should be a valid number"),
+        ("model.backbone_args=3", "model.backbone_args: input should be a valid dictionary"),
+        ("optim.name=adam", "'sgd', 'lars' or 'adamw', got 'adam'"),
+        ("run.epochs=0", "greater than or equal to 1, got 0"),
+        ("optim.momentum=1", "optim.momentum: input should be less than 1"),
+        ("optim.lr=.inf", "optim.lr: input should be a finite number"),
+        ("run.seed=-1", "run.seed"),
+        ("data.views=[{size: 28}]", "data.views: need at least 2 views"),
+        ("data.views=3", "data.views: input should be a valid tuple"),
+        ("data.augment.flip=2", "data.augment.flip: input should be less than or equal to 1, got 2"),
+        ("optim.lr_final=1", "optim.lr_final: 1.0 is above optim.lr, 0.03"),
+        ("optim.warmup=3", "optim.warmup: 3.0 epochs are more than run.epochs, 2"),
+        ("optim.lr", "need section.key=value"),
+        ("=3", "need section.key=value"),
+        ("optim.lr=[", "optim.lr: value '[' is not YAML"),
+        ("run.dir=2024-13-45", "run.dir: value '2024-13-45' is not YAML"),
+    ],
+)
+def test_wrong_values_are_refused(tmp_path: Path, override: str, words: str) -> None:
+    assert words in refusal(write(tmp_path / "a.yaml", BASE), override)
+
+
+def test_a_bad_view_is_named_alone(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", BASE)
+    message = refusal(path, "data.views=[{size: 28}, {size: 4}]")
+    assert message == f"{path}: data.views.1.size: input should be greater than or equal to 8, got 4"
+
+
+def test_temperatures_that_overflow_fp32(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", BASE)
+    assert ": bank.temperature: temperature 0.012 " in refusal(path, "bank.temperature=0.012")
+    assert ": method.temperature: temperature 0.012 " in refusal(path, "method.temperature=0.012")
+    # fewer terms in the sum allow a lower one
+    small = ["bank.temperature=0.012", "bank.size=2"]
+    assert "bank.temperature" in refusal(path, *small)
+    assert load(path, [*small, "method.batch_keys=false"]).bank.size == 2
+
+
+def config(**bank: object) -> Config:
+    return Config.model_validate({**BASE, "bank": bank})
+
+
+def changed(config: Config, **sections: dict[str, object]) -> Config:
+    values = config.model_dump()
+    return Config.model_validate({name: values[name] | sections.get(name, {}) for name in values})
+
+
+def test_batches_that_do_not_divide() -> None:
+    check_world(config(), 8, 8)
+    with pytest.raises(ValueError, match=r"data\.batch_size: 256 does not divide among 3 ranks$"):
+        check_world(config(), 3, 3)
+    parts = changed(config(), optim={"accumulate": 3})
+    with pytest.raises(ValueError, match=r"256 does not divide among 2 ranks times 3 parts \(optim\.accumulate\)$"):
+        check_world(parts, 2, 2)
+
+
+def test_batch_norm_needs_two_images() -> None:
+    with pytest.raises(ValueError, match="BatchNorm needs at least 2"):
+        check_world(config(), 256, 1)
+    check_world(changed(config(), method={"bn": "sync"}), 256, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "shards", "fits"), [(8, 8, True), (7, 8, False), (5, 4, False), (6, 4, False), (7, 4, True)]
+)
+def test_every_rank_needs_a_negative(size: int, shards: int, fits: bool) -> None:
+    # Shards are cut as torch.chunk does: 5 rows for 4 ranks are 2, 2, 1, 0.
+    if fits:
+        check_world(config(size=size), shards, shards)
+    else:
+        with pytest.raises(ValueError, match=rf"bank\.size: {size} negatives .* each of {shards} ranks"):
+            check_world(config(size=size), shards, shards)
+    check_world(config(size=size), shards, 1)

@@ -1,0 +1,125 @@
+"""kNN accuracy against a plain one over all features at once, however the ranks share them."""
+
+from dataclasses import dataclass
+from typing import cast
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from models.encoder import Encoder
+from tests.ranks import run_ranks
+from trainer.config import Config
+from trainer.evaluate import knn
+from trainer.evaluate.features import Features
+
+TRAIN, TEST, CLASSES = 301, 53, 5
+SETTINGS = [(1, 0.1), (20, 0.07), (200, 0.1), (1000, 0.5)]  # DINO's, the original, more than there are
+# The last number of each rank's part: uneven, and the second of three ranks has no train features.
+TRAIN_ENDS = {1: [TRAIN], 2: [40, TRAIN], 3: [150, 150, TRAIN]}
+TEST_ENDS = {1: [TEST], 2: [TEST, TEST], 3: [17, 50, TEST]}
+
+
+def make_features() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Noisy classes: train features and labels, test features and labels."""
+    generator = torch.Generator().manual_seed(0)
+    centers_CD = torch.randn(CLASSES, 8, generator=generator)
+    labels_N = torch.randint(CLASSES, (TRAIN + TEST,), generator=generator)
+    x_ND = F.normalize(centers_CD[labels_N] + 1.5 * torch.randn(TRAIN + TEST, 8, generator=generator), dim=1)
+    return x_ND[:TRAIN], labels_N[:TRAIN], x_ND[TRAIN:], labels_N[TRAIN:]
+
+
+def plain_accuracy(k: int, temperature: float) -> float:
+    train, train_labels, test, test_labels = (x.numpy() for x in make_features())
+    right = 0
+    for x, label in zip(test.astype(np.float64), test_labels, strict=True):
+        similarity = train.astype(np.float64) @ x
+        votes = np.zeros(CLASSES)
+        for i in np.argsort(-similarity)[:k]:
+            votes[train_labels[i]] += np.exp(similarity[i] / temperature)
+        right += votes.argmax() == label
+    return float(right / len(test))
+
+
+def part(x_ND: Tensor, labels_N: Tensor, ends: list[int]) -> Features:
+    rank = dist.get_rank()
+    mine = slice(ends[rank - 1] if rank else 0, ends[rank])
+    return Features(x_ND[mine], labels_N[mine], torch.arange(len(labels_N))[mine], [])
+
+
+def accuracies(chunk: int) -> list[float]:
+    knn._CHUNK = chunk
+    train, train_labels, test, test_labels = make_features()
+    train_part = part(train, train_labels, TRAIN_ENDS[dist.get_world_size()])
+    test_part = part(test, test_labels, TEST_ENDS[dist.get_world_size()])
+    return [knn.accuracy(train_part, test_part, CLASSES, k, temperature) for k, temperature in SETTINGS]
+
+
+@pytest.mark.parametrize(("world", "chunk"), [(1, 512), (2, 8), (3, 512), (3, 8)])
+def test_agrees_with_a_plain_one(world: int, chunk: int) -> None:
+    expected = [plain_accuracy(*setting) for setting in SETTINGS]
+    assert len(set(expected)) > 1
+    for got in run_ranks(world, accuracies, chunk):
+        assert got == pytest.approx(expected)
+
+
+@dataclass
+class Colours:
+    """Plain pictures in one of three colours; `labels` are what they are said to be."""
+
+    classes: list[str]
+    colours: list[str]
+    said: list[str]
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        return np.array([self.classes.index(name) for name in self.said])
+
+    def __len__(self) -> int:
+        return len(self.colours)
+
+    def name(self, i: int) -> str:
+        return f"{self.colours[i]} {i}"
+
+    def image(self, i: int) -> NDArray[np.uint8]:
+        image = np.zeros((16, 16, 3), np.uint8)
+        image[:, :, ["red", "green", "blue"].index(self.colours[i])] = 255
+        return image
+
+
+class MeanColour(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+CONFIG = Config.model_validate(
+    {
+        "run": {"dir": "x", "epochs": 1},
+        "data": {"train": "x", "workers": 0, "views": [{"size": 16}, {"size": 16}]},
+        "eval": {"k": 2, "batch_size": 3},
+    }
+)
+
+
+def evaluate_colours(few: int = 7) -> float:
+    names = ["red", "green", "blue"]
+    train = Colours(names, names * 3, names * 3)
+    shown = [*names, *names, "blue"]
+    said = [*names, "red", "red", "red", "blue"]  # 5 of 7 are what they are said to be
+    test = Colours(["blue", "red", "green"], shown[:few], said[:few])
+    return knn.evaluate(cast(Encoder, MeanColour()), train, test, torch.device("cpu"), CONFIG)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_every_image_counts_once_under_its_own_class(world: int) -> None:
+    assert run_ranks(world, evaluate_colours) == pytest.approx([5 / 7] * world)
+
+
+def test_fewer_images_than_ranks() -> None:
+    with pytest.raises(ValueError, match="1 images are too few for 2 ranks"):
+        run_ranks(2, evaluate_colours, 1)

@@ -1,0 +1,204 @@
+"""What a run tells: averages over ranks, rows in files and on the console, also when the disk is full."""
+
+import io
+import json
+import logging
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
+
+from tests.ranks import run_ranks
+from trainer.distributed import started
+from trainer.metrics import Averages, Recorder, peak_memory_gib
+from trainer.run_dir import Row, read_rows
+
+
+@pytest.fixture
+def group() -> Iterator[None]:
+    with started("cpu"):
+        yield
+
+
+@pytest.fixture
+def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("trainer"), "propagate", True)  # `set_up_logging` may have cut it off
+    return caplog
+
+
+def row(step: int) -> Row:
+    return {"step": step, "epoch": step / 10, "loss": 8 - step / 10, "pretext_top1": 0.5, "images_per_second": 1234.5}
+
+
+def evaluation(step: int) -> Row:
+    return {"step": step, "epoch": step / 10, "images": 100 * step, "knn": 0.8125}
+
+
+def record(folder: Path, start: int, rows: list[Row]) -> Recorder:
+    with Recorder(folder, start, 100, active=True) as recorder:
+        for each in rows:
+            recorder.row(each)
+    return recorder
+
+
+def tensorboard(folder: Path, name: str) -> dict[int, float]:
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def steps(folder: Path) -> list[int]:
+    return [row["step"] for row in read_rows(folder / "metrics.jsonl")]
+
+
+def average() -> list[dict[str, float]]:
+    rank = dist.get_rank()
+    averages, taken = Averages(), []
+    for values in ([1.0, 3.0], [10.0]):
+        for value in values:
+            averages.add({"a": torch.tensor(value + rank), "b": torch.tensor(rank)})
+        taken.append(averages.take())
+    return taken
+
+
+def test_averages_over_steps_and_ranks() -> None:
+    for taken in run_ranks(2, average):
+        assert taken == [{"a": 2.5, "b": 0.5}, {"a": 10.5, "b": 0.5}]
+
+
+def average_a_failure() -> dict[str, float]:
+    averages = Averages()
+    averages.add({"a": torch.tensor(math.nan if dist.get_rank() else 1.0)})
+    return averages.take()
+
+
+def test_one_rank_that_is_not_finite_shows_on_all() -> None:
+    for taken in run_ranks(2, average_a_failure):
+        assert math.isnan(taken["a"])
+
+
+def test_rows_go_to_both_files(tmp_path: Path, group: None) -> None:
+    record(tmp_path, 0, [evaluation(0), row(10), row(20)])
+    rows = read_rows(tmp_path / "metrics.jsonl")
+    assert [{**each, "seconds": None} for each in rows] == [
+        {**each, "seconds": None} for each in (evaluation(0), row(10), row(20))
+    ]
+    assert tensorboard(tmp_path, "loss") == {10: 7, 20: 6}
+    assert tensorboard(tmp_path, "knn") == {0: 0.8125}
+
+
+def test_resuming_drops_later_rows_and_keeps_the_time(tmp_path: Path, group: None) -> None:
+    record(tmp_path, 0, [evaluation(0), row(10), row(20), row(30), evaluation(30)])
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({**each, "seconds": 100 + each["step"]}) + "\n" for each in read_rows(path)))
+
+    recorder = record(tmp_path, 20, [row(25)])
+    assert steps(tmp_path) == [0, 10, 20, 25]
+    assert recorder.evaluated == {0}
+    assert 120 <= read_rows(path)[-1]["seconds"] < 180
+    assert list(tensorboard(tmp_path, "loss")) == [10, 20, 25]
+
+
+def test_starting_over_drops_all_but_the_first_evaluation(tmp_path: Path, group: None) -> None:
+    record(tmp_path, 0, [evaluation(0), row(10), row(20)])
+    recorder = record(tmp_path, 0, [row(15)])
+    assert recorder.evaluated == {0}
+    assert steps(tmp_path) == [0, 15]
+    assert list(tensorboard(tmp_path, "loss")) == [15]
+
+
+def test_a_line_cut_short_by_a_kill_does_not_spoil_the_next(tmp_path: Path, group: None) -> None:
+    record(tmp_path, 0, [row(10)])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 20, "lo')
+    record(tmp_path, 10, [row(20)])
+    assert steps(tmp_path) == [10, 20]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def record_on_all_ranks(folder: Path) -> tuple[set[int], bool]:
+    with Recorder(folder, 10, 100, active=dist.get_rank() == 0) as recorder:
+        recorder.row(row(20))
+        recorder.advance(20)
+        recorder.say("once")
+    return recorder.evaluated, recorder.seconds > 5
+
+
+def test_only_one_rank_writes_and_all_know_what_was_there(tmp_path: Path) -> None:
+    rows = [{**row(10), "seconds": 5}, {**evaluation(10), "seconds": 6}, {**row(20), "seconds": 9}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(each) + "\n" for each in rows))
+    assert run_ranks(2, record_on_all_ranks, tmp_path) == [({10}, True)] * 2
+    assert steps(tmp_path) == [10, 10, 20]
+
+
+def test_lines_where_there_is_no_terminal(tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]) -> None:
+    with Recorder(tmp_path, 20, 100, active=True) as recorder:
+        recorder.began = time.monotonic() - 3600  # 40 steps an hour
+        recorder.advance(60)
+        recorder.row(row(60))
+        recorder.row(evaluation(60))
+    line, knn = capsys.readouterr().out.splitlines()
+    assert line == "step 60/100  epoch 6.00  loss 2.000  pretext 0.500  1,234 img/s  left 1:00:00"
+    assert knn == "epoch 6: kNN 0.8125"
+
+
+def test_a_bar_on_a_terminal(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=150)
+    monkeypatch.setattr("trainer.metrics.Console", lambda **_: terminal)
+    with Recorder(tmp_path, 0, 100, active=True) as recorder:
+        recorder.advance(60)
+        recorder.row(row(60))
+        recorder.say("[red] is a word")
+    assert "60/100" in screen.getvalue()
+    assert "loss 2.000" in screen.getvalue()
+    assert "[red] is a word" in screen.getvalue()
+
+
+def test_a_file_that_cannot_be_written(
+    tmp_path: Path, group: None, warnings: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with Recorder(tmp_path, 0, 100, active=True) as recorder:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "open", refuse)
+            recorder.row(row(10))
+        recorder.row(row(20))
+    assert "metrics of step 10 not written: [Errno 28] No space left on device" in warnings.text
+    assert steps(tmp_path) == [20]
+    assert list(tensorboard(tmp_path, "loss")) == [10, 20]
+
+
+def fill_disk(folder: Path) -> bool:
+    """Record while no file can grow beyond a few rows, then with room again."""
+    logging.getLogger("trainer.metrics").disabled = True
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Recorder(folder, 0, 100, active=True) as recorder:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        for step in range(1, 60):
+            recorder.row(row(step))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        recorder.row(row(60))
+    return recorder.tensorboard is None
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
+    (gave_up,) = run_ranks(1, fill_disk, tmp_path)
+    assert gave_up
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert 3 < len(lines) < 59
+    assert steps(tmp_path) == [*range(1, len(lines)), 60]
+
+
+def test_peak_memory() -> None:
+    assert 0.05 < peak_memory_gib(torch.device("cpu")) < 1000

@@ -1,0 +1,83 @@
+"""Schedules at the points one can compute in the head, and which parameters decay."""
+
+import pytest
+import torch
+from torch import nn
+
+from trainer.config import Optim
+from trainer.optim import cosine, make_optimizer, scaled_lr
+
+
+def test_cosine_from_start_to_final() -> None:
+    assert cosine(0, 100, 0.6, 0.2) == 0.6
+    assert cosine(25, 100, 0.6, 0.2) == pytest.approx(0.4 + 0.2 * 0.5**0.5)
+    assert cosine(50, 100, 0.6, 0.2) == pytest.approx(0.4)
+    assert cosine(100, 100, 0.6, 0.2) == pytest.approx(0.2)
+    values = [cosine(step, 100, 0.6, 0.2) for step in range(101)]
+    assert values == sorted(values, reverse=True)
+
+
+def test_cosine_may_rise() -> None:
+    values = [cosine(step, 10, 0.9, 1.0) for step in range(11)]
+    assert values == sorted(values)
+    assert values[-1] == 1.0
+
+
+def test_warm_up_is_linear_and_never_zero() -> None:
+    values = [cosine(step, 100, 1.0, 0.0, warmup_steps=4) for step in range(101)]
+    assert values[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert values[4:] == sorted(values[4:], reverse=True)
+    assert values[52] == pytest.approx(0.5)
+    assert values[100] == pytest.approx(0.0)
+
+
+def test_warm_up_over_part_of_a_step_or_all_of_them() -> None:
+    assert 0 < cosine(2, 10, 1.0, 0.0, warmup_steps=2.5) <= 1
+    values = [cosine(step, 10, 1.0, 0.0, warmup_steps=10) for step in range(11)]
+    assert values == sorted(values)
+    assert values[10] == 1.0
+
+
+def test_learning_rate_follows_the_batch() -> None:
+    assert scaled_lr(0.03, 256) == pytest.approx(0.03)
+    assert scaled_lr(0.03, 4096) == pytest.approx(0.48)
+    assert scaled_lr(0.03, 64) == pytest.approx(0.0075)
+
+
+def make_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(16, 2))
+
+
+def decays(network: nn.Module, settings: Optim) -> dict[str, float]:
+    """Weight decay by parameter name."""
+    names = {id(parameter): name for name, parameter in network.named_parameters()}
+    groups = make_optimizer(network, settings).param_groups
+    return {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_what_decays(name: str) -> None:
+    network = make_network()
+    every = {parameter for parameter, _ in network.named_parameters()}
+    settings = {"name": name, "weight_decay": 0.5}
+    assert decays(network, Optim.model_validate(settings)) == dict.fromkeys(every, 0.5)
+    weights_only = decays(network, Optim.model_validate(settings | {"decay_norm_and_bias": False}))
+    assert weights_only == {name: 0.5 if name in ("0.weight", "4.weight") else 0.0 for name in every}
+
+
+@pytest.mark.parametrize("decay_norm_and_bias", [True, False])
+@pytest.mark.parametrize(("name", "lr"), [("sgd", 0.05), ("lars", 1.0), ("adamw", 0.01)])
+def test_each_learns(name: str, lr: float, decay_norm_and_bias: bool) -> None:
+    network = make_network()
+    settings = Optim.model_validate({"name": name, "lr": lr, "decay_norm_and_bias": decay_norm_and_bias})
+    optimizer = make_optimizer(network, settings)
+    images, labels = torch.randn(32, 3, 4, 4), torch.arange(32) % 2
+    losses = []
+    for _ in range(40):
+        loss = nn.functional.cross_entropy(network(images), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]

@@ -1,0 +1,220 @@
+"""Whose folder it is, which images a run opens, and what it writes down about unreadable ones."""
+
+import fcntl
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.data.pictures import write_folder
+from tests.ranks import run_ranks
+from trainer.config import Config, load
+from trainer.distributed import Place, started
+from trainer.run_dir import Unreadable, claim, open_sources, read_config, read_json, read_rows, write_json
+
+
+@pytest.fixture
+def place() -> Iterator[Place]:
+    with started("cpu") as place:
+        yield place
+
+
+def make_config(
+    folder: Path, train: Path | str = "pictures", val: Path | None = None, seed: int = 0, **data: int
+) -> Config:
+    sets = {"train": str(train), "val": str(val) if val else None, "batch_size": 4}
+    return Config.model_validate({"run": {"dir": str(folder), "epochs": 2, "seed": seed}, "data": sets | data})
+
+
+def refusal(config: Config, place: Place) -> str:
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught, claim(config, place):
+        pass
+    return str(caught.value)
+
+
+def test_a_new_folder_and_the_same_run_again(tmp_path: Path, place: Place) -> None:
+    config = make_config(tmp_path / "runs" / "x")
+    for _ in range(2):
+        with claim(config, place) as folder:
+            assert folder == tmp_path / "runs" / "x"
+            assert load(folder / "config.yaml") == config == read_config(folder)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+
+
+def test_another_configuration_is_refused(tmp_path: Path, place: Place) -> None:
+    with claim(make_config(tmp_path), place):
+        pass
+    other = make_config(tmp_path, seed=3, batch_size=8)
+    message = refusal(other, place)
+    assert message == (
+        f"run.dir: {tmp_path} holds another run: run.seed was 0, now 3; data.batch_size was 4, now 8. "
+        "Choose another run.dir"
+    )
+    assert read_config(tmp_path) == make_config(tmp_path)
+
+
+def test_what_changes_nothing_learned_may_change(tmp_path: Path, place: Place) -> None:
+    with claim(make_config(tmp_path / "a"), place):
+        pass
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    values = make_config(tmp_path / "b", workers=0).model_dump()
+    values["run"] |= {"log_every": 1, "save_every": 7, "keep": 9, "device": "cpu"}
+    values["eval"] |= {"k": 20, "temperature": 0.07, "knn_every": 0}
+    config = Config.model_validate(values)
+    with claim(config, place) as folder:
+        assert read_config(folder) == config
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
+def test_files_of_a_run_without_its_configuration(tmp_path: Path, place: Place, name: str) -> None:
+    (tmp_path / name).mkdir()
+    assert "has files of a run, but no config.yaml" in refusal(make_config(tmp_path), place)
+    assert not (tmp_path / "config.yaml").exists()
+
+
+def test_a_configuration_of_something_else(tmp_path: Path, place: Place) -> None:
+    (tmp_path / "config.yaml").write_text("port: 8080\n")
+    assert f"{tmp_path}/config.yaml: " in refusal(make_config(tmp_path), place)
+    assert (tmp_path / "config.yaml").read_text() == "port: 8080\n"
+
+
+def test_a_path_that_cannot_be_a_folder(tmp_path: Path, place: Place) -> None:
+    (tmp_path / "file").touch()
+    assert "cannot be used: Not a directory" in refusal(make_config(tmp_path / "file" / "x"), place)
+    assert "cannot be used: File exists" in refusal(make_config(tmp_path / "file"), place)
+
+
+def test_a_folder_in_use(tmp_path: Path, place: Place) -> None:
+    config = make_config(tmp_path)
+    with (tmp_path / "lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        assert refusal(config, place) == f"run.dir: another process is training in {tmp_path}"
+    with claim(config, place):
+        assert "another process" in refusal(config, place)
+    with claim(config, place):
+        pass
+
+
+def claim_on_all_ranks(config: Config) -> str:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    try:
+        with claim(config, Place(torch.device("cpu"), rank, world, world)):
+            return ""
+    except ValueError as error:
+        return str(error)
+
+
+def test_all_ranks_are_refused(tmp_path: Path) -> None:
+    assert run_ranks(2, claim_on_all_ranks, make_config(tmp_path)) == ["", ""]
+    first, second = run_ranks(2, claim_on_all_ranks, make_config(tmp_path, seed=1))
+    assert first == second
+    assert first.startswith(f"rank 0: run.dir: {tmp_path} holds another run: run.seed")
+
+
+def claim_a_full_disk(config: Config) -> str:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    if dist.get_rank() == 0:
+        pytest.MonkeyPatch().setattr("trainer.run_dir.write_atomically", refuse)
+    return claim_on_all_ranks(config)
+
+
+def test_a_full_disk_is_told_on_all_ranks(tmp_path: Path) -> None:
+    assert run_ranks(2, claim_a_full_disk, make_config(tmp_path)) == ["rank 0: [Errno 28] No space left on device"] * 2
+
+
+def test_open_sources(tmp_path: Path, place: Place) -> None:
+    pictures, run = write_folder(tmp_path / "pictures"), tmp_path / "run"
+    some = write_folder(tmp_path / "some", classes=2, per_class=1)
+    train, val = open_sources(make_config(run, pictures, some), run)
+    assert (len(train), train.classes) == (24, ["c0", "c1", "c2"])
+    assert val is not None
+    assert (len(val), val.classes) == (2, ["c0", "c1"])
+    assert {path.name for path in run.iterdir()} == {"index-train.npz", "index-val.npz"}
+    assert open_sources(make_config(run, pictures), run)[1] is None
+
+
+def test_images_that_cannot_be_used(tmp_path: Path, place: Place) -> None:
+    pictures, run = write_folder(tmp_path / "pictures"), tmp_path / "run"
+    (tmp_path / "empty").mkdir()
+    more = write_folder(tmp_path / "more", classes=4, per_class=1)
+    (tmp_path / "file").touch()
+    for config, index, words in (
+        (make_config(run, tmp_path / "nowhere"), run, r"data: .*nowhere does not exist"),
+        (make_config(run, tmp_path / "empty"), run, r"data: .*empty has no pictures"),
+        (make_config(run, pictures, tmp_path / "empty"), run, r"data: .*empty has no pictures"),
+        (make_config(run, pictures, batch_size=25), run, r"data\.batch_size: 25 images are more than .* has, 24"),
+        (make_config(run, pictures, more), run, r"data\.val: .*more has classes that .*pictures has not: c3"),
+        (make_config(run, pictures), tmp_path / "file", "data: .*(Not a directory|File exists)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            open_sources(config, index)
+
+
+def open_own_folder(folder: Path) -> str:
+    rank = dist.get_rank()
+    config = make_config(folder, folder / f"pictures{rank}")
+    try:
+        open_sources(config, folder / f"run{rank}")
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_must_find_the_same_images(tmp_path: Path) -> None:
+    for rank in range(2):
+        write_folder(tmp_path / f"pictures{rank}", per_class=2)
+    assert run_ranks(2, open_own_folder, tmp_path) == ["", ""]
+
+    (tmp_path / "pictures1" / "c2" / "1.png").rename(tmp_path / "pictures1" / "c0" / "9.png")
+    (tmp_path / "run1" / "index-train.npz").unlink()
+    first, second = run_ranks(2, open_own_folder, tmp_path)
+    assert first == second
+    assert first.startswith("rank 1: data.train: this rank finds 6 images in 3 classes")
+
+    shutil.rmtree(tmp_path / "pictures1")
+    first, second = run_ranks(2, open_own_folder, tmp_path)
+    assert first == second
+    assert "rank 1: data: " in first
+    assert "does not exist" in first
+
+
+def test_unreadable_samples_are_listed_once(
+    tmp_path: Path, place: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("trainer"), "propagate", True)  # `set_up_logging` may have cut it off
+    unreadable = Unreadable(tmp_path, rank=3)
+    unreadable.note([(7, "a.jpg: the file is empty"), (9, "b.jpg: damaged")])
+    unreadable.note([(7, "a.jpg: the file is empty")])
+    assert unreadable.total() == 2
+    assert caplog.text.count("sample 7 cannot be read") == 1
+
+    again = Unreadable(tmp_path, rank=3)
+    again.note([(9, "b.jpg: damaged"), (11, "c.jpg: damaged")])
+    assert again.total() == 3
+    lines = (tmp_path / "unreadable-3.txt").read_text().splitlines()
+    assert lines == ["7\ta.jpg: the file is empty", "9\tb.jpg: damaged", "11\tc.jpg: damaged"]
+    assert Unreadable(tmp_path, rank=0).total() == 0
+
+
+@pytest.mark.parametrize("name", ["two\nlines.jpg", "two\u2028lines.jpg", "latin1-\udce9.jpg", "tab\t.jpg"])
+def test_unreadable_samples_with_odd_names(tmp_path: Path, place: Place, name: str) -> None:
+    Unreadable(tmp_path, rank=0).note([(7, f"{name}: damaged")])
+    assert Unreadable(tmp_path, rank=0).samples == {7}
+
+
+def test_small_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"is not a run: it has no config\.yaml"):
+        read_config(tmp_path)
+    assert read_json(tmp_path / "results.json") == {}
+    write_json(tmp_path / "results.json", {"knn": 0.5})
+    assert read_json(tmp_path / "results.json") == {"knn": 0.5}
+    assert read_rows(tmp_path / "metrics.jsonl") == []
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": \xff\n{"step": 2}\n')
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 2]
+    assert not list(tmp_path.glob(".*"))

@@ -1,0 +1,131 @@
+"""What the game costs: a training step against the bare work of its networks, and the share of each phase."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from data.loader import normalize, train_batches
+from models.teacher import ema_update
+from trainer import distributed
+from trainer.build import autocast_type, fill_bank, make_game
+from trainer.config import Config
+from trainer.distributed import Place
+from trainer.optim import make_optimizer
+from trainer.pretrain import rates_at
+from trainer.run_dir import open_sources
+from trainer.step import Learner
+
+PHASES = ("teacher", "student", "contrast", "backward", "adversary", "optimizer", "ema")
+
+
+def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
+    """Medians over `repeats` of both, taken in turns on one batch that is already on the device.
+
+    step_seconds: `Learner.step`. bare_seconds: forward of student and teacher on the same views, backward of a sum,
+    optimizer step and moving average, nothing else. overhead: the ratio less one. phases: share of the step's time.
+    """
+    with distributed.started(config.run.device) as place:
+        train, _ = open_sources(config, folder)
+        learner, bare, views = _prepare(config, place, train)
+        steps = 10**6
+        times: dict[str, list[float]] = {"step": [], "bare": []}
+        for i in range(repeats + 3):
+            for name, action in (
+                ("step", lambda i=i: learner.step(views, i, rates_at(config, i, steps))),
+                ("bare", lambda: _bare_step(bare, views, config)),
+            ):
+                seconds = _timed(action, place.device)
+                if i >= 3:  # the first ones choose algorithms and allocate
+                    times[name].append(seconds)
+        step, alone = (statistics.median(times[name]) for name in ("step", "bare"))
+        with profile(activities=[ProfilerActivity.CPU, *_gpu_activities(place)]) as profiler:
+            for i in range(repeats):
+                learner.step(views, i, rates_at(config, i, steps))
+        spans = {e.key: max(e.device_time_total, e.cpu_time_total) for e in profiler.key_averages() if e.key in PHASES}
+        return {
+            "backbone": config.model.backbone,
+            "batch_size": config.data.batch_size,
+            "negatives": config.bank.size,
+            "device": place.device.type,
+            "ranks": place.world,
+            "repeats": repeats,
+            "step_seconds": step,
+            "bare_seconds": alone,
+            "overhead": step / alone - 1,
+            "phases": {name: spans.get(name, 0.0) / sum(spans.values()) for name in PHASES},
+        }
+
+
+def report(result: dict[str, Any], out: Path | None) -> None:
+    """Print the result as a table and write it to `out` as JSON."""
+    table = Table(
+        title=f"{result['backbone']}, batch {result['batch_size']}, {result['negatives']} negatives", box=None
+    )
+    table.add_column("")
+    table.add_column("", justify="right")
+    table.add_row("training step", f"{1e3 * result['step_seconds']:.1f} ms")
+    table.add_row("bare networks", f"{1e3 * result['bare_seconds']:.1f} ms")
+    table.add_row("overhead", f"{100 * result['overhead']:+.1f} %", end_section=True)
+    for name, share in result["phases"].items():
+        table.add_row(name, f"{100 * share:.1f} %")
+    Console().print(table)
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def _prepare(config: Config, place: Place, train: Any) -> tuple[Learner, Learner, list[Tensor]]:
+    """Two equal learners, one for each side, and one batch."""
+    learners = []
+    for _ in range(2):
+        game = make_game(config, place)
+        optimizer = make_optimizer(game.student, config.optim)
+        precision = autocast_type(config, place.device)
+        learners.append(Learner(game, optimizer, place, config.optim.accumulate, precision))
+    fill_bank(learners[0].game.bank, config, place, train)
+    data = config.data
+    batch = next(
+        train_batches(
+            train, list(data.views), data.augment, 0, data.batch_size, place.rank, place.world, 0, 1, 0, False
+        )  # fmt: skip
+    )
+    views = [normalize(view.to(place.device), torch.float32) for view in batch.views]
+    return learners[0], learners[1], views
+
+
+def _bare_step(learner: Learner, views: list[Tensor], config: Config) -> None:
+    game, key_views = learner.game, [0, 1] if config.method.symmetric else [0]
+    precision = learner.precision
+    for parts in zip(*(view.chunk(learner.accumulate) for view in views), strict=True):
+        with torch.autocast(views[0].device.type, precision, enabled=precision != torch.float32):
+            with torch.no_grad():
+                for j in key_views:
+                    game.teacher([parts[j]])
+            loss = learner.student([part for i, part in enumerate(parts) if key_views != [i]]).sum()
+        loss.backward()
+    learner.optimizer.step()
+    learner.optimizer.zero_grad()
+    ema_update(game.teacher, game.student, config.method.teacher_momentum)
+
+
+def _timed(action: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
+
+
+def _gpu_activities(place: Place) -> list[ProfilerActivity]:
+    return [ProfilerActivity.CUDA] if place.device.type == "cuda" else []

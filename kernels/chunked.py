@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kernels import AdversaryStats, Score, check_inputs
 
-# Negatives per tile. Measured on 2 cores at N = 1024, D = 128: 512 and 1024 are equally fast; smaller
-# tiles pay for starting operations, wider ones fall out of the cache.
+# Negatives per tile. Measured on 2 cores at N = 1024, D = 128 (docs/bench/README.md): smaller tiles pay
+# for starting operations, wider ones fall out of the cache.
 _TILE = 1024
 
-# e^x as 2^(x log2 e): torch.exp2 is three times as fast as torch.exp on a CPU, and the factor costs nothing.
+# e^x as 2^(x log2 e): torch.exp2 takes a third of torch.exp's time on a CPU, and the factor costs nothing.
 _LOG2_E = math.log2(math.e)
 
 

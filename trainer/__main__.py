@@ -94,6 +94,7 @@ def bench_step(
     """A training step of CONFIG against the bare forward, backward, optimizer and moving average of its networks."""
     import tempfile
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a GPU the profiler calls that an error, in red
     from trainer.bench import step
     from trainer.config import load
 

@@ -20,9 +20,8 @@ from trainer.build import autocast_type, fill_bank, make_game
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.optim import make_optimizer
-from trainer.pretrain import rates_at
 from trainer.run_dir import open_sources
-from trainer.step import Learner
+from trainer.step import Learner, Rates
 
 PHASES = ("teacher", "student", "contrast", "backward", "adversary", "optimizer", "ema")
 
@@ -32,15 +31,16 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
 
     step_seconds: `Learner.step`. bare_seconds: forward of student and teacher on the same views, backward of a sum,
     optimizer step and moving average, nothing else. overhead: the ratio less one. phases: share of the step's time.
+    Learning rates are 0, so that neither side drifts.
     """
     with distributed.started(config.run.device) as place:
         train, _ = open_sources(config, folder)
         learner, bare, views = _prepare(config, place, train)
-        steps = 10**6
+        rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
         times: dict[str, list[float]] = {"step": [], "bare": []}
         for i in range(repeats + 3):
             for name, action in (
-                ("step", lambda i=i: learner.step(views, i, rates_at(config, i, steps))),
+                ("step", lambda i=i: learner.step(views, i, rates)),
                 ("bare", lambda: _bare_step(bare, views, config)),
             ):
                 seconds = _timed(action, place.device)
@@ -49,7 +49,7 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
         step, alone = (statistics.median(times[name]) for name in ("step", "bare"))
         with profile(activities=[ProfilerActivity.CPU, *_gpu_activities(place)]) as profiler:
             for i in range(repeats):
-                learner.step(views, i, rates_at(config, i, steps))
+                learner.step(views, i, rates)
         spans = {e.key: max(e.device_time_total, e.cpu_time_total) for e in profiler.key_averages() if e.key in PHASES}
         return {
             "backbone": config.model.backbone,
@@ -93,12 +93,9 @@ def _prepare(config: Config, place: Place, train: Any) -> tuple[Learner, Learner
         learners.append(Learner(game, optimizer, place, config.optim.accumulate, precision))
     fill_bank(learners[0].game.bank, config, place, train)
     data = config.data
-    batch = next(
-        train_batches(
-            train, list(data.views), data.augment, 0, data.batch_size, place.rank, place.world, 0, 1, 0, False
-        )  # fmt: skip
-    )
-    views = [normalize(view.to(place.device), torch.float32) for view in batch.views]
+    world, rank = place.world, place.rank
+    batches = train_batches(train, list(data.views), data.augment, 0, data.batch_size, rank, world, 0, 1, 0, False)
+    views = [normalize(view.to(place.device), torch.float32) for view in next(batches).views]
     return learners[0], learners[1], views
 
 

@@ -11,8 +11,9 @@ class Encoder(nn.Module):
 
     backbone: any name `timm.create_model` knows; backbone_args go to it as they are.
     dim: length of an embedding. hidden: width of the head's hidden layer, the backbone's own if None.
-    small_images: for images of about 32 pixels. A ResNet gets a 3 x 3 stem of stride 1 and no max
-        pooling (as in the CIFAR experiments of SimCLR, app. B.9), a ViT gets patches of 4 pixels.
+    small_images: for images of about 32 pixels. A ResNet gets a 3 x 3 stem of stride `stem_stride` and no max
+        pooling (1: as in the CIFAR experiments of SimCLR, app. B.9; 2: a quarter of the work), a ViT gets patches
+        of 4 pixels.
     Raises ValueError for an unknown backbone, for arguments it does not take, and for one that has no
     known stem for small images.
     """
@@ -24,6 +25,7 @@ class Encoder(nn.Module):
         dim: int = 128,
         hidden: int | None = None,
         small_images: bool = False,
+        stem_stride: int = 1,
         backbone_args: dict | None = None,
     ) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Encoder(nn.Module):
         except TypeError as error:
             raise ValueError(f"model.backbone_args: {backbone} does not take {arguments} ({error})") from error
         if small_images and not is_vit:
-            _shrink_stem(self.backbone, backbone)
+            _shrink_stem(self.backbone, backbone, stem_stride)
         # Some models (MobileNetV3) widen their features once more after pooling.
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.head = nn.Sequential(
@@ -57,10 +59,10 @@ class Encoder(nn.Module):
         return F.normalize(z_ND.float(), dim=1)
 
 
-def _shrink_stem(backbone: nn.Module, name: str) -> None:
+def _shrink_stem(backbone: nn.Module, name: str, stride: int) -> None:
     conv = getattr(backbone, "conv1", None)
     if not isinstance(conv, nn.Conv2d) or not hasattr(backbone, "maxpool"):
         raise ValueError(f"model.small_images: {name} has no ResNet or ViT stem; need false for this backbone")
-    backbone.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride=1, padding=1, bias=False)
+    backbone.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride, padding=1, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     backbone.maxpool = nn.Identity()

@@ -74,7 +74,7 @@ def bench_kernels(
     rows: Annotated[int, typer.Option(help="Queries N, and as many keys")] = 1024,
     negatives: Annotated[int, typer.Option(help="Negatives K")] = 65536,
     dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
-    dtype: Annotated[str, typer.Option(help="float32, or what torch calls another type")] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
     repeats: Annotated[int, typer.Option(help="Each figure is the median of so many")] = 7,
     out: OutPath = None,
 ) -> None:

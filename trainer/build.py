@@ -29,6 +29,7 @@ def make_encoder(config: Config) -> Encoder:
         dim=model.dim,
         hidden=model.hidden,
         small_images=model.small_images,
+        stem_stride=model.stem_stride,
         backbone_args=model.backbone_args,
     )
 

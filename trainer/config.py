@@ -59,6 +59,7 @@ class Model(Section):
     backbone: str = "resnet50"
     backbone_args: dict[str, Any] = {}
     small_images: bool = False
+    stem_stride: Literal[1, 2] = 1  # of the stem for small images
     dim: int = Field(128, ge=2)
     hidden: int | None = Field(None, ge=1)
 

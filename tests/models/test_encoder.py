@@ -61,6 +61,8 @@ def test_the_stem_of_a_resnet_for_small_images() -> None:
     stem = resnet().backbone.conv1
     assert (stem.kernel_size, stem.stride) == ((3, 3), (1, 1))
     assert isinstance(resnet().backbone.maxpool, nn.Identity)
+    halved = Encoder("resnet18", small_images=True, stem_stride=2, backbone_args=RESNET)
+    assert halved.backbone.forward_features(x).shape[-1] == 2
 
 
 def test_the_stem_of_a_vit_for_small_images() -> None:

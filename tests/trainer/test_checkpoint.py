@@ -3,7 +3,7 @@
 import logging
 import pickle
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,8 @@ from kernels import implementation
 from models.bank import Bank, make_mesh
 from tests.ranks import run_ranks
 from trainer import checkpoint
-from trainer.distributed import started
 
 ROWS, DIM = 7, 3  # no number of ranks here divides ROWS
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    with started("cpu"):
-        yield
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("trainer"), "propagate", True)  # `set_up_logging` may have cut it off
-    return caplog
 
 
 def make_bank(rows: int = ROWS, dim: int = DIM) -> Bank:

@@ -6,7 +6,6 @@ import logging
 import math
 import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,21 +15,8 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from tests.ranks import run_ranks
-from trainer.distributed import started
 from trainer.metrics import Averages, Recorder, peak_memory_gib
 from trainer.run_dir import Row, read_rows
-
-
-@pytest.fixture
-def group() -> Iterator[None]:
-    with started("cpu"):
-        yield
-
-
-@pytest.fixture
-def warnings(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(logging.getLogger("trainer"), "propagate", True)  # `set_up_logging` may have cut it off
-    return caplog
 
 
 def row(step: int) -> Row:

@@ -48,7 +48,7 @@ def plain_accuracy(k: int, temperature: float) -> float:
 def part(x_ND: Tensor, labels_N: Tensor, ends: list[int]) -> Features:
     rank = dist.get_rank()
     mine = slice(ends[rank - 1] if rank else 0, ends[rank])
-    return Features(x_ND[mine], labels_N[mine], torch.arange(len(labels_N))[mine], [])
+    return Features(x_ND[mine], labels_N[mine], torch.arange(len(labels_N))[mine])
 
 
 def accuracies(chunk: int) -> list[float]:

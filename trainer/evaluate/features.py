@@ -1,5 +1,6 @@
 """Features of a data set from a frozen network."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -16,14 +17,15 @@ from models.encoder import Encoder
 from trainer.build import autocast_type
 from trainer.config import Config
 
+log = logging.getLogger(__name__)
+
 
 class Features(NamedTuple):
-    """Unit rows and labels on the device, and the samples they are of; bad: samples left out, with the reason."""
+    """Unit rows and labels on the device, and the samples they are of."""
 
     x_ND: Tensor
     labels_N: Tensor
     samples_N: Tensor
-    bad: list[tuple[int, str]]
 
 
 @torch.no_grad()
@@ -54,9 +56,11 @@ def embed(
                 shown.append(numbers)
     if not xs:
         raise ValueError(f"none of {len(samples)} images can be read" + (f": {bad[-1][1]}" if bad else ""))
+    if bad:
+        log.warning("%d of %d images cannot be read and are left out, such as %s", len(bad), len(samples), bad[0][1])
     samples_N = torch.cat(shown)
     labels_N = torch.from_numpy(source.labels[samples_N.numpy()])
-    return Features(torch.cat(xs), labels_N.to(device), samples_N, bad)
+    return Features(torch.cat(xs), labels_N.to(device), samples_N)
 
 
 @contextmanager

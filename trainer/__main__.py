@@ -16,7 +16,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-bench_app = typer.Typer(no_args_is_help=True, help="Measure speed and memory on this machine.")
+bench_app = typer.Typer(no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", metavar="CONFIG")]
@@ -69,6 +69,12 @@ def doctor(
         raise typer.Exit(1)
 
 
+@bench_app.callback()
+def bench() -> None:
+    """Measure speed and memory on this machine."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # to torch's profiler a machine without a GPU is an error
+
+
 @bench_app.command("kernels")
 def bench_kernels(
     rows: Annotated[int, typer.Option(help="Queries N, and as many keys")] = 1024,
@@ -94,7 +100,6 @@ def bench_step(
     """A training step of CONFIG against the bare forward, backward, optimizer and moving average of its networks."""
     import tempfile
 
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # without a GPU the profiler calls that an error, in red
     from trainer.bench import step
     from trainer.config import load
 

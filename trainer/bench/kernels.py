@@ -123,6 +123,7 @@ def report(rows: list[dict[str, Any]], out: Path | None) -> None:
         )
     Console().print(table)
     if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
         machine = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
         out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 

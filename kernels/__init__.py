@@ -9,7 +9,8 @@ Two functions, each with one implementation per module of this folder, all with 
   loss, in place.
 
 `reference` materialises everything and is the specification; `chunked` tiles over the negatives,
-stores nothing of size N x K and is the fast path on a CPU.
+stores nothing of size N x K and is the fast path on a CPU; `gpu` does the same in Triton, with one kernel
+for each function (`score`, `adversary`; their tile sizes are in `tiles`).
 
 Shapes: N queries, M keys, K negatives, D dimensions. Queries, keys and unit negatives have unit
 length, so every similarity s lies in [-1, 1] and exp(s/T) fits fp32 without a running maximum:
@@ -17,9 +18,11 @@ partial sums over tiles, shards and ranks merge by plain addition.
 """
 
 import math
+import os
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 # exp(88.7) overflows fp32 and exp(-87.3) is the smallest normal number.
@@ -55,13 +58,20 @@ class AdversaryStats(NamedTuple):
 def implementation(name: str) -> ModuleType:
     """The module that holds `score` and `adversary_step` under this name.
 
-    Raises ValueError for a name that is not one of `reference` and `chunked`.
+    Raises ValueError for a name that is not one of `reference`, `chunked` and `triton`, and for `triton` where
+    there is nothing to run it.
     """
     from kernels import chunked, reference
 
+    if name == "triton":
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            raise ValueError("kernels: triton needs a CUDA device, or TRITON_INTERPRET=1 to run slowly on the CPU")
+        from kernels import gpu
+
+        return gpu
     modules = {"reference": reference, "chunked": chunked}
     if name not in modules:
-        raise ValueError(f"kernels: got {name!r}, need one of {', '.join(modules)}")
+        raise ValueError(f"kernels: got {name!r}, need one of {', '.join(modules)}, triton")
     return modules[name]
 
 

@@ -87,7 +87,7 @@ class BankSettings(Section):
     weight_decay: float = Field(1e-4, ge=0)
     init: Literal["keys", "random"] = "keys"
     placement: Literal["replicated", "sharded", "node"] = "sharded"
-    kernels: Literal["reference", "chunked"] = "chunked"
+    kernels: Literal["reference", "chunked", "triton"] = "chunked"
 
 
 class Optim(Section):

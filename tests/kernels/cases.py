@@ -1,10 +1,12 @@
-"""Random inputs for the kernels' tests."""
+"""Random inputs for the kernels' tests, calls of the kernels on them, and how exact a result must be."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels import AdversaryStats, Score
 
 TEMPERATURE = 0.12
 ADVERSARY_TEMPERATURE = 0.02
@@ -50,3 +52,44 @@ def make_case(queries: int, keys: int, negatives: int, dim: int, own: str = "own
         w_KD=w_KD,
         v_KD=0.1 * random(negatives),
     )
+
+
+def score(kernels: Any, case: Case, adversary_temperature: float = ADVERSARY_TEMPERATURE) -> Score:
+    got: Score = kernels.score(case.q_ND, case.k_MD, case.own_N, case.n_KD, TEMPERATURE, adversary_temperature)
+    return got
+
+
+def step(kernels: Any, case: Case, coef_N: Tensor) -> tuple[Case, AdversaryStats]:
+    """The case after one step of the adversary, and its statistics; the given case is left as it is."""
+    after = case._replace(n_KD=case.n_KD.clone(), w_KD=case.w_KD.clone(), v_KD=case.v_KD.clone())
+    stats = kernels.adversary_step(
+        after.q_ND,
+        coef_N,
+        after.n_KD,
+        after.w_KD,
+        after.v_KD,
+        temperature=ADVERSARY_TEMPERATURE,
+        lr=3.0,
+        momentum=0.9,
+        weight_decay=1e-4,
+    )
+    return after, stats
+
+
+def changed(after: Case, stats: AdversaryStats) -> dict[str, Tensor]:
+    return {"w": after.w_KD, "v": after.v_KD, "n": after.n_KD, **stats._asdict()}
+
+
+def check_as_exact_as_plain(name: str, got: Tensor, plain: Tensor, truth: Tensor, slack: float) -> None:
+    """Everywhere within the largest error of plain fp32 PyTorch plus a share `slack` of the largest value."""
+    allowed = (plain.double() - truth).abs().max() + slack * truth.abs().max()
+    error = (got.double() - truth).abs().max()
+    assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
+
+
+def check_score(got: Score, plain: Score, truth: Score) -> None:
+    for name in Score._fields:
+        assert getattr(got, name).dtype == torch.float32
+        # The sixth power of e^(s/T) has six times its rounding error.
+        slack = 1e-5 if name == "za_N" else 3e-6
+        check_as_exact_as_plain(name, getattr(got, name), getattr(plain, name), getattr(truth, name), slack)

@@ -22,6 +22,10 @@ GAMES = {"asym": (1.0, [0]), "sym": (0.5, [0, 1]), "multicrop": (1.0, [0, 0, 0])
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("game", GAMES)
 def test_first_step(kernels: Any, game: str, world: int) -> None:
+    check_first_step(kernels, game, world)
+
+
+def check_first_step(kernels: Any, game: str, world: int) -> None:
     with safe_open(GOLDEN, "pt") as file:
         settings = {name: float(value) for name, value in file.metadata().items()}
 

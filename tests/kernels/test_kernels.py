@@ -9,8 +9,15 @@ from kernels import check_temperature, chunked, implementation, reference
 def test_implementation_by_name() -> None:
     assert implementation("reference") is reference
     assert implementation("chunked") is chunked
-    with pytest.raises(ValueError, match=r"kernels: got 'fast', need one of reference, chunked"):
+    with pytest.raises(ValueError, match=r"kernels: got 'fast', need one of reference, chunked, triton"):
         implementation("fast")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_triton_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match=r"triton needs a CUDA device, or TRITON_INTERPRET=1"):
+        implementation("triton")
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.12, 1.0])

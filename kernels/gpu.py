@@ -1,0 +1,9 @@
+"""The kernels in Triton, for NVIDIA GPUs from sm_80 on: `score` and `adversary_step`.
+
+To be imported through `kernels.implementation("triton")`, which says what is missing where they cannot run.
+"""
+
+from kernels.adversary import adversary_step
+from kernels.score import score
+
+__all__ = ["adversary_step", "score"]

@@ -1,0 +1,27 @@
+"""The Triton kernels: their arithmetic in Triton's interpreter, and what the compiler makes of them for a GPU.
+
+The interpreter must be chosen before the kernels are imported and cannot be left again, and the compiler does not run
+where it was chosen: each file of checks runs in a pytest process of its own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("checks", "interpret"), [("interpreted", "1"), ("compiled", "0")])
+def test_in_its_own_process(checks: str, interpret: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/kernels/triton_{checks}.py"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": interpret, "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

@@ -87,7 +87,7 @@ def _steps(
         train, list(data.views), data.augment, run.seed, data.batch_size, place.rank, place.world,
         start, steps, data.workers, pin_memory=place.device.type == "cuda",
     )  # fmt: skip
-    began, first, waited = time.perf_counter(), start, 0.0
+    first, seconds, waited = start, 0.0, 0.0  # since the last row; what is done between steps does not count
     for step in range(start + 1, steps + 1):
         before = time.perf_counter()
         batch = next(batches)
@@ -101,7 +101,7 @@ def _steps(
         recorder.advance(step)
         if step % run.log_every == 0 or step % run.save_every == 0 or step == steps:
             row = averages.take()
-            seconds = time.perf_counter() - began
+            seconds += time.perf_counter() - before
             if not all(map(math.isfinite, row.values())):
                 raise ValueError(f"step {step}: not finite: {row}; checkpoints stay as they are")
             row |= learner.game.bank.metrics(adversary)
@@ -111,11 +111,10 @@ def _steps(
             row |= {"images_per_second": speed, "data_wait": waited / seconds}
             row |= {"memory_gib": peak_memory_gib(place.device), "unreadable": unreadable.total()}
             recorder.row({"step": step, "epoch": step / epoch_steps, "images": images, **row})
-            first, waited = step, 0.0
-            yield step
-            began = time.perf_counter()  # what is done between, such as saving, is not training
+            first, seconds, waited = step, 0.0, 0.0
         else:
-            yield step
+            seconds += time.perf_counter() - before
+        yield step
 
 
 def rates_at(config: Config, step: int, steps: int) -> Rates:

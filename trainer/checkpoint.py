@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 log = logging.getLogger(__name__)
 
@@ -116,10 +116,18 @@ class _Reader(dcp.FileSystemReader):
 
 class _MetadataUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if f"{module}.{name}" == "builtins.getattr":  # how Python 3.11.0 to 3.11.3 write the member of an enumeration
+            return _memory_format
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or f"{module}.{name}" in _INDEX_CLASSES:
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's index")
+
+
+def _memory_format(owner: Any, name: str) -> Any:
+    if owner is not _MEM_FORMAT_ENCODING:
+        raise pickle.UnpicklingError(f"an attribute of {owner!r} has no place in a checkpoint's index")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 _INDEX_CLASSES = {

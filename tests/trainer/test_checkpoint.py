@@ -1,5 +1,6 @@
 """Checkpoints: what comes back, on other numbers of ranks too, and what happens to damaged and unfinished ones."""
 
+import io
 import logging
 import pickle
 import resource
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.metadata as metadata
 from torch import Tensor
 
 from kernels import implementation
@@ -230,3 +232,23 @@ def test_a_forged_index_does_not_run(tmp_path: Path, group: None, module: str, n
     with pytest.raises(ValueError, match="has no place in a checkpoint's index"):
         checkpoint.load(tmp_path / "step-00000001", {"weight": torch.zeros(64)})
     assert not ran.exists()
+
+
+def test_an_index_may_look_up_memory_formats_and_nothing_else() -> None:
+    """Python 3.11.2, Debian's, writes the member of an enumeration as getattr(enumeration, name); later ones do not."""
+
+    class Attribute:
+        def __init__(self, owner: object, name: str) -> None:
+            self.arguments = owner, name
+
+        def __reduce__(self) -> tuple[Any, tuple[object, str]]:
+            return getattr, self.arguments
+
+    def read(owner: object, name: str) -> object:
+        return checkpoint._MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
+
+    formats = metadata._MEM_FORMAT_ENCODING
+    assert read(formats, "TORCH_CHANNELS_LAST") is formats.TORCH_CHANNELS_LAST
+    for owner in (metadata.Metadata, torch.Size):
+        with pytest.raises(pickle.UnpicklingError, match="has no place in a checkpoint's index"):
+            read(owner, "__init__")

@@ -153,8 +153,7 @@ class Recorder:
         if self.bar:
             self.bar.update(self.task, status=status)
             return
-        done = row["step"] - self.start
-        left = (time.monotonic() - self.began) / max(done, 1) * (self.total - row["step"])
+        left = (self.total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
         self.say(f"step {row['step']:,}/{self.total:,}  epoch {row['epoch']:.2f}  {status}  left {_clock(left)}")
 
 

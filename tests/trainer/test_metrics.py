@@ -5,7 +5,6 @@ import json
 import logging
 import math
 import resource
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,8 @@ from trainer.run_dir import Row, read_rows
 
 
 def row(step: int) -> Row:
-    return {"step": step, "epoch": step / 10, "loss": 8 - step / 10, "pretext_top1": 0.5, "images_per_second": 1234.5}
+    learned = {"loss": 8 - step / 10, "pretext_top1": 0.5}
+    return {"step": step, "epoch": step / 10, "images": 100 * step, **learned, "images_per_second": 1234.5}
 
 
 def evaluation(step: int) -> Row:
@@ -126,12 +126,11 @@ def test_only_one_rank_writes_and_all_know_what_was_there(tmp_path: Path) -> Non
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]) -> None:
     with Recorder(tmp_path, 20, 100, active=True) as recorder:
-        recorder.began = time.monotonic() - 3600  # 40 steps an hour
         recorder.advance(60)
-        recorder.row(row(60))
+        recorder.row({**row(60), "images": 60 * 2468, "images_per_second": 1234.0})  # two seconds a step, 40 steps
         recorder.row(evaluation(60))
     line, knn = capsys.readouterr().out.splitlines()
-    assert line == "step 60/100  epoch 6.00  loss 2.000  pretext 0.500  1,234 img/s  left 1:00:00"
+    assert line == "step 60/100  epoch 6.00  loss 2.000  pretext 0.500  1,234 img/s  left 0:01:20"
     assert knn == "epoch 6: kNN 0.8125"
 
 

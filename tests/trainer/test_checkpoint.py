@@ -132,13 +132,13 @@ def garble_manifest(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut, flip, lose_manifest, lose_file, garble_manifest])
 def test_a_damaged_one_is_skipped(
-    tmp_path: Path, group: None, warnings: pytest.LogCaptureFixture, damage: Callable[[Path], None]
+    tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None]
 ) -> None:
     save(tmp_path, 10)
     save(tmp_path, 20)
     damage(tmp_path / "step-00000020")
     assert load(tmp_path) == 10
-    assert "step-00000020 is damaged" in warnings.text
+    assert "step-00000020 is damaged" in caplog.text
     damage(tmp_path / "step-00000010")
     assert load(tmp_path) is None
     assert save(tmp_path, 20)
@@ -202,10 +202,10 @@ def test_a_full_disk_on_one_rank(tmp_path: Path) -> None:
     assert not none
 
 
-def test_a_folder_that_cannot_be_made(tmp_path: Path, group: None, warnings: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_cannot_be_made(tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
     assert not save(tmp_path / "file", 1)
-    assert "checkpoint of step 1 not saved" in warnings.text
+    assert "checkpoint of step 1 not saved" in caplog.text
 
 
 def call(module: str, name: str, argument: str) -> bytes:

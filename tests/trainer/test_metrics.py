@@ -148,7 +148,7 @@ def test_a_bar_on_a_terminal(tmp_path: Path, group: None, monkeypatch: pytest.Mo
 
 
 def test_a_file_that_cannot_be_written(
-    tmp_path: Path, group: None, warnings: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
@@ -158,7 +158,7 @@ def test_a_file_that_cannot_be_written(
             patch.setattr(Path, "open", refuse)
             recorder.row(row(10))
         recorder.row(row(20))
-    assert "metrics of step 10 not written: [Errno 28] No space left on device" in warnings.text
+    assert "metrics of step 10 not written: [Errno 28] No space left on device" in caplog.text
     assert steps(tmp_path) == [20]
     assert list(tensorboard(tmp_path, "loss")) == [10, 20]
 

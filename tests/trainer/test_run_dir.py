@@ -1,7 +1,6 @@
 """Whose folder it is, which images a run opens, and what it writes down about unreadable ones."""
 
 import fcntl
-import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -184,10 +183,7 @@ def test_ranks_must_find_the_same_images(tmp_path: Path) -> None:
     assert "does not exist" in first
 
 
-def test_unreadable_samples_are_listed_once(
-    tmp_path: Path, place: Place, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(logging.getLogger("trainer"), "propagate", True)  # `set_up_logging` may have cut it off
+def test_unreadable_samples_are_listed_once(tmp_path: Path, place: Place, caplog: pytest.LogCaptureFixture) -> None:
     unreadable = Unreadable(tmp_path, rank=3)
     unreadable.note([(7, "a.jpg: the file is empty"), (9, "b.jpg: damaged")])
     unreadable.note([(7, "a.jpg: the file is empty")])

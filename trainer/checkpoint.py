@@ -55,7 +55,7 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
         return False
     if first:
         # Later ones than this were found damaged, or the run would have gone on from them: they count for nothing.
-        for old in [path for path in _list(folder) if path <= final][keep:]:
+        for old in [path for path in _list(folder) if step_of(path) <= step][keep:]:
             shutil.rmtree(old, ignore_errors=True)
     return True
 
@@ -151,8 +151,9 @@ _INDEX_CLASSES = {
 
 
 def _list(folder: Path) -> list[Path]:
-    """All checkpoints, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
+    """All checkpoints, newest first; folders that a user has named otherwise are left alone."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of, reverse=True)
 
 
 def _make_empty(path: Path) -> None:

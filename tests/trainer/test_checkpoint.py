@@ -252,3 +252,12 @@ def test_an_index_may_look_up_memory_formats_and_nothing_else() -> None:
     for owner in (metadata.Metadata, torch.Size):
         with pytest.raises(pickle.UnpicklingError, match="has no place in a checkpoint's index"):
             read(owner, "__init__")
+
+
+def test_folders_of_other_names_are_left_alone(tmp_path: Path, group: None) -> None:
+    save(tmp_path, 1)
+    (tmp_path / "step-00000009-good").mkdir()
+    save(tmp_path, 100_000_000)
+    save(tmp_path, 99_999_999)
+    assert checkpoint.newest(tmp_path) == tmp_path / "step-100000000"
+    assert (tmp_path / "step-00000009-good").is_dir()

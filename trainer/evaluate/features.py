@@ -16,6 +16,7 @@ from data.loader import eval_batches, normalize
 from models.encoder import Encoder
 from trainer.build import autocast_type
 from trainer.config import Config
+from trainer.distributed import agree
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +41,7 @@ def embed(
 ) -> Features:
     """Of `samples` (int64 [N]), in evaluation mode: the backbone's features, or the head's embeddings.
 
-    Raises ValueError if no sample can be read.
+    Called by all ranks. Raises ValueError, on all of them, if one can read none of its samples.
     """
     xs, shown, bad = [], [], []
     size = config.eval.size or config.data.views[0].size
@@ -54,8 +55,8 @@ def embed(
                 x_BD = encoder([x_BCHW]) if head else encoder.backbone(x_BCHW)
                 xs.append(F.normalize(x_BD.float(), dim=1))
                 shown.append(numbers)
-    if not xs:
-        raise ValueError(f"none of {len(samples)} images can be read" + (f": {bad[-1][1]}" if bad else ""))
+    reason = f": {bad[-1][1]}" if bad else ""
+    agree(None if xs else f"none of {len(samples)} images can be read{reason}")
     if bad:
         log.warning("%d of %d images cannot be read and are left out, such as %s", len(bad), len(samples), bad[0][1])
     samples_N = torch.cat(shown)

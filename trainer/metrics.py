@@ -84,8 +84,7 @@ class Recorder:
         self.start, self.total = start, total
         if self.console.is_terminal:
             self.bar = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=None),
+                BarColumn(bar_width=12),  # all of it fits a terminal of 80 columns
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("left"),
@@ -149,10 +148,11 @@ class Recorder:
         if "knn" in row:
             self.say(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}")
             return
-        status = f"loss {row['loss']:.3f}  pretext {row['pretext_top1']:.3f}  {row['images_per_second']:,.0f} img/s"
+        speed = f"{row['images_per_second']:,.0f} img/s"
         if self.bar:
-            self.bar.update(self.task, status=status)
+            self.bar.update(self.task, status=f"loss {row['loss']:.3f}  {speed}")
             return
+        status = f"loss {row['loss']:.3f}  pretext {row['pretext_top1']:.3f}  {speed}"
         left = (self.total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
         self.say(f"step {row['step']:,}/{self.total:,}  epoch {row['epoch']:.2f}  {status}  left {_clock(left)}")
 

@@ -12,6 +12,7 @@ import logging
 import os
 import pickle
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -197,7 +198,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _attempt(action: Any) -> str | None:
+def _attempt(action: Callable[[], None]) -> str | None:
     try:
         action()
     except OSError as error:

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from data.index import Source
 from data.loader import normalize, train_batches
 from models.teacher import ema_update
 from trainer import distributed
@@ -83,7 +84,7 @@ def report(result: dict[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _prepare(config: Config, place: Place, train: Any) -> tuple[Learner, Learner, list[Tensor]]:
+def _prepare(config: Config, place: Place, train: Source) -> tuple[Learner, Learner, list[Tensor]]:
     """Two equal learners, one for each side, and one batch."""
     learners = []
     for _ in range(2):

@@ -26,8 +26,8 @@ def accuracy(train: Features, test: Features, classes: int, k: int, temperature:
     Each rank holds its own part of both sets, of any size. A neighbour votes with weight exp(similarity / temperature).
     """
     world, device = dist.get_world_size(), test.x_ND.device
-    k = min(k, int(_total(len(train.x_ND), device)))
-    rounds = -(-int(_largest(len(test.x_ND), device)) // _CHUNK)
+    k = min(k, _over_ranks(len(train.x_ND), dist.ReduceOp.SUM, device))
+    rounds = -(-_over_ranks(len(test.x_ND), dist.ReduceOp.MAX, device) // _CHUNK)
     correct = torch.zeros((), device=device)
     for i in range(rounds):
         own_ND = test.x_ND[i * _CHUNK : (i + 1) * _CHUNK]
@@ -47,7 +47,7 @@ def accuracy(train: Features, test: Features, classes: int, k: int, temperature:
         votes_NC.scatter_add_(1, label_NK.gather(1, place_Nk), weight_Nk)
         correct += (votes_NC.argmax(1) == test.labels_N[i * _CHUNK : (i + 1) * _CHUNK]).sum()
     dist.all_reduce(correct)
-    return float(correct) / _total(len(test.x_ND), device)
+    return float(correct) / _over_ranks(len(test.x_ND), dist.ReduceOp.SUM, device)
 
 
 def evaluate(encoder: Encoder, train: Source, test: Source, device: torch.device, config: Config) -> float:
@@ -72,13 +72,7 @@ def _nearest(q_MD: Tensor, train: Features, k: int) -> tuple[Tensor, Tensor]:
     return F.pad(similarity_Mk, missing, value=float("-inf")), F.pad(train.labels_N[place_Mk], missing)
 
 
-def _total(count: int, device: torch.device) -> float:
-    x = torch.tensor(float(count), dtype=torch.float64, device=device)
-    dist.all_reduce(x)
-    return float(x)
-
-
-def _largest(count: int, device: torch.device) -> float:
-    x = torch.tensor(float(count), dtype=torch.float64, device=device)
-    dist.all_reduce(x, dist.ReduceOp.MAX)
-    return float(x)
+def _over_ranks(count: int, operation: dist.ReduceOp.RedOpType, device: torch.device) -> int:
+    x = torch.tensor(count, device=device)
+    dist.all_reduce(x, operation)
+    return int(x)

@@ -1,100 +1,197 @@
 """The hot arithmetic of the game between encoder and negatives (AdCo, arXiv 2011.08435).
 
-Two functions, each with one implementation per module of this folder, all with the same results:
+Three functions, torch custom operators (so torch.compile does not break at them and fake tensors pass), each with
+one implementation per module of this folder, all with the same results:
 
-- `score`: one pass over the similarities of queries to keys and negatives. It gives the partition
-  sums at the encoder's and at the adversary's temperature and the weighted sum of columns that
-  the encoder's gradient needs.
-- `adversary_step`: one pass over the negatives. Gradient ascent with momentum on the contrastive
-  loss, in place.
+- `score`: one pass over the similarities of queries to keys and negatives. It gives the partition sums at the
+  encoder's and at the adversary's temperature and the weighted sum of columns that the encoder's gradient needs.
+- `adversary_step`: one pass over the negatives. Gradient ascent with momentum on the contrastive loss, in place.
+- `hardest`: the m columns most similar to each query, in one pass.
 
-`reference` materialises everything and is the specification; `chunked` tiles over the negatives,
-stores nothing of size N x K and is the fast path on a CPU; `gpu` does the same in Triton, with one kernel
-for each function (`score`, `adversary`; their tile sizes are in `tiles`).
+`reference` materialises everything and is the specification: its docstrings say what arguments mean. `chunked` tiles
+over the columns, stores nothing of size N x K and is the fast path on a CPU; `triton` does the same on NVIDIA GPUs
+from sm_80 on (`gpu`, with a module `triton_…` for each function). The choice is the caller's.
 
-Shapes: N queries, M keys, K negatives, D dimensions. Queries, keys and unit negatives have unit
-length, so every similarity s lies in [-1, 1] and exp(s/T) fits fp32 without a running maximum:
-partial sums over tiles, shards and ranks merge by plain addition.
+Shapes: N queries, M keys, K negatives, C columns, D dimensions. Queries, keys and unit negatives have unit length,
+so every similarity s lies in [-1, 1] and exp(s/T) fits fp32 without a running maximum: partial sums over tiles,
+shards and ranks merge by plain addition.
 """
 
-import math
 import os
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# exp(88.7) overflows fp32 and exp(-87.3) is the smallest normal number.
-_MAX_EXPONENT = 85.0
+from kernels.contract import AdversaryStats, Hardest, Score, check_temperature
 
+__all__ = [
+    "IMPLEMENTATIONS",
+    "AdversaryStats",
+    "Hardest",
+    "Score",
+    "adversary_step",
+    "check_temperature",
+    "hardest",
+    "implementation",
+    "score",
+]
 
-class Score(NamedTuple):
-    """What one pass over the similarities s_ij = q_i . c_j of N queries to C columns gives.
-
-    z_N: sum_j exp(s_ij / T), fp32 (or the input's type if wider), as all fields.
-    o_ND: sum_j exp(s_ij / T) c_j.
-    za_N: sum_j exp(s_ij / T_a), T_a the adversary's temperature.
-    top_N: the largest s_ij over all columns but the own key; -inf where there is none.
-    """
-
-    z_N: Tensor
-    o_ND: Tensor
-    za_N: Tensor
-    top_N: Tensor
-
-
-class AdversaryStats(NamedTuple):
-    """Per negative, fp32 [K]: what the adversary's step saw.
-
-    mass_K: sum_i w_i p_ik, the share of the batch's probability that this negative carries.
-    grad_K: length of the gradient dL/dW_k.
-    """
-
-    mass_K: Tensor
-    grad_K: Tensor
+IMPLEMENTATIONS = ("reference", "chunked", "triton")
 
 
 def implementation(name: str) -> ModuleType:
-    """The module that holds `score` and `adversary_step` under this name.
+    """The module that holds `score`, `adversary_step` and `hardest` under a name of IMPLEMENTATIONS.
 
-    Raises ValueError for a name that is not one of `reference`, `chunked` and `triton`, and for `triton` where
-    there is nothing to run it.
+    Raises ValueError for another name, and for `triton` where there is nothing to run it.
     """
-    from kernels import chunked, reference
+    if name == "reference":
+        from kernels import reference
 
+        return reference
+    if name == "chunked":
+        from kernels import chunked
+
+        return chunked
     if name == "triton":
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("kernels: triton needs a CUDA device, or TRITON_INTERPRET=1 to run slowly on the CPU")
         from kernels import gpu
 
         return gpu
-    modules = {"reference": reference, "chunked": chunked}
-    if name not in modules:
-        raise ValueError(f"kernels: got {name!r}, need one of {', '.join(modules)}, triton")
-    return modules[name]
+    raise ValueError(f"kernels: got {name!r}, need one of {', '.join(IMPLEMENTATIONS)}")
 
 
-def check_temperature(temperature: float, columns: int) -> None:
-    """Raise ValueError where the unshifted sum of `columns` terms exp(s/T), |s| <= 1, leaves fp32's range."""
-    if temperature <= 0 or 1 / temperature + math.log(max(columns, 1)) > _MAX_EXPONENT:
-        least = 1 / (_MAX_EXPONENT - math.log(max(columns, 1)))
-        raise ValueError(
-            f"temperature {temperature:g} with {columns} negatives: sums of exp(s/temperature) overflow fp32; "
-            f"need at least {least:.4f}"
-        )
+def score(
+    q_ND: Tensor,
+    k_MD: Tensor,
+    own_N: Tensor | None,
+    n_KD: Tensor,
+    temperature: float,
+    adversary_temperature: float,
+    *,
+    kernels: str,
+) -> Score:
+    """`reference.score` by the implementation `kernels`."""
+    return Score(*_score(kernels, q_ND, k_MD, own_N, n_KD, temperature, adversary_temperature))
 
 
-def check_inputs(q_ND: Tensor, k_MD: Tensor, own_N: Tensor | None, n_KD: Tensor) -> None:
-    """Raise ValueError unless the shapes and types of `score`'s arguments fit together."""
-    if q_ND.ndim != 2 or k_MD.ndim != 2 or n_KD.ndim != 2:
-        shapes = [tuple(t.shape) for t in (q_ND, k_MD, n_KD)]
-        raise ValueError(f"score: got queries, keys, negatives of shape {shapes}, need [N, D], [M, D], [K, D]")
-    if not q_ND.shape[1] == k_MD.shape[1] == n_KD.shape[1]:
-        dims = (q_ND.shape[1], k_MD.shape[1], n_KD.shape[1])
-        raise ValueError(f"score: queries, keys and negatives have dimensions {dims}, need the same")
-    if not q_ND.dtype == k_MD.dtype == n_KD.dtype:
-        types = (q_ND.dtype, k_MD.dtype, n_KD.dtype)
-        raise ValueError(f"score: queries, keys and negatives have types {types}, need the same")
-    if own_N is not None and own_N.shape != q_ND.shape[:1]:
-        raise ValueError(f"score: own has shape {tuple(own_N.shape)}, need [{q_ND.shape[0]}]")
+def adversary_step(
+    q_ND: Tensor,
+    coef_N: Tensor,
+    n_KD: Tensor,
+    w_KD: Tensor,
+    v_KD: Tensor | None,
+    *,
+    temperature: float,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    seed: int = 0,
+    first: int = 0,
+    kernels: str,
+) -> AdversaryStats:
+    """`reference.adversary_step` by the implementation `kernels`."""
+    return AdversaryStats(
+        *_adversary_step(kernels, q_ND, coef_N, n_KD, w_KD, v_KD, temperature, lr, momentum, weight_decay, seed, first)
+    )
+
+
+def hardest(
+    q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf"), *, kernels: str
+) -> Hardest:
+    """`reference.hardest` by the implementation `kernels`."""
+    return Hardest(*_hardest(kernels, q_ND, c_CD, own_N, m, below))
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+@torch.library.custom_op("adco::score", mutates_args=())
+def _score(
+    kernels: str,
+    q: Tensor,
+    k: Tensor,
+    own: Tensor | None,
+    n: Tensor,
+    temperature: float,
+    adversary_temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    got: Score = implementation(kernels).score(q, k, own, n, temperature, adversary_temperature)
+    return tuple(got)
+
+
+@_score.register_fake
+def _(
+    kernels: str,
+    q: Tensor,
+    k: Tensor,
+    own: Tensor | None,
+    n: Tensor,
+    temperature: float,
+    adversary_temperature: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    z_N, za_N, top_N = (q.new_empty(q.shape[0], dtype=_wide(q)) for _ in range(3))
+    return z_N, q.new_empty(q.shape, dtype=_wide(q)), za_N, top_N
+
+
+@torch.library.custom_op("adco::adversary_step", mutates_args=("n", "w", "v"))
+def _adversary_step(
+    kernels: str,
+    q: Tensor,
+    coef: Tensor,
+    n: Tensor,
+    w: Tensor,
+    v: Tensor | None,
+    temperature: float,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    seed: int,
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    got: AdversaryStats = implementation(kernels).adversary_step(
+        q,
+        coef,
+        n,
+        w,
+        v,
+        temperature=temperature,
+        lr=lr,
+        momentum=momentum,
+        weight_decay=weight_decay,
+        seed=seed,
+        first=first,
+    )
+    return tuple(got)
+
+
+@_adversary_step.register_fake
+def _(
+    kernels: str,
+    q: Tensor,
+    coef: Tensor,
+    n: Tensor,
+    w: Tensor,
+    v: Tensor | None,
+    temperature: float,
+    lr: float,
+    momentum: float,
+    weight_decay: float,
+    seed: int,
+    first: int,
+) -> tuple[Tensor, Tensor]:
+    mass_K, grad_K = (w.new_empty(w.shape[0], dtype=_wide(q)) for _ in range(2))
+    return mass_K, grad_K
+
+
+@torch.library.custom_op("adco::hardest", mutates_args=())
+def _hardest(kernels: str, q: Tensor, c: Tensor, own: Tensor | None, m: int, below: float) -> tuple[Tensor, Tensor]:
+    got: Hardest = implementation(kernels).hardest(q, c, own, m, below)
+    return tuple(got)
+
+
+@_hardest.register_fake
+def _(kernels: str, q: Tensor, c: Tensor, own: Tensor | None, m: int, below: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape[0], m, dtype=_wide(q)), q.new_empty(q.shape[0], m, dtype=torch.int64)

@@ -1,8 +1,8 @@
-"""The kernels tiled over the negatives in plain PyTorch: the fast path on a CPU.
+"""The kernels tiled over the columns in plain PyTorch: the fast path on a CPU.
 
 A tile of N x _TILE similarities is made in one buffer that stays in the processor's cache, is
 used up and overwritten; nothing of size N x K exists. Results equal `reference` up to rounding.
-N queries, M keys, K negatives, D dimensions, T negatives of a tile.
+N queries, M keys, K negatives, C columns (keys or negatives), D dimensions, T columns of a tile.
 """
 
 import math
@@ -10,7 +10,8 @@ import math
 import torch
 from torch import Tensor
 
-from kernels import AdversaryStats, Score, check_inputs
+from kernels.contract import AdversaryStats, Hardest, Score, check_adversary, check_hardest, check_score
+from kernels.rounding import random_bits, round_to_bf16
 
 # Negatives per tile. Measured on 2 cores at N = 1024, D = 128 (docs/bench/README.md): smaller tiles pay
 # for starting operations, wider ones fall out of the cache.
@@ -29,7 +30,7 @@ def score(
     adversary_temperature: float,
 ) -> Score:
     """As `reference.score`, for one floating type at least as wide as fp32 on the way."""
-    check_inputs(q_ND, k_MD, own_N, n_KD)
+    check_score(q_ND, k_MD, own_N, n_KD)
     num_queries, dim = q_ND.shape
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     scaled_ND = q_ND.to(wide) * (_LOG2_E / temperature)
@@ -68,36 +69,58 @@ def adversary_step(
     coef_N: Tensor,
     n_KD: Tensor,
     w_KD: Tensor,
-    v_KD: Tensor,
+    v_KD: Tensor | None,
     *,
     temperature: float,
     lr: float,
     momentum: float,
     weight_decay: float,
+    seed: int = 0,
+    first: int = 0,
 ) -> AdversaryStats:
     """As `reference.adversary_step`; the gradient exists for one tile of negatives at a time."""
-    q_ND = q_ND.to(w_KD.dtype)
+    check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD)
+    wide = torch.promote_types(q_ND.dtype, torch.float32)
+    q_ND = q_ND.to(wide)
     scaled_ND = q_ND * (_LOG2_E / temperature)
-    log_coef_1N = coef_N.to(w_KD.dtype).log2()[None]  # inside the exponential it costs no extra pass
-    mass_K = w_KD.new_empty(len(w_KD))
+    log_coef_1N = coef_N.to(wide).log2()[None]  # inside the exponential it costs no extra pass
+    mass_K = q_ND.new_empty(len(w_KD))
     grad_K = torch.empty_like(mass_K)
     # Made once: memory given back after every tile would come anew from the system, page by page.
-    similarities = w_KD.new_empty(_TILE, len(q_ND))
-    gradients = w_KD.new_empty(_TILE, q_ND.shape[1])
+    similarities = q_ND.new_empty(_TILE, len(q_ND))
+    gradients = q_ND.new_empty(_TILE, q_ND.shape[1])
     products = torch.empty_like(gradients)
     for start in range(0, len(w_KD), _TILE):
         tile = slice(start, start + _TILE)
-        n_TD, w_TD, v_TD = n_KD[tile], w_KD[tile], v_KD[tile]
-        size = len(w_TD)
-        n_wide_TD = n_TD.to(w_KD.dtype)
-        p_TN = torch.addmm(log_coef_1N, n_wide_TD, scaled_ND.T, out=similarities[:size]).exp2_()
+        n_TD, stored_w_TD = n_KD[tile], w_KD[tile]
+        size = len(n_TD)
+        w_TD = stored_w_TD.to(wide)  # the stored weights themselves, if they are of this type; then written in place
+        p_TN = torch.addmm(log_coef_1N, n_TD.to(wide), scaled_ND.T, out=similarities[:size]).exp2_()
         g_TD = torch.mm(p_TN, q_ND, out=gradients[:size])
         length_T1 = torch.linalg.vector_norm(w_TD, dim=1, keepdim=True)
-        radial_T1 = torch.mul(g_TD, n_wide_TD, out=products[:size]).sum(1, keepdim=True)
-        grad_TD = g_TD.addcmul_(radial_T1, n_wide_TD, value=-1).div_(temperature * length_T1)
-        v_TD.mul_(momentum).sub_(grad_TD).add_(w_TD, alpha=weight_decay)
-        w_TD.sub_(v_TD, alpha=lr)
-        torch.div(w_TD, torch.linalg.vector_norm(w_TD, dim=1, keepdim=True), out=n_TD)
+        # The part of G along W, (G . W) W / |W|^2, is that along the unit row.
+        radial_T1 = torch.mul(g_TD, w_TD, out=products[:size]).sum(1, keepdim=True).div_(length_T1.square())
+        grad_TD = g_TD.addcmul_(radial_T1, w_TD, value=-1).div_(temperature * length_T1)
         mass_K[tile] = p_TN.sum(1)
         grad_K[tile] = torch.linalg.vector_norm(grad_TD, dim=1)
+        bits_TD = None
+        if torch.bfloat16 in (w_KD.dtype, None if v_KD is None else v_KD.dtype):
+            bits_TD = random_bits(seed, first + start, size, w_KD.shape[1], w_KD.device)
+        if v_KD is None:
+            v_TD = grad_TD.neg_().add_(w_TD, alpha=weight_decay)
+        else:
+            v_TD = v_KD[tile].to(wide).mul_(momentum).sub_(grad_TD).add_(w_TD, alpha=weight_decay)
+            if v_KD.dtype == torch.bfloat16:
+                assert bits_TD is not None
+                v_KD[tile] = round_to_bf16(v_TD.float(), bits_TD >> 16)
+        w_TD.sub_(v_TD, alpha=lr)
+        if w_KD.dtype == torch.bfloat16:
+            assert bits_TD is not None
+            w_TD = stored_w_TD.copy_(round_to_bf16(w_TD.float(), bits_TD)).to(wide)
+        torch.div(w_TD, torch.linalg.vector_norm(w_TD, dim=1, keepdim=True), out=products[:size])
+        n_TD.copy_(products[:size])
     return AdversaryStats(mass_K=mass_K, grad_K=grad_K)
+
+
+def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf")) -> Hardest:
+    raise NotImplementedError

@@ -3,7 +3,7 @@
 To be imported through `kernels.implementation("triton")`, which says what is missing where they cannot run.
 """
 
-from kernels.adversary import adversary_step
-from kernels.score import score
+from kernels.triton_adversary import adversary_step
+from kernels.triton_score import score
 
 __all__ = ["adversary_step", "score"]

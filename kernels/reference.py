@@ -1,13 +1,14 @@
 """The specification of the kernels: plain PyTorch, any floating type, everything materialised.
 
-Half types are widened to fp32 first, in which exp(1/T_a) fits. N queries, M keys, K negatives,
-D dimensions. See `kernels/__init__.py` for what the results mean.
+Half types are widened to fp32 first, in which exp(1/T_a) fits. N queries, M keys, K negatives, C columns, D
+dimensions. See `kernels.contract` for what the results mean.
 """
 
 import torch
 from torch import Tensor
 
-from kernels import AdversaryStats, Score, check_inputs
+from kernels.contract import AdversaryStats, Hardest, Score, check_adversary, check_hardest, check_score
+from kernels.rounding import random_bits, round_to_bf16
 
 
 def score(
@@ -23,22 +24,18 @@ def score(
     q_ND, k_MD, n_KD: unit rows of one floating type; M may be 0.
     own_N: int64, the column of k_MD that is the query's own key, -1 if it is not among them;
         None if no query has its key here. The own key is a term of the sums, but not of `top`.
-    Raises ValueError where shapes or types do not fit.
+    Raises ValueError where shapes, types or memory layout do not fit.
     """
-    check_inputs(q_ND, k_MD, own_N, n_KD)
+    check_score(q_ND, k_MD, own_N, n_KD)
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     c_CD = torch.cat([k_MD, n_KD]).to(wide)
     s_NC = q_ND.to(wide) @ c_CD.T
     e_NC = torch.exp(s_NC / temperature)
-    rival_NC = s_NC
-    if own_N is not None:
-        columns_C = torch.arange(len(c_CD), device=s_NC.device)
-        rival_NC = s_NC.masked_fill(own_N[:, None] == columns_C, float("-inf"))
     return Score(
         z_N=e_NC.sum(1),
         o_ND=e_NC @ c_CD,
         za_N=torch.exp(s_NC / adversary_temperature).sum(1),
-        top_N=rival_NC.amax(1),
+        top_N=_without_own(s_NC, own_N).amax(1),
     )
 
 
@@ -47,29 +44,73 @@ def adversary_step(
     coef_N: Tensor,
     n_KD: Tensor,
     w_KD: Tensor,
-    v_KD: Tensor,
+    v_KD: Tensor | None,
     *,
     temperature: float,
     lr: float,
     momentum: float,
     weight_decay: float,
+    seed: int = 0,
+    first: int = 0,
 ) -> AdversaryStats:
     """One step of gradient ascent on the contrastive loss, in place in W, v and n (AdCo, eq. 7).
 
-    With p_ik = w_i exp(q_i . n_k / T_a) / Z^a_i and G_k = sum_i p_ik q_i,
-        dL/dW_k = (G_k - (G_k . n_k) n_k) / (T_a |W_k|)
+    With p_ik = w_i exp(q_i . n_k / T_a) / Z^a_i, G_k = sum_i p_ik q_i and u_k = W_k / |W_k|,
+        dL/dW_k = (G_k - (G_k . u_k) u_k) / (T_a |W_k|)
         v <- m v - dL/dW + lambda W;   W <- W - lr v;   n <- W / |W|.
 
-    q_ND: unit queries of all ranks, views and micro-batches. coef_N: w_i / Z^a_i.
-    n_KD, w_KD, v_KD: unit negatives, master weights, velocity. temperature: T_a.
-    q and n may be of a narrower type than W and v, in whose type all is computed.
+    q_ND: unit queries of all ranks, views and micro-batches: gradients accumulate by handing in more rows, which
+        takes N x D numbers and one pass over the bank, where adding up gradients would take K x D and a pass each.
+    coef_N: w_i / Z^a_i. n_KD: unit negatives, of the queries' type. temperature: T_a.
+    w_KD, v_KD: weights and velocity, of the type all is computed in (fp32, or fp64 for fp64 queries), or of bf16,
+        rounded at random (`kernels.rounding`) by `seed` and the numbers of the rows, which begin at `first`.
+        v_KD None: no velocity, m counts as 0.
+    Raises ValueError where shapes, types or memory layout do not fit.
     """
-    q_ND, n_wide_KD = q_ND.to(w_KD.dtype), n_KD.to(w_KD.dtype)
-    p_NK = coef_N[:, None] * torch.exp(q_ND @ n_wide_KD.T / temperature)
+    check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD)
+    wide = torch.promote_types(q_ND.dtype, torch.float32)
+    q_ND, old_w_KD = q_ND.to(wide), w_KD.to(wide)
+    p_NK = coef_N[:, None].to(wide) * torch.exp(q_ND @ n_KD.to(wide).T / temperature)
     g_KD = p_NK.T @ q_ND
-    length_K1 = w_KD.norm(dim=1, keepdim=True)
-    grad_KD = (g_KD - (g_KD * n_wide_KD).sum(1, keepdim=True) * n_wide_KD) / (temperature * length_K1)
-    v_KD.mul_(momentum).sub_(grad_KD).add_(w_KD, alpha=weight_decay)
-    w_KD.sub_(v_KD, alpha=lr)
-    n_KD.copy_(w_KD / w_KD.norm(dim=1, keepdim=True))
+    length_K1 = old_w_KD.norm(dim=1, keepdim=True)
+    unit_KD = old_w_KD / length_K1
+    grad_KD = (g_KD - (g_KD * unit_KD).sum(1, keepdim=True) * unit_KD) / (temperature * length_K1)
+    new_v_KD = weight_decay * old_w_KD - grad_KD
+    if v_KD is not None:
+        new_v_KD += momentum * v_KD.to(wide)
+        _write(v_KD, new_v_KD, seed, first, 16)
+    _write(w_KD, old_w_KD - lr * new_v_KD, seed, first, 0)
+    stored_w_KD = w_KD.to(wide)
+    n_KD.copy_(stored_w_KD / stored_w_KD.norm(dim=1, keepdim=True))
     return AdversaryStats(mass_K=p_NK.sum(0), grad_K=grad_KD.norm(dim=1))
+
+
+def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf")) -> Hardest:
+    """The m columns most similar to each query, without its own, of those less similar than `below`.
+
+    q_ND, c_CD: unit rows of one floating type. own_N: int64, the column to leave out, -1 or None: none.
+    Raises ValueError where shapes, types or memory layout do not fit.
+    """
+    check_hardest(q_ND, c_CD, own_N, m)
+    wide = torch.promote_types(q_ND.dtype, torch.float32)
+    s_NC = _without_own(q_ND.to(wide) @ c_CD.to(wide).T, own_N)
+    s_NC = s_NC.masked_fill(s_NC >= below, float("-inf"))
+    s_NC = torch.nn.functional.pad(s_NC, (0, max(0, m - s_NC.shape[1])), value=float("-inf"))
+    sorted_NC, column_NC = s_NC.sort(dim=1, descending=True, stable=True)
+    similarity_Nm, column_Nm = sorted_NC[:, :m].contiguous(), column_NC[:, :m]
+    return Hardest(similarity_Nm, column_Nm.masked_fill(similarity_Nm == float("-inf"), -1))
+
+
+def _without_own(s_NC: Tensor, own_N: Tensor | None) -> Tensor:
+    if own_N is None:
+        return s_NC
+    columns_C = torch.arange(s_NC.shape[1], device=s_NC.device)
+    return s_NC.masked_fill(own_N[:, None] == columns_C, float("-inf"))
+
+
+def _write(out_KD: Tensor, x_KD: Tensor, seed: int, first: int, shift: int) -> None:
+    """x into a tensor of its type, or into one of bf16 by the random bits from `shift` on."""
+    if out_KD.dtype == torch.bfloat16:
+        bits_KD = random_bits(seed, first, *x_KD.shape, x_KD.device)
+        x_KD = round_to_bf16(x_KD.float(), bits_KD >> shift)
+    out_KD.copy_(x_KD)

@@ -4,7 +4,6 @@ K negatives of D dimensions. Ranks form a grid of replicas x shards: the ranks o
 bank, those of a column the same one. `sharded` is one row, `replicated` one column, `node` a row per node.
 """
 
-from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+import kernels
 from kernels import AdversaryStats
 
 

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import Score, check_inputs
+from kernels.contract import Score, check_score
 from kernels.tiles import architecture, check, num_splits, products, tiles
 
 _LOG2_E = math.log2(math.e)
@@ -113,7 +113,7 @@ def score(
 
     Raises ValueError where shapes, types or the device do not fit.
     """
-    check_inputs(q_ND, k_MD, own_N, n_KD)
+    check_score(q_ND, k_MD, own_N, n_KD)
     check("score", q_ND)
     num_queries, dim = q_ND.shape
     tile = tiles("score", architecture(q_ND.device), dim, q_ND.dtype)
@@ -161,5 +161,4 @@ def score(
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    z_N, za_N = sums_2SN.sum(1)
-    return Score(z_N=z_N, o_ND=o_SND.sum(0), za_N=za_N, top_N=top_SN.amax(0))
+    return Score(z_N=sums_2SN[0].sum(0), o_ND=o_SND.sum(0), za_N=sums_2SN[1].sum(0), top_N=top_SN.amax(0))

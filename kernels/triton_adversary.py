@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels import AdversaryStats
+from kernels.contract import AdversaryStats
 from kernels.tiles import architecture, check, products, tiles
 
 _LOG2_E = math.log2(math.e)

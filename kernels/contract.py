@@ -1,0 +1,132 @@
+"""What every implementation of the kernels gives and refuses: result types and the checks of what users hand in.
+
+N queries, M keys, K negatives, C columns (keys or negatives), D dimensions.
+"""
+
+import math
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# exp(88.7) overflows fp32 and exp(-87.3) is the smallest normal number.
+_MAX_EXPONENT = 85.0
+
+_UNIT_TOLERANCE = 1e-2  # of a row's length: a row rounded to bf16 is off by up to 0.004
+
+
+class Score(NamedTuple):
+    """What one pass over the similarities s_ij = q_i . c_j of N queries to all columns, M keys and K negatives, gives.
+
+    z_N: sum_j exp(s_ij / T), fp32 (or the input's type if wider), as all fields.
+    o_ND: sum_j exp(s_ij / T) c_j.
+    za_N: sum_j exp(s_ij / T_a), T_a the adversary's temperature.
+    top_N: the largest s_ij over all columns but the own key; -inf where there is none.
+    """
+
+    z_N: Tensor
+    o_ND: Tensor
+    za_N: Tensor
+    top_N: Tensor
+
+
+class AdversaryStats(NamedTuple):
+    """Per negative, fp32 (or the queries' type if wider) [K]: what the adversary's step saw.
+
+    mass_K: sum_i w_i p_ik, the share of the batch's probability that this negative carries.
+    grad_K: length of the gradient dL/dW_k.
+    """
+
+    mass_K: Tensor
+    grad_K: Tensor
+
+
+class Hardest(NamedTuple):
+    """The m columns most similar to each query, most similar first; of equal ones, the lower column first.
+
+    similarity_Nm: fp32 (or the input's type if wider), -inf where there are fewer than m.
+    column_Nm: int64, -1 where there are fewer than m.
+    """
+
+    similarity_Nm: Tensor
+    column_Nm: Tensor
+
+
+def check_temperature(temperature: float, columns: int) -> None:
+    """Raise ValueError where the unshifted sum of `columns` terms exp(s/T), |s| <= 1, leaves fp32's range."""
+    if temperature <= 0 or 1 / temperature + math.log(max(columns, 1)) > _MAX_EXPONENT:
+        least = 1 / (_MAX_EXPONENT - math.log(max(columns, 1)))
+        raise ValueError(
+            f"temperature {temperature:g} with {columns} negatives: sums of exp(s/temperature) overflow fp32; "
+            f"need at least {least:.4f}"
+        )
+
+
+def check_score(q_ND: Tensor, k_MD: Tensor, own_N: Tensor | None, n_KD: Tensor) -> None:
+    """Raise ValueError unless the arguments of `score` fit together."""
+    _check_rows("score", {"queries": q_ND, "keys": k_MD, "negatives": n_KD})
+    if len(k_MD) + len(n_KD) == 0:
+        raise ValueError("score: got no keys and an empty bank, need at least one column")
+    _check_own("score", q_ND, own_N)
+
+
+def check_hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int) -> None:
+    """Raise ValueError unless the arguments of `hardest` fit together."""
+    _check_rows("hardest", {"queries": q_ND, "columns": c_CD})
+    _check_own("hardest", q_ND, own_N)
+    if m < 1:
+        raise ValueError(f"hardest: got m = {m}, need at least 1")
+
+
+def check_adversary(q_ND: Tensor, coef_N: Tensor, n_KD: Tensor, w_KD: Tensor, v_KD: Tensor | None) -> None:
+    """Raise ValueError unless the arguments of `adversary_step` fit together and can be written in place."""
+    name = "adversary_step"
+    _check_rows(name, {"queries": q_ND, "negatives": n_KD})
+    if len(n_KD) == 0:
+        raise ValueError(f"{name}: got an empty bank, need at least one negative")
+    if coef_N.shape != q_ND.shape[:1]:
+        raise ValueError(f"{name}: coef has shape {tuple(coef_N.shape)}, need [{len(q_ND)}]")
+    wide = torch.promote_types(q_ND.dtype, torch.float32)
+    for role, x_KD in (("weights", w_KD), ("velocity", v_KD)):
+        if x_KD is None:
+            continue
+        if x_KD.shape != n_KD.shape:
+            raise ValueError(
+                f"{name}: {role} have shape {list(x_KD.shape)}, need that of the negatives {list(n_KD.shape)}"
+            )
+        if x_KD.dtype not in (wide, torch.bfloat16):
+            raise ValueError(f"{name}: {role} have type {x_KD.dtype}, need {wide} or torch.bfloat16")
+        if not x_KD.is_contiguous() or x_KD.device != q_ND.device:
+            raise ValueError(f"{name}: {role} are not contiguous rows on {q_ND.device}, and are updated in place")
+
+
+def _check_rows(name: str, tensors: dict[str, Tensor]) -> None:
+    """Contiguous rows of one dimension, floating type and device; in debug mode of unit length, too."""
+    given = "queries", next(iter(tensors.values()))
+    for role, x in tensors.items():
+        if x.ndim != 2 or not x.is_floating_point():
+            raise ValueError(f"{name}: {role} are {x.dtype} of shape {list(x.shape)}, need floating rows [., D]")
+        if not x.is_contiguous():
+            raise ValueError(f"{name}: {role} have strides {x.stride()}, need contiguous rows")
+        for what, theirs, ours in (
+            ("dimension", x.shape[1], given[1].shape[1]),
+            ("type", x.dtype, given[1].dtype),
+            ("device", x.device, given[1].device),
+        ):
+            if theirs != ours:
+                raise ValueError(f"{name}: {role} have {what} {theirs}, need that of the {given[0]}, {ours}")
+        if os.environ.get("TRAINER_DEBUG") and len(x):
+            lengths = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+            worst = (lengths - 1).abs().nan_to_num(torch.inf).argmax()
+            if not abs(float(lengths[worst]) - 1) <= _UNIT_TOLERANCE:
+                raise ValueError(f"{name}: row {worst} of the {role} has length {lengths[worst]:g}, need unit rows")
+
+
+def _check_own(name: str, q_ND: Tensor, own_N: Tensor | None) -> None:
+    if own_N is None:
+        return
+    if own_N.shape != q_ND.shape[:1] or own_N.dtype != torch.int64 or not own_N.is_contiguous():
+        raise ValueError(
+            f"{name}: own is {own_N.dtype} of shape {list(own_N.shape)}, need contiguous int64 [{len(q_ND)}]"
+        )

@@ -204,7 +204,7 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
 
 
 def test_momentum_needs_a_velocity() -> None:
-    with pytest.raises(ValueError, match=r"velocity: none goes with momentum: 0; .* momentum 0\.9 take lr: 30$"):
+    with pytest.raises(ValueError, match=r"velocity: none goes with momentum: 0; .* momentum 0\.9 take lr: 30"):
         config(velocity="none")
     assert config(velocity="none", momentum=0).bank.velocity == "none"
 

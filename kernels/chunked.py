@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from kernels.contract import AdversaryStats, Hardest, Score, check_adversary, check_hardest, check_score
+from kernels.contract import AdversaryStats, Hardest, Score, check_adversary, check_score
 from kernels.rounding import random_bits, round_to_bf16
 
 # Negatives per tile. Measured on 2 cores at N = 1024, D = 128 (docs/bench/README.md): smaller tiles pay

@@ -80,10 +80,11 @@ def run(rows: int, negatives: list[int], dim: int, ranks: list[int]) -> list[dic
     Raises ValueError where the queries or the bank cannot be divided among the ranks.
     """
     for count in ranks:
-        if count < 1 or rows < 1 or rows % count:
-            raise ValueError(f"bench traffic: got {rows} rows for {count} ranks, need as many on each")
-        if dim < 1 or min(negatives) < count:
-            raise ValueError(f"bench traffic: got {min(negatives)} negatives of {dim} dimensions for {count} ranks")
+        if min(count, rows, dim) < 1 or rows % count:
+            raise ValueError(f"bench traffic: got {rows} rows of {dim} for {count} ranks, need as many on each")
+        for k in negatives:
+            if (count - 1) * -(-k // count) >= k:
+                raise ValueError(f"bench traffic: {k} negatives do not give each of {count} ranks at least one")
     results = []
     for count in track(ranks, "counting", console=Console(stderr=True)):
         cases = [Case(f, rows, k, dim, dtype) for k, dtype, f in product(negatives, DTYPES, FORMULATIONS)]
@@ -125,7 +126,7 @@ def play(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
         )
         if case.formulation == "published":
             v_KD = torch.zeros_like(w_KD)
-            step = partial(_published, q_ND, k_BD, w_KD, v_KD)
+            step = partial(_published, q_ND, k_BD, w_KD, v_KD, mesh.get_group("replica"))
         else:
             bank = _make_bank(case, mesh)
             bank.fill(w_KD[bank.first : bank.first + len(bank.w_KD)])
@@ -142,22 +143,11 @@ def play(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
 
 def report(results: list[dict[str, Any]], out: Path | None) -> None:
     """Print the results of `run` as a table, with the calls of the last setting, and write them to `out` as JSON."""
-    Console().print(_summary(results))
-    last = results[-1]
-    setting = {key: last[key] for key in ("N", "K", "D", "dtype", "ranks")}
-    calls = Table("formulation", "collective", "handed in", "type", "ranks", title=_title(last), box=None)
-    calls.add_column("bytes sent", justify="right")
-    for result in results:
-        if setting.items() <= result.items():
-            for c in result["collectives"]:
-                shape = " x ".join(map(str, c["shape"]))
-                calls.add_row(
-                    result["formulation"], c["operator"], shape, c["dtype"], str(c["ranks"]), f"{c['sent']:,}"
-                )
-    Console().print(calls)
+    Console().print(_summary(results), _calls(results))
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps({"torch": torch.__version__, "rows": results}, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(json.dumps(result) for result in results)
+        out.write_text(f'{{"torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def _ours(q_ND: Tensor, k_BD: Tensor, bank: Bank) -> None:
@@ -166,11 +156,10 @@ def _ours(q_ND: Tensor, k_BD: Tensor, bank: Bank) -> None:
     bank.step([result.rows(1 / (len(q_ND) * dist.get_world_size()))], LR, seed=0)
 
 
-def _published(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor) -> None:
-    """The published code's step on a bank that all ranks hold, in place."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    k_MD = gather(k_BD, dist.group.WORLD)
-    own_N = torch.arange(len(q_ND)) + rank * len(k_BD)
+def _published(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor, group: dist.ProcessGroup) -> None:
+    """The published code's step on a bank that all ranks of the group hold, in place."""
+    k_MD = gather(k_BD, group)
+    own_N = torch.arange(len(q_ND)) + group.rank() * len(k_BD)
     n_KD = F.normalize(w_KD, dim=1).to(q_ND.dtype)
     score = kernels.score(q_ND, k_MD, own_N, n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE, kernels="chunked")
     # At rest, with a learning rate of 0, our step leaves the negative gradient in the velocity and nothing else.
@@ -187,9 +176,9 @@ def _published(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor) -> None:
         weight_decay=0.0,
         kernels="chunked",
     )
-    if world > 1:
-        dist.all_reduce(g_KD)
-    v_KD.mul_(MOMENTUM).add_(g_KD, alpha=1 / world).add_(w_KD, alpha=WEIGHT_DECAY)
+    if group.size() > 1:
+        dist.all_reduce(g_KD, group=group)
+    v_KD.mul_(MOMENTUM).add_(g_KD, alpha=1 / group.size()).add_(w_KD, alpha=WEIGHT_DECAY)
     w_KD.add_(v_KD, alpha=-LR)
 
 
@@ -251,25 +240,43 @@ def _socket_bytes() -> int:
     return total
 
 
-def _title(result: dict[str, Any]) -> str:
-    return f"N = {result['N']}, K = {result['K']}, D = {result['D']}, {result['ranks']} ranks, {result['dtype']}"
+def _setting(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result[key] for key in ("ranks", "K", "dtype"))
 
 
 def _summary(results: list[dict[str, Any]]) -> Table:
-    """A line for each setting: what every formulation sends, in 10^6 bytes, and the first one over the last."""
+    """A line for each result, in 10^6 bytes, and how much more than the sharded bank it sends."""
+    least = {_setting(result): result["sent"] for result in results if result["formulation"] == "sharded"}
     first = results[0]
-    table = Table(title=f"MB sent by a rank per step, N = {first['N']}, D = {first['D']}", box=None)
-    for name in ("ranks", "K", "queries", *FORMULATIONS, "published / sharded", "gloo: on sockets"):
-        table.add_column(name, justify="right")
-    for i in range(0, len(results), len(FORMULATIONS)):
-        group = results[i : i + len(FORMULATIONS)]
-        sent = [result["sent"] for result in group]
+    table = Table(title=f"Sent by a rank in a step, N = {first['N']}, D = {first['D']}", box=None)
+    for name in ("ranks", "K", "queries", "formulation", "MB", "of sharded", "MB by gloo"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, result in enumerate(results):
+        setting, sent, real = _setting(result), result["sent"], result["on_sockets"]
         table.add_row(
-            str(group[0]["ranks"]),
-            f"{group[0]['K']:,}",
-            group[0]["dtype"],
-            *(f"{n / 1e6:.3f}" for n in sent),
-            f"{sent[0] / sent[-1]:.2f}" if sent[-1] else "",
-            "" if group[0]["on_sockets"] is None else " ".join(f"{r['on_sockets'] / 1e6:.3f}" for r in group),
+            str(result["ranks"]),
+            f"{result['K']:,}",
+            result["dtype"],
+            result["formulation"],
+            f"{sent / 1e6:,.3f}",
+            f"{sent / least[setting]:.2f} x" if sent else "",
+            "" if real is None else f"{real / 1e6:,.3f}",
+            end_section=i + 1 < len(results) and _setting(results[i + 1]) != setting,
         )
+    return table
+
+
+def _calls(results: list[dict[str, Any]]) -> Table:
+    """Each collective of the last setting."""
+    ranks, negatives, dtype = _setting(results[-1])
+    table = Table(title=f"Collectives of {ranks} ranks, K = {negatives:,}, {dtype}", box=None)
+    for name in ("formulation", "collective", "handed in", "type", "ranks"):
+        table.add_column(name)
+    table.add_column("bytes sent", justify="right")
+    for result in results:
+        if _setting(result) == _setting(results[-1]):
+            for call in result["collectives"]:
+                shape = " x ".join(map(str, call["shape"]))
+                group, sent = str(call["ranks"]), f"{call['sent']:,}"
+                table.add_row(result["formulation"], call["operator"], shape, call["dtype"], group, sent)
     return table

@@ -197,10 +197,9 @@ def _make_bank(case: Case, mesh: DeviceMesh) -> Bank:
 
 def _in_processes(cases: list[Case], ranks: int) -> list[list[Count]]:
     """For each case what each rank sends, each a process of one gloo group on this machine."""
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ProcessPoolExecutor(ranks, multiprocessing.get_context("spawn")) as pool,
-    ):
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # import torch once, not once a rank
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(ranks, context) as pool:
         store = (Path(folder) / "store").as_uri()
         # Each task waits for all others to join the group, so no process takes two of them.
         tasks = [pool.submit(_process, cases, rank, ranks, store) for rank in range(ranks)]

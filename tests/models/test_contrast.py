@@ -39,7 +39,13 @@ def unit(*shape: int, seed: int) -> Tensor:
     return nn.functional.normalize(x, dim=-1)
 
 
-def make_bank(placement: str, ranks_per_node: int, kernels: str, dtype: torch.dtype = torch.float32) -> Bank:
+def make_bank(
+    placement: str,
+    ranks_per_node: int,
+    kernels: str,
+    dtype: torch.dtype = torch.float32,
+    stored: torch.dtype | None = None,
+) -> Bank:
     bank = Bank(
         K,
         D,
@@ -49,17 +55,24 @@ def make_bank(placement: str, ranks_per_node: int, kernels: str, dtype: torch.dt
         momentum=MOMENTUM,
         weight_decay=DECAY,
         precision=dtype,
-        weights=dtype,
-        velocity=dtype,
+        weights=stored or dtype,
+        velocity=stored or dtype,
     )
     w_KD = 1.5 * unit(K, D, seed=1).to(dtype)
     bank.fill(w_KD[bank.first : bank.first + len(bank.w_KD)])
     return bank
 
 
-def ten_steps(kernels: str, placement: str, ranks_per_node: int, batch_keys: bool, views: int) -> Outcome:
+def ten_steps(
+    kernels: str,
+    placement: str,
+    ranks_per_node: int,
+    batch_keys: bool,
+    views: int,
+    stored: torch.dtype | None = None,
+) -> Outcome:
     rank, world = dist.get_rank(), dist.get_world_size()
-    bank = make_bank(placement, ranks_per_node, kernels)
+    bank = make_bank(placement, ranks_per_node, kernels, stored=stored)
     mine = slice(rank * B // world, (rank + 1) * B // world)
     losses, gradients = [], []
     for step in range(STEPS):
@@ -137,6 +150,40 @@ def test_every_placement_agrees_with_the_formula(
     if placement == "node":
         assert torch.equal(ranks[0].w, ranks[2].w)
         assert torch.equal(ranks[1].w, ranks[3].w)
+
+
+@pytest.mark.parametrize(("world", "placement", "ranks_per_node"), [(2, "sharded", 2), (4, "node", 2)])
+def test_a_bank_in_bf16_is_rounded_alike_in_every_placement(world: int, placement: str, ranks_per_node: int) -> None:
+    (whole,) = run_ranks(1, ten_steps, KERNELS[-1], "sharded", 1, True, 1, torch.bfloat16)
+    ranks = run_ranks(world, ten_steps, KERNELS[-1], placement, ranks_per_node, True, 1, torch.bfloat16)
+    w_KD = torch.cat([got.w for got in ranks[:2]])
+    assert w_KD.dtype == torch.bfloat16
+    assert (w_KD != whole.w).float().mean() < 0.02  # where sums in another order meet a random threshold
+    torch.testing.assert_close(w_KD, whole.w, rtol=0.02, atol=0.02)
+    if placement == "node":
+        assert torch.equal(torch.cat([got.w for got in ranks[2:]]), w_KD), "replicas must not differ by a bit"
+
+
+def rounded() -> None:
+    bank = make_bank("sharded", 1, KERNELS[-1], torch.bfloat16, torch.float32)
+    q_BD, k_BD = unit(B, D, seed=3).float().requires_grad_(), unit(B, D, seed=4).float()
+    result = contrast(q_BD, k_BD, bank, T, True)
+    result.loss_N.sum().backward()
+    q, k, n = (x.detach().bfloat16().double() for x in (q_BD, k_BD, bank.n_KD))
+    q.requires_grad_()
+    logits = q @ torch.cat([k, n]).T / T
+    loss_N = torch.logsumexp(logits, 1) - logits[:, :B].diagonal()
+    (dq,) = torch.autograd.grad(loss_N.sum(), q)
+    torch.testing.assert_close(result.loss_N.double(), loss_N, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(q_BD.grad.double(), dq, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
+    assert result.queries_ND.dtype == torch.bfloat16
+    bank.step([result.rows(1 / B)], LR, seed=0)
+    assert bank.w_KD.dtype == torch.float32
+    torch.testing.assert_close(bank.n_KD.float(), nn.functional.normalize(bank.w_KD, dim=1), rtol=0, atol=2e-3)
+
+
+def test_every_similarity_is_of_the_rounded_vectors() -> None:
+    run_ranks(1, rounded)
 
 
 def adco_losses(symmetric: bool, crops: str, views: int) -> tuple[float, Tensor]:

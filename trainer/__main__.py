@@ -125,6 +125,22 @@ def bench_step(
         step.report(step.run(load(config, overrides), Path(folder), repeats), out)
 
 
+@bench_app.command("traffic")
+def bench_traffic(
+    rows: Annotated[int, typer.Option(help="Queries N over all ranks, and as many keys")] = 4096,
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    negatives: Annotated[list[int], typer.Option(help="Negatives K (repeatable)")] = [65536, 2**20],  # noqa: B006
+    ranks: Annotated[
+        list[int], typer.Option(help="Ranks (repeatable); up to 8 are processes, more a fake group's rank 0")
+    ] = [64, 1024],  # noqa: B006
+    out: OutPath = None,
+) -> None:
+    """Bytes that a rank sends in a step of the negatives: our placements of the bank and the published formulation."""
+    from trainer.bench import traffic
+
+    traffic.report(traffic.run(rows, negatives, dim, ranks), out)
+
+
 def main() -> None:
     """One line and exit code 1 for what a user can mend; TRAINER_TRACEBACK=1 shows where it came from."""
     try:

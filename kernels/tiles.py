@@ -87,11 +87,32 @@ _TABLE: dict[tuple[str, int, int], dict[int, Tiles]] = {
         256: Tiles(32, 32, 8, 2),
         512: Tiles(16, 16, 8, 2),
     },
+    ("hardest", 8, 2): {
+        32: Tiles(64, 64, 8, 3),
+        64: Tiles(64, 64, 8, 3),
+        128: Tiles(64, 64, 8, 3),
+        256: Tiles(64, 64, 8, 2),
+        512: Tiles(32, 32, 8, 2),
+    },
+    ("hardest", 9, 2): {
+        32: Tiles(64, 64, 8, 3),
+        64: Tiles(64, 64, 8, 3),
+        128: Tiles(64, 64, 8, 3),
+        256: Tiles(64, 64, 8, 2),
+        512: Tiles(32, 32, 8, 2),
+    },
+    ("hardest", 8, 4): {
+        32: Tiles(32, 32, 8, 3),
+        64: Tiles(32, 32, 8, 3),
+        128: Tiles(32, 32, 8, 3),
+        256: Tiles(32, 32, 8, 2),
+        512: Tiles(32, 32, 8, 2),
+    },
 }
 
 
 def tiles(kernel: str, major: int, dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `score` or `adversary` for an architecture's major number and a dimension of DIMS."""
+    """The tiles of `score`, `adversary` or `hardest` for an architecture's major number and a dimension of DIMS."""
     # fp32 does not use what is new in sm_90; of the later architectures, sm_12x has as little shared memory as sm_86.
     table = 9 if major in (9, 10) and dtype.itemsize == 2 else 8
     return _TABLE[kernel, table, dtype.itemsize][dim]

@@ -89,20 +89,21 @@ def tiles(kernel: str, architecture: int, dim: int, dtype: torch.dtype) -> Tiles
     return TABLE.get(Key(kernel, architecture, name, dim)) or TABLE[Key(kernel, alike, name, dim)]
 
 
-def products(dtype: torch.dtype, interpreted: bool = INTERPRETED) -> Products:
+def products(dtype: torch.dtype, dim: int = 0, interpreted: bool = INTERPRETED) -> Products:
     """How to multiply elements of this type on tensor cores.
 
     similarity, of q . c: the type itself. weighted, of sums of p_ij c_j: bf16 rounds p to 8 bits as flash attention
     does; the adversary's p leaves fp16's range, so there both factors become tf32, which has fp16's 11 bits and
     fp32's range. fp32 is cut into two tf32 numbers each, of whose four products the three largest are added: an error
-    of about 2^-22 of |q| |c|, for a sixth of the speed of bf16. The interpreter has no bf16 arithmetic and computes in
-    fp32 instead, as it does for all tf32.
+    of about 2^-22 of |q| |c|, for a sixth of the speed of bf16. For kernels with a weighted sum of more than 128
+    dimensions (`dim`) these pieces are more than the registers hold; there fp32 is multiplied as it is, without tensor
+    cores. The interpreter has no bf16 arithmetic and computes in fp32 instead, as it does for all tf32.
     """
     if dtype is torch.bfloat16:
         return Products(tl.float32, tl.float32, "ieee") if interpreted else Products(tl.bfloat16, tl.bfloat16, "tf32")
     if dtype is torch.float16:
         return Products(tl.float16, tl.float32, "tf32")
-    return Products(tl.float32, tl.float32, "tf32x3")
+    return Products(tl.float32, tl.float32, "tf32x3" if dim <= 128 else "ieee")
 
 
 def check(name: str, q_ND: Tensor) -> None:

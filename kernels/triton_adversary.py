@@ -82,8 +82,8 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
 ):
     """The step of one tile of negatives.
 
-    q [N, D], log_coef [a multiple of T, at least N] fp32 to the base 2; n [K, D], w and v [K, D] fp32 or bf16, read and written, v or None;
-    mass, grad [K] fp32, written. seed, first: int32, taken as unsigned. scale: log2(e) / temperature.
+    q [N, D], log_coef [N] fp32 to the base 2, T divides N > 0; n [K, D], w and v [K, D] fp32 or bf16, read
+    and written, v or None; mass, grad [K] fp32, written. seed, first: int32, taken as unsigned. scale: log2(e) / T_a.
     """
     W_ROUNDED: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
     V_ROUNDED: tl.constexpr = v_ptr is not None and v_ptr.dtype.element_ty == tl.bfloat16
@@ -100,14 +100,13 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
         v_ptr += start.to(tl.int64) * D
     n_BD = tl.load(n_ptr + offsets_BD, mask=inside_B1, other=0.0).to(SIMILARITY)
 
+    # Without this promise, and with masks on q, ptxas may let every single product wait on sm_90 (its remark C7515).
+    tl.assume(num_queries > 0)
     mass_B = tl.zeros([B], tl.float32)
     g_BD = tl.zeros([B, D], tl.float32)
     for query in range(0, num_queries, T):
-        index_T = query + columns_T
-        inside_T = index_T < num_queries
-        tile_ptr = q_ptr + tl.cast(query, tl.int64) * D
-        q_TD = tl.load(tile_ptr + offsets_TD, mask=inside_T[:, None], other=0.0)
-        log_coef_T = tl.load(log_coef_ptr + index_T)
+        q_TD = tl.load(q_ptr + tl.cast(query, tl.int64) * D + offsets_TD)
+        log_coef_T = tl.load(log_coef_ptr + query + columns_T)
         s_BT = tl.dot(n_BD, tl.trans(q_TD.to(SIMILARITY)), input_precision=PRECISION)
         p_BT = tl.exp2(s_BT * scale + log_coef_T[None, :])
         mass_B += tl.sum(p_BT, 1)
@@ -181,10 +180,11 @@ def adversary_step(
     check("adversary_step", q_ND)
     num_negatives, dim = w_KD.shape
     tile = tiles("adversary", architecture(q_ND.device), dim, q_ND.dtype)
-    similarity, weighted, precision = products(q_ND.dtype)
-    # Inside the exponential the factor costs nothing. Rows that fill the last tile have no weight, 2^-inf: a mask in
-    # the kernel instead makes ptxas wait for every single product on sm_90 (its remark C7515).
-    log_coef_N = F.pad(coef_N.float().log2(), (0, -len(q_ND) % tile.columns), value=-math.inf)
+    similarity, weighted, precision = products(q_ND.dtype, dim)
+    # Inside the exponential the factor costs nothing. Rows that fill the last tile have no weight, 2^-inf.
+    missing = max(1, triton.cdiv(len(q_ND), tile.columns)) * tile.columns - len(q_ND)
+    log_coef_N = F.pad(coef_N.float().log2(), (0, missing), value=-math.inf)
+    q_ND = F.pad(q_ND, (0, 0, 0, missing)) if missing else q_ND
     mass_K = q_ND.new_empty(num_negatives, dtype=torch.float32)
     grad_K = torch.empty_like(mass_K)
     adversary_kernel[(triton.cdiv(num_negatives, tile.rows),)](

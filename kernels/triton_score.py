@@ -201,7 +201,7 @@ def score(
     splits = triton.cdiv(column_tiles, tiles_per_split)
     z_SN, za_SN, top_SN = (q_ND.new_empty(splits, num_queries, dtype=torch.float32) for _ in range(3))
     o_SND = q_ND.new_empty(splits, num_queries, dim, dtype=torch.float32)
-    similarity, weighted, precision = products(q_ND.dtype)
+    similarity, weighted, precision = products(q_ND.dtype, dim)
     if num_queries > 0:
         score_kernel[(row_tiles, splits)](
             q_ND,

@@ -9,6 +9,7 @@ step also finds the five likeliest classes and takes a third softmax for a metri
 N queries and as many keys, K negatives, D dimensions, C = N + K.
 """
 
+import functools
 import json
 import platform
 import statistics
@@ -25,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from kernels import chunked
+import kernels
 
 TEMPERATURE = 0.12
 ADVERSARY_TEMPERATURE = 0.02
@@ -38,7 +39,7 @@ _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 @dataclass
-class _Game:
+class Game:
     """Everything a step reads and writes; the bank is W and v, unit negatives n are made from W."""
 
     q_ND: Tensor
@@ -47,16 +48,16 @@ class _Game:
     v_KD: Tensor
     n_KD: Tensor
 
-    def copy(self) -> "_Game":
-        return _Game(self.q_ND, self.k_ND, self.w_KD.clone(), self.v_KD.clone(), self.n_KD.clone())
+    def copy(self) -> "Game":
+        return Game(self.q_ND, self.k_ND, self.w_KD.clone(), self.v_KD.clone(), self.n_KD.clone())
 
-    def transposed(self) -> "_Game":
+    def transposed(self) -> "Game":
         """The bank as [D, K], the layout of the published code; the names keep theirs."""
         w, v, n = (t.T.contiguous() for t in (self.w_KD, self.v_KD, self.n_KD))
-        return _Game(self.q_ND, self.k_ND, w, v, n)
+        return Game(self.q_ND, self.k_ND, w, v, n)
 
 
-class _Played(NamedTuple):
+class Played(NamedTuple):
     """What a step returns: loss [], share [] of the queries nearest to their own key, gradient by the queries."""
 
     loss: Tensor
@@ -64,7 +65,7 @@ class _Played(NamedTuple):
     grad_ND: Tensor
 
 
-_Step = Callable[[_Game], _Played]  # steps the game's bank, too
+Step = Callable[[Game], Played]  # steps the game's bank, too
 
 
 def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
@@ -78,10 +79,10 @@ def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[d
     torch_dtype = getattr(torch, dtype, None)
     if torch_dtype not in _TOLERANCES:
         raise ValueError(f"bench kernels: got dtype {dtype!r}, need float32 or float64")
-    game = _random_game(rows, negatives, dim, torch_dtype)
-    steps: dict[str, tuple[_Step, _Game]] = {
-        "materialised": (_materialised, game.transposed()),
-        "chunked": (_chunked, game),
+    game = random_game(rows, negatives, dim, torch_dtype)
+    steps: dict[str, tuple[Step, Game]] = {
+        "materialised": (materialised, game.transposed()),
+        "chunked": (functools.partial(ours, implementation="chunked"), game),
     }
     _check_agreement(game, _TOLERANCES[torch_dtype])
     seconds: dict[str, list[float]] = {name: [] for name in steps}
@@ -109,7 +110,7 @@ def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[d
 
 def materialised_peak(rows: int, negatives: int, dim: int) -> int:
     """Bytes that a step of the materialised formulation in fp32 holds at once beyond its inputs."""
-    return _peak_bytes(_materialised, _random_game(rows, negatives, dim, torch.float32).transposed())
+    return _peak_bytes(materialised, random_game(rows, negatives, dim, torch.float32).transposed())
 
 
 def report(rows: list[dict[str, Any]], out: Path | None) -> None:
@@ -133,7 +134,8 @@ def report(rows: list[dict[str, Any]], out: Path | None) -> None:
         out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
 
 
-def _random_game(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> _Game:
+def random_game(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> Game:
+    """Random unit queries, keys near them and a bank at rest, on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(count: int) -> Tensor:
@@ -141,19 +143,20 @@ def _random_game(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> _Ga
 
     q_ND, w_KD = unit(rows), unit(negatives)
     k_ND = F.normalize(q_ND + 2.5 * unit(rows), dim=1)  # about as near as the nearest of many negatives
-    return _Game(q_ND, k_ND, w_KD, torch.zeros_like(w_KD), w_KD.clone())
+    return Game(q_ND, k_ND, w_KD, torch.zeros_like(w_KD), w_KD.clone())
 
 
-def _chunked(game: _Game) -> _Played:
+def ours(game: Game, implementation: str) -> Played:
+    """The step by an implementation of `kernels`."""
     q_ND, k_ND = game.q_ND, game.k_ND
-    own_N = torch.arange(len(q_ND))
-    score = chunked.score(q_ND, k_ND, own_N, game.n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE)
-    positive_N = (q_ND * k_ND).sum(1)
+    own_N = torch.arange(len(q_ND), device=q_ND.device)
+    score = kernels.score(q_ND, k_ND, own_N, game.n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE, kernels=implementation)
+    positive_N = (q_ND.to(score.z_N.dtype) * k_ND).sum(1)
     loss = (score.z_N.log() - positive_N / TEMPERATURE).mean()
     accuracy = (positive_N > score.top_N).double().mean()
     grad_ND = (score.o_ND / score.z_N[:, None] - k_ND) / (TEMPERATURE * len(q_ND))
     coef_N = 1 / (score.za_N * len(q_ND))
-    chunked.adversary_step(
+    kernels.adversary_step(
         q_ND,
         coef_N,
         game.n_KD,
@@ -163,43 +166,55 @@ def _chunked(game: _Game) -> _Played:
         lr=LR,
         momentum=MOMENTUM,
         weight_decay=WEIGHT_DECAY,
+        kernels=implementation,
     )
-    return _Played(loss, accuracy, grad_ND)
+    return Played(loss, accuracy, grad_ND)
 
 
-def _materialised(game: _Game) -> _Played:
-    """The published code's step, operation by operation; its bank is [D, K]."""
+def materialised(game: Game, optimised: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f) -> Played:
+    """The published code's step, operation by operation; its bank is [D, K]. `optimised`: such as torch.compile."""
     q_ND = game.q_ND.detach().requires_grad_()
-    n_DK = F.normalize(game.w_KD, dim=0)
-    positive_NN = torch.einsum("nc,ck->nk", q_ND, game.k_ND.T)
+    loss, accuracy, positive_NN, negative_NK, n_DK = optimised(_contrast)(q_ND, game.k_ND, game.w_KD)
+    loss.backward()
+    with torch.no_grad():
+        game.w_KD, game.v_KD = optimised(_ascend)(q_ND, positive_NN, negative_NK, n_DK, game.w_KD, game.v_KD)
+    assert q_ND.grad is not None
+    return Played(loss.detach(), accuracy, q_ND.grad)
+
+
+def _contrast(q_ND: Tensor, k_ND: Tensor, w_DK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    n_DK = F.normalize(w_DK, dim=0)
+    positive_NN = torch.einsum("nc,ck->nk", q_ND, k_ND.T)
     negative_NK = torch.einsum("nc,ck->nk", q_ND, n_DK)
     logits_NC = torch.cat([positive_NN, negative_NK], dim=1)
     logits_NC /= TEMPERATURE
-    own_N = torch.arange(len(q_ND))
+    own_N = torch.arange(len(q_ND), device=q_ND.device)
     loss = F.cross_entropy(logits_NC, own_N)
     accuracy = (logits_NC.argmax(1) == own_N).double().mean()
-    loss.backward()
-    with torch.no_grad():
-        logits_NC = torch.cat([positive_NN, negative_NK], dim=1) / ADVERSARY_TEMPERATURE
-        p_NK = torch.softmax(logits_NC, dim=1)[:, len(q_ND) :]
-        radial_K = torch.mean(p_NK * negative_NK, dim=0)
-        g_DK = torch.einsum("cn,nk->ck", q_ND.T, p_NK) / len(q_ND) - radial_K * n_DK
-        g_DK = -g_DK / game.w_KD.norm(dim=0) / ADVERSARY_TEMPERATURE
-        game.v_KD = MOMENTUM * game.v_KD + g_DK + WEIGHT_DECAY * game.w_KD
-        game.w_KD = game.w_KD - LR * game.v_KD
-    assert q_ND.grad is not None
-    return _Played(loss.detach(), accuracy, q_ND.grad)
+    return loss, accuracy, positive_NN.detach(), negative_NK.detach(), n_DK
 
 
-def _check_agreement(game: _Game, tolerance: float) -> None:
-    ours, theirs = game.copy(), game.transposed()
-    got, expected = _chunked(ours), _materialised(theirs)
+def _ascend(
+    q_ND: Tensor, positive_NN: Tensor, negative_NK: Tensor, n_DK: Tensor, w_DK: Tensor, v_DK: Tensor
+) -> tuple[Tensor, Tensor]:
+    logits_NC = torch.cat([positive_NN, negative_NK], dim=1) / ADVERSARY_TEMPERATURE
+    p_NK = torch.softmax(logits_NC, dim=1)[:, len(q_ND) :]
+    radial_K = torch.mean(p_NK * negative_NK, dim=0)
+    g_DK = torch.einsum("cn,nk->ck", q_ND.T, p_NK) / len(q_ND) - radial_K * n_DK
+    g_DK = -g_DK / w_DK.norm(dim=0) / ADVERSARY_TEMPERATURE
+    v_DK = MOMENTUM * v_DK + g_DK + WEIGHT_DECAY * w_DK
+    return w_DK - LR * v_DK, v_DK
+
+
+def _check_agreement(game: Game, tolerance: float) -> None:
+    mine, theirs = game.copy(), game.transposed()
+    got, expected = ours(mine, "chunked"), materialised(theirs)
     pairs = {
         "loss": (got.loss, expected.loss),
         "accuracy": (got.accuracy, expected.accuracy),
         "gradient by the queries": (got.grad_ND, expected.grad_ND),
-        "bank": (ours.w_KD, theirs.w_KD.T),
-        "velocity": (ours.v_KD, theirs.v_KD.T),
+        "bank": (mine.w_KD, theirs.w_KD.T),
+        "velocity": (mine.v_KD, theirs.v_KD.T),
     }
     for name, (value, other) in pairs.items():
         error = ((value - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
@@ -209,7 +224,7 @@ def _check_agreement(game: _Game, tolerance: float) -> None:
             )
 
 
-def _peak_bytes(step: _Step, game: _Game) -> int:
+def _peak_bytes(step: Step, game: Game) -> int:
     """The most memory held at once during a step beyond what was held before, as the profiler saw it allocated."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         step(game)

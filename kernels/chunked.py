@@ -2,20 +2,25 @@
 
 A tile of N x _TILE similarities is made in one buffer that stays in the processor's cache, is
 used up and overwritten; nothing of size N x K exists. Results equal `reference` up to rounding.
-N queries, M keys, K negatives, C columns (keys or negatives), D dimensions, T columns of a tile.
+N queries, M keys, K negatives, C columns (keys or negatives), D dimensions, T columns of a tile; in `hardest` m best
+columns, E elements of a tile that are better, B blocks of W columns, F of them looked at, X best and better.
 """
 
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.contract import AdversaryStats, Hardest, Score, check_adversary, check_score
+from kernels.contract import AdversaryStats, Hardest, Score, check_adversary, check_hardest, check_score
 from kernels.rounding import random_bits, round_to_bf16
 
 # Negatives per tile. Measured on 2 cores at N = 1024, D = 128 (docs/bench/README.md): smaller tiles pay
 # for starting operations, wider ones fall out of the cache.
 _TILE = 1024
+
+# Columns of a tile whose largest similarity tells whether `hardest` looks at each of them.
+_BLOCK = 64
 
 # e^x as 2^(x log2 e): torch.exp2 takes a third of torch.exp's time on a CPU, and the factor costs nothing.
 _LOG2_E = math.log2(math.e)
@@ -123,4 +128,52 @@ def adversary_step(
 
 
 def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf")) -> Hardest:
-    raise NotImplementedError
+    """As `reference.hardest`. Columns that beat none of the best so far cost little more than their product.
+
+    The best are merged by stable sorts with the lower columns in front, which settles ties as the reference does.
+    """
+    check_hardest(q_ND, c_CD, own_N, m)
+    wide = torch.promote_types(q_ND.dtype, torch.float32)
+    q_ND = q_ND.to(wide)
+    num_queries, nothing = len(q_ND), float("-inf")
+    best_Nm = q_ND.new_full((num_queries, m), nothing)
+    column_Nm = torch.full_like(best_Nm, -1, dtype=torch.int64)
+    buffer = q_ND.new_empty(num_queries * -(-_TILE // _BLOCK) * _BLOCK)
+    for start in range(0, len(c_CD), _TILE):
+        c_TD = c_CD[start : start + _TILE].to(wide)
+        width = -(-len(c_TD) // _BLOCK) * _BLOCK
+        s_NT = buffer[: num_queries * width].view(num_queries, width)
+        torch.mm(q_ND, c_TD.T, out=s_NT[:, : len(c_TD)])
+        s_NT[:, len(c_TD) :] = nothing
+        if below < float("inf"):
+            s_NT.masked_fill_(s_NT >= below, nothing)
+        if own_N is not None:
+            (row_O,) = ((own_N >= start) & (own_N < start + len(c_TD))).nonzero(as_tuple=True)
+            s_NT[row_O, own_N[row_O] - start] = nothing
+
+        # Later columns must be better than the last of the best; of the first tile they may be equal to its m-th.
+        bound_N1 = best_Nm[:, -1:]
+        if start == 0 and m <= width:
+            bound_N1 = s_NT.topk(m).values[:, -1:]
+            bound_N1 = torch.nextafter(bound_N1, torch.full_like(bound_N1, nothing))
+        row_E, tile_column_E = _better(s_NT, bound_N1)
+        if len(row_E) == 0:
+            continue
+        count_N = row_E.bincount(minlength=num_queries)
+        place_E = m + torch.arange(len(row_E), device=row_E.device) - (count_N.cumsum(0) - count_N)[row_E]
+        added = int(count_N.max())
+        merged_NX = F.pad(best_Nm, (0, added), value=nothing)
+        merged_column_NX = F.pad(column_Nm, (0, added), value=-1)
+        merged_NX[row_E, place_E] = s_NT[row_E, tile_column_E]
+        merged_column_NX[row_E, place_E] = start + tile_column_E
+        sorted_NX, order_NX = merged_NX.sort(dim=1, descending=True, stable=True)
+        best_Nm, column_Nm = sorted_NX[:, :m], merged_column_NX.gather(1, order_NX[:, :m])
+    return Hardest(best_Nm.contiguous(), column_Nm)
+
+
+def _better(s_NT: Tensor, bound_N1: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the E elements above their row's bound, row by row, T a multiple of _BLOCK."""
+    s_NBW = s_NT.view(len(s_NT), s_NT.shape[1] // _BLOCK, _BLOCK)
+    row_F, block_F = (s_NBW.amax(2) > bound_N1).nonzero(as_tuple=True)
+    of_F_E, within_E = (s_NBW[row_F, block_F] > bound_N1[row_F]).nonzero(as_tuple=True)
+    return row_F[of_F_E], block_F[of_F_E] * _BLOCK + within_E

@@ -14,7 +14,10 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize(("checks", "interpret"), [("interpreted", "1"), ("compiled", "0")])
+@pytest.mark.parametrize(
+    ("checks", "interpret"),
+    [("interpreted", "1"), ("compiled", "0"), ("mining_interpreted", "1"), ("mining_compiled", "0")],
+)
 def test_in_its_own_process(checks: str, interpret: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/kernels/triton_{checks}.py"],

@@ -47,8 +47,8 @@ _SILENT = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autogra
 class CollectiveTrace(TorchDispatchMode):
     """Lists the collectives issued within it, in order: by torch.distributed, by its functional form, by DTensor.
 
-    collectives: all so far. Forward, backward, and what C++ issues for DDP pass the dispatcher and so are seen;
-    graphs of torch.compile that were made outside of it are, too.
+    collectives: all so far, of forward and backward, and those that C++ issues for DDP. On a fake group DDP's own
+    reduction fails (torch 2.14): it needs a communication hook there.
     Raises NotImplementedError at a collective whose traffic is not known here, rather than leave it out.
     """
 

@@ -2,7 +2,7 @@
 
     with CollectiveTrace() as trace:
         step()
-    print(trace.sent, *trace.collectives, sep="\\n")
+    print(sum(collective.sent for collective in trace.collectives))
 
 On rank 0 of a fake process group (torch.testing._internal.distributed.fake_pg) and with fake tensors
 (`with FakeTensorMode(), CollectiveTrace() as trace`) the same code tells what any number of ranks would send, and
@@ -55,11 +55,6 @@ class CollectiveTrace(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.collectives: list[Collective] = []
-
-    @property
-    def sent(self) -> int:
-        """Bytes that this rank sends, over all collectives."""
-        return sum(collective.sent for collective in self.collectives)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

@@ -1,9 +1,12 @@
 """How the Triton kernels cut their work: tile sizes, warps and stages by architecture, dimension and type.
 
-A table instead of autotuning: the choice is known before the first step, the same on every rank and in every run,
-and each entry can be compiled ahead of time and looked at (`tests/kernels/triton_compiled.py`).
+A table (`tiles.csv`) instead of autotuning: the choice is known before the first step, the same on every rank and in
+every run, and each entry can be compiled ahead of time and looked at (`python -m trainer bench kernels --static`).
+`python -m trainer bench kernels --tune` measures it anew on a GPU.
 """
 
+import csv
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor
 
 DIMS = (32, 64, 128, 256, 512)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+TABLE_PATH = Path(__file__).with_name("tiles.csv")
 
 # Set in the environment before Triton kernels are imported, it makes them run on the CPU, slowly.
 INTERPRETED: bool = triton.knobs.runtime.interpret
@@ -35,6 +39,15 @@ class Tiles(NamedTuple):
     stages: int
 
 
+class Key(NamedTuple):
+    """What the table is asked for: kernel, architecture (80: sm_80), name of a type of DTYPES, dimension of DIMS."""
+
+    kernel: str
+    architecture: int
+    dtype: str
+    dim: int
+
+
 class Products(NamedTuple):
     """Types and precision in which a kernel multiplies matrices, always adding in fp32; see `products`."""
 
@@ -43,79 +56,37 @@ class Products(NamedTuple):
     precision: str
 
 
-# By kernel, architecture (8: sm_80, 9: sm_90), bytes of an element and dimension.
-_TABLE: dict[tuple[str, int, int], dict[int, Tiles]] = {
-    ("score", 8, 2): {
-        32: Tiles(128, 64, 8, 3),
-        64: Tiles(128, 64, 8, 3),
-        128: Tiles(128, 64, 8, 3),
-        256: Tiles(64, 64, 8, 2),
-        512: Tiles(32, 32, 8, 2),
-    },
-    ("score", 9, 2): {
-        32: Tiles(128, 64, 8, 3),
-        64: Tiles(128, 64, 8, 3),
-        128: Tiles(128, 64, 8, 3),
-        256: Tiles(128, 64, 8, 2),
-        512: Tiles(64, 32, 8, 2),
-    },
-    ("score", 8, 4): {
-        32: Tiles(64, 32, 8, 2),
-        64: Tiles(64, 32, 8, 2),
-        128: Tiles(32, 32, 8, 2),
-        256: Tiles(32, 32, 8, 2),
-        512: Tiles(16, 16, 8, 2),
-    },
-    ("adversary", 8, 2): {
-        32: Tiles(128, 64, 8, 3),
-        64: Tiles(128, 64, 8, 3),
-        128: Tiles(64, 64, 8, 3),
-        256: Tiles(32, 64, 8, 2),
-        512: Tiles(16, 32, 8, 2),
-    },
-    ("adversary", 9, 2): {
-        32: Tiles(64, 64, 8, 3),
-        64: Tiles(64, 64, 8, 3),
-        128: Tiles(64, 64, 8, 3),
-        256: Tiles(64, 64, 8, 2),  # spills, but not in the loop; 32 rows would not, but have no HGMMA
-        512: Tiles(16, 32, 8, 2),
-    },
-    ("adversary", 8, 4): {
-        32: Tiles(64, 32, 8, 2),
-        64: Tiles(64, 32, 8, 2),
-        128: Tiles(32, 32, 8, 2),
-        256: Tiles(32, 32, 8, 2),
-        512: Tiles(16, 16, 8, 2),
-    },
-    ("hardest", 8, 2): {
-        32: Tiles(64, 64, 8, 3),
-        64: Tiles(64, 64, 8, 3),
-        128: Tiles(64, 64, 8, 3),
-        256: Tiles(64, 64, 8, 2),
-        512: Tiles(32, 32, 8, 2),
-    },
-    ("hardest", 9, 2): {
-        32: Tiles(64, 64, 8, 3),
-        64: Tiles(64, 64, 8, 3),
-        128: Tiles(64, 64, 8, 3),
-        256: Tiles(64, 64, 8, 2),
-        512: Tiles(32, 32, 8, 2),
-    },
-    ("hardest", 8, 4): {
-        32: Tiles(32, 32, 8, 3),
-        64: Tiles(32, 32, 8, 3),
-        128: Tiles(32, 32, 8, 3),
-        256: Tiles(32, 32, 8, 2),
-        512: Tiles(32, 32, 8, 2),
-    },
-}
+def read_table(path: Path = TABLE_PATH) -> dict[Key, Tiles]:
+    """The table of tiles."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return {
+            Key(row["kernel"], int(row["architecture"]), row["dtype"], int(row["dim"])): Tiles(
+                *(int(row[name]) for name in Tiles._fields)
+            )
+            for row in csv.DictReader(file)
+        }
 
 
-def tiles(kernel: str, major: int, dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of `score`, `adversary` or `hardest` for an architecture's major number and a dimension of DIMS."""
-    # fp32 does not use what is new in sm_90; of the later architectures, sm_12x has as little shared memory as sm_86.
-    table = 9 if major in (9, 10) and dtype.itemsize == 2 else 8
-    return _TABLE[kernel, table, dtype.itemsize][dim]
+def write_table(table: dict[Key, Tiles], path: Path = TABLE_PATH) -> None:
+    """Write what `read_table` reads, sorted."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(Key._fields + Tiles._fields)
+        writer.writerows(key + tile for key, tile in sorted(table.items()))
+
+
+TABLE = read_table()
+
+
+def tiles(kernel: str, architecture: int, dim: int, dtype: torch.dtype) -> Tiles:
+    """The tiles of a kernel (`score`, `adversary`, `hardest`) for an `architecture` and a dimension of DIMS.
+
+    Architectures that have no row of their own take those of sm_90 if they are alike (sm_90, sm_100), otherwise those
+    of sm_80, which fit the shared memory of the smaller ones, too (sm_86, sm_89, sm_120).
+    """
+    name = str(dtype).removeprefix("torch.")
+    alike = 90 if architecture // 10 in (9, 10) else 80
+    return TABLE.get(Key(kernel, architecture, name, dim)) or TABLE[Key(kernel, alike, name, dim)]
 
 
 def products(dtype: torch.dtype, interpreted: bool = INTERPRETED) -> Products:
@@ -123,14 +94,15 @@ def products(dtype: torch.dtype, interpreted: bool = INTERPRETED) -> Products:
 
     similarity, of q . c: the type itself. weighted, of sums of p_ij c_j: bf16 rounds p to 8 bits as flash attention
     does; the adversary's p leaves fp16's range, so there both factors become tf32, which has fp16's 11 bits and
-    fp32's range. fp32 is multiplied as it is ("ieee", no tensor cores), so that the interpreter's tests hold for it;
-    for speed take bf16. The interpreter has no bf16 arithmetic and computes in fp32 instead.
+    fp32's range. fp32 is cut into two tf32 numbers each, of whose four products the three largest are added: an error
+    of about 2^-22 of |q| |c|, for a sixth of the speed of bf16. The interpreter has no bf16 arithmetic and computes in
+    fp32 instead, as it does for all tf32.
     """
     if dtype is torch.bfloat16:
         return Products(tl.float32, tl.float32, "ieee") if interpreted else Products(tl.bfloat16, tl.bfloat16, "tf32")
     if dtype is torch.float16:
         return Products(tl.float16, tl.float32, "tf32")
-    return Products(tl.float32, tl.float32, "ieee")
+    return Products(tl.float32, tl.float32, "tf32x3")
 
 
 def check(name: str, q_ND: Tensor) -> None:
@@ -144,13 +116,13 @@ def check(name: str, q_ND: Tensor) -> None:
 
 
 def architecture(device: torch.device) -> int:
-    """Major number of the device's compute capability, at least 8, else ValueError; the interpreter is taken as 8."""
+    """The device's compute capability, 80 for sm_80, at least that, else ValueError; the interpreter is taken as 80."""
     if device.type != "cuda":
-        return 8
+        return 80
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise ValueError(f"got a device of sm_{major}{minor}, the triton kernels need sm_80 or newer")
-    return major
+    return 10 * major + minor
 
 
 def num_splits(row_tiles: int, column_tiles: int, device: torch.device) -> int:

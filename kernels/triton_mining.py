@@ -7,7 +7,7 @@ its best new one for its worst kept one; after the first tiles there is seldom o
 afterwards; results repeat bit for bit.
 
 N queries, C columns, D dimensions, S splits; in the kernel B queries and T columns of a tile, P columns kept: m
-rounded up to a power of two.
+rounded up to a power of two, at least 16.
 """
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from kernels.contract import Hardest, check_hardest
 from kernels.tiles import architecture, check, num_splits, products, tiles
 
-# The best columns of a tile of queries are held in registers.
+# Columns kept of each query, in registers: at most, and at least, since to keep fewer saves nothing.
 _MAX_KEPT = 128
+_MIN_KEPT = 16
 
 
 @triton.jit
@@ -42,7 +43,8 @@ def hardest_kernel(  # type: ignore[no-untyped-def]
 ):
     """The best P columns of one tile of queries in one split of the columns, in no order.
 
-    q [N, D], c [C, D], own [N] int64 (read if HAS_OWN); kept [S, N, P] int64, written: `_ordered` above 0xFFFFFFFF - column.
+    q [N, D], c [C, D], own [N] int64 (read if HAS_OWN); kept [S, N, P] int64, written: `_ordered` of the similarity
+    above 0xFFFFFFFF - column.
     """
     split = tl.program_id(1)
     rows_B = tl.program_id(0) * B + tl.arange(0, B)
@@ -109,7 +111,7 @@ def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: flo
     tile = tiles("hardest", architecture(q_ND.device), dim, q_ND.dtype)
     row_tiles, column_tiles = triton.cdiv(num_queries, tile.rows), triton.cdiv(len(c_CD), tile.columns)
     splits = num_splits(row_tiles, max(1, column_tiles), q_ND.device)
-    kept = triton.next_power_of_2(m)
+    kept = max(_MIN_KEPT, triton.next_power_of_2(m))
     kept_SNP = q_ND.new_empty(splits, num_queries, kept, dtype=torch.int64)
     if num_queries > 0:
         similarity, _, precision = products(q_ND.dtype)

@@ -1,0 +1,247 @@
+"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, instructions.
+
+Every kernel is compiled ahead of time and its binary read with the cuobjdump that comes with Triton. The limits are
+those of NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities".
+"""
+
+import csv
+import multiprocessing
+import os
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from rich.console import Console
+from rich.table import Table
+
+ARCHITECTURES = (80, 90)
+DIMS = (64, 128, 256)
+DTYPES = ("bfloat16", "float16", "float32")
+WEIGHTS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", None))  # and velocity of the adversary
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may use
+_SHARED_MEMORY_OF_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
+_RESERVED = 1024  # bytes of it that each program takes besides
+_REGISTERS = 65536  # of a processor, given out 8 to a thread at a time
+_WARPS = 64  # of a processor
+
+# Column of the table: which instructions it counts.
+INSTRUCTIONS = {
+    "HMMA": r"HMMA",
+    "HGMMA": r"HGMMA",
+    "WARPGROUP.ARRIVE": r"WARPGROUP\.ARRIVE",  # one for each product, unless ptxas lets each instruction wait
+    "MUFU.EX2": r"MUFU\.EX2",
+    "LDG.128": r"LDG\..*128",
+    "LDG": r"LDG\.(?!.*128)",
+    "LDGSTS.128": r"LDGSTS\..*128",
+    "LDGSTS": r"LDGSTS\.(?!.*128)",
+    "STG": r"STG",
+    "LDL and STL": r"LDL|STL",
+}
+
+
+class Job(NamedTuple):
+    """One kernel to compile. architecture: 80 or 90; tile: of `kernels.tiles`, None for that of the table.
+
+    weights, velocity: types, of `adversary`. kept: columns for each query, of `hardest`.
+    """
+
+    kernel: str
+    architecture: int
+    dim: int
+    dtype: str
+    weights: str | None = None
+    velocity: str | None = None
+    tile: tuple[int, int, int, int] | None = None
+    kept: int | None = None
+
+
+def jobs() -> list[Job]:
+    """Every kernel in every form of the table."""
+    return [
+        Job(kernel, architecture, dim, dtype, weights, velocity)
+        for architecture in ARCHITECTURES
+        for dim in DIMS
+        for dtype in DTYPES
+        for kernel, forms in (("score", [(None, None)]), ("adversary", WEIGHTS if dtype == "bfloat16" else WEIGHTS[:1]))
+        for weights, velocity in forms
+    ]
+
+
+def run(jobs: list[Job], processes: int = 2) -> list[dict[str, Any]]:
+    """Compile the jobs, in processes of their own where the interpreter is off; one dictionary for each.
+
+    Keys: those of Job, rows, columns, warps and stages of the tile; registers of a thread; spilled bytes of a thread;
+    shared bytes of a program; programs and warps that fit on a processor at a time and occupancy, the share of the
+    most warps; counts of INSTRUCTIONS and of all instructions in the code; torch, triton: versions.
+    """
+    with _interpreter_off(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return list(pool.map(compile_job, jobs))
+
+
+def report(rows: list[dict[str, Any]], out: Path | None) -> None:
+    """Print the rows of `run` as a table and write them to `out` as CSV."""
+    for architecture in sorted({row["architecture"] for row in rows}):
+        table = Table(title=f"sm_{architecture}", box=None)
+        table.add_column("kernel")
+        names = ["D", "tile", "registers", "spilled", "shared", "programs", "occupancy", *list(INSTRUCTIONS)[:-1]]
+        for name in names:
+            table.add_column(name, justify="right")
+        for row in rows:
+            if row["architecture"] != architecture:
+                continue
+            form = f" W {row['weights']}, v {row['velocity']}" if row["weights"] else ""
+            table.add_row(
+                f"{row['kernel']} {row['dtype']}{form}".replace("float", ""),
+                str(row["dim"]),
+                f"{row['rows']}x{row['columns']} {row['warps']}w {row['stages']}s",
+                str(row["registers"]),
+                str(row["spilled"]),
+                f"{row['shared'] / 1024:.0f} KiB",
+                str(row["programs"]),
+                f"{row['warps_per_processor']} ({100 * row['occupancy']:.0f} %)",
+                *(str(row[name]) for name in list(INSTRUCTIONS)[:-1]),
+            )
+        Console(width=max(160, Console().width)).print(table)
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with out.open("w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+def compile_job(job: Job) -> dict[str, Any]:
+    """One row of `run`, compiled here, where the interpreter must be off.
+
+    For the published temperatures, with own keys, for sizes and addresses that are multiples of 16 and of the tiles.
+    """
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from kernels.tiles import Tiles, tiles
+
+    tile = Tiles(*job.tile) if job.tile else tiles(job.kernel, job.architecture, job.dim, getattr(torch, job.dtype))
+    kernel, types, constants = _arguments(job, tile)
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, _type_of(name)) for name in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, name in enumerate(names)
+        if signature[name].startswith("*") or name.startswith("num_")
+    }
+    compiled = triton.compile(
+        ASTSource(kernel, signature, constants, aligned),
+        target=GPUTarget("cuda", job.architecture, 32),
+        options={"num_warps": tile.warps, "num_stages": tile.stages},
+    )
+    resources, opcodes = _read(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    programs = _programs(job.architecture, tile.warps, resources["REG"], shared)
+    return {
+        **{name: value for name, value in job._asdict().items() if name != "tile"},
+        **tile._asdict(),
+        "registers": resources["REG"],
+        "spilled": resources["STACK"],
+        "shared": shared,
+        "programs": programs,
+        "warps_per_processor": programs * tile.warps,
+        "occupancy": programs * tile.warps / _WARPS,
+        **{name: _count(opcodes, pattern) for name, pattern in INSTRUCTIONS.items()},
+        "instructions": opcodes.total(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+
+
+def _arguments(job: Job, tile: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """The kernel, types of those arguments that `_type_of` does not know, values of those known to the compiler."""
+    from kernels.tiles import products
+    from kernels.triton_adversary import adversary_kernel
+    from kernels.triton_mining import hardest_kernel
+    from kernels.triton_score import score_kernel
+
+    similarity, weighted, precision = products(getattr(torch, job.dtype), interpreted=False)
+    rows = "*" + _SHORT[job.dtype]
+    constants: dict[str, Any] = {
+        "D": job.dim,
+        "B": tile.rows,
+        "T": tile.columns,
+        "SIMILARITY": similarity,
+        "WEIGHTED": weighted,
+        "PRECISION": precision,
+    }
+    if job.kernel == "score":
+        constants |= {"HAS_KEYS": True, "HAS_OWN": True, "HAS_NEGATIVES": True, "SIXTH_POWER": True}
+        constants |= {"RAGGED_KEYS": False, "RAGGED_NEGATIVES": False}
+        return score_kernel, {"q_ptr": rows, "k_ptr": rows, "n_ptr": rows, "own_ptr": "*i64"}, constants
+    if job.kernel == "hardest":
+        del constants["WEIGHTED"]
+        constants |= {"P": job.kept, "HAS_OWN": True}
+        return hardest_kernel, {"q_ptr": rows, "c_ptr": rows, "own_ptr": "*i64", "kept_ptr": "*i64"}, constants
+    assert job.kernel == "adversary"
+    assert job.weights is not None
+    types = {"q_ptr": rows, "n_ptr": rows, "w_ptr": "*" + _SHORT[job.weights]}
+    if job.velocity is None:
+        constants["v_ptr"] = None
+    else:
+        types["v_ptr"] = "*" + _SHORT[job.velocity]
+    return adversary_kernel, types, constants
+
+
+_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def _type_of(argument: str) -> str:
+    if argument.endswith("_ptr"):
+        return "*fp32"
+    return "i32" if argument.startswith("num_") or argument in ("tiles_per_split", "seed", "first") else "fp32"
+
+
+def _read(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
+    """Resources by cuobjdump's names (REG, STACK, …), and how often each opcode stands in the code."""
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage, sass = (
+            subprocess.run([cuobjdump, option, file.name], check=True, capture_output=True, text=True).stdout
+            for option in ("--dump-resource-usage", "-sass")
+        )
+    resources = {name: int(value) for name, value in re.findall(r"([A-Z]+):(\d+)", usage)}
+    return resources, Counter(re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9.]*)", sass))
+
+
+def _count(opcodes: Counter[str], pattern: str) -> int:
+    return sum(count for opcode, count in opcodes.items() if re.match(rf"(?:{pattern})", opcode))
+
+
+def _programs(architecture: int, warps: int, registers: int, shared: int) -> int:
+    """How many programs a processor holds at a time; 0 where one alone does not fit."""
+    if shared > SHARED_MEMORY[architecture]:
+        return 0
+    of_registers = _REGISTERS // (warps * 32 * (-(-registers // 8) * 8))
+    of_memory = _SHARED_MEMORY_OF_PROCESSOR[architecture] // (shared + _RESERVED)
+    return min(of_registers, of_memory, _WARPS // warps, 32)
+
+
+@contextmanager
+def _interpreter_off() -> Iterator[None]:
+    """For processes started inside: Triton decides when it is imported."""
+    before = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "0"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["TRITON_INTERPRET"]
+        else:
+            os.environ["TRITON_INTERPRET"] = before

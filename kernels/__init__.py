@@ -118,8 +118,8 @@ def _score(
     temperature: float,
     adversary_temperature: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    got: Score = implementation(kernels).score(q, k, own, n, temperature, adversary_temperature)
-    return tuple(got)
+    z_N, o_ND, za_N, top_N = implementation(kernels).score(q, k, own, n, temperature, adversary_temperature)
+    return z_N, o_ND, za_N, top_N
 
 
 @_score.register_fake
@@ -151,7 +151,7 @@ def _adversary_step(
     seed: int,
     first: int,
 ) -> tuple[Tensor, Tensor]:
-    got: AdversaryStats = implementation(kernels).adversary_step(
+    mass_K, grad_K = implementation(kernels).adversary_step(
         q,
         coef,
         n,
@@ -164,7 +164,7 @@ def _adversary_step(
         seed=seed,
         first=first,
     )
-    return tuple(got)
+    return mass_K, grad_K
 
 
 @_adversary_step.register_fake
@@ -188,8 +188,8 @@ def _(
 
 @torch.library.custom_op("adco::hardest", mutates_args=())
 def _hardest(kernels: str, q: Tensor, c: Tensor, own: Tensor | None, m: int, below: float) -> tuple[Tensor, Tensor]:
-    got: Hardest = implementation(kernels).hardest(q, c, own, m, below)
-    return tuple(got)
+    similarity_Nm, column_Nm = implementation(kernels).hardest(q, c, own, m, below)
+    return similarity_Nm, column_Nm
 
 
 @_hardest.register_fake

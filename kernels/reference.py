@@ -111,6 +111,6 @@ def _without_own(s_NC: Tensor, own_N: Tensor | None) -> Tensor:
 def _write(out_KD: Tensor, x_KD: Tensor, seed: int, first: int, shift: int) -> None:
     """x into a tensor of its type, or into one of bf16 by the random bits from `shift` on."""
     if out_KD.dtype == torch.bfloat16:
-        bits_KD = random_bits(seed, first, *x_KD.shape, x_KD.device)
+        bits_KD = random_bits(seed, first, len(x_KD), x_KD.shape[1], x_KD.device)
         x_KD = round_to_bf16(x_KD.float(), bits_KD >> shift)
     out_KD.copy_(x_KD)

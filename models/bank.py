@@ -4,6 +4,7 @@ K negatives of D dimensions. Ranks form a grid of replicas x shards: the ranks o
 bank, those of a column the same one. `sharded` is one row, `replicated` one column, `node` a row per node.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import kernels
 from kernels import AdversaryStats
+
+_TILE = 65536  # rows at a time where a copy of the whole shard would not fit beside it
 
 
 def make_mesh(placement: str, device: torch.device, ranks_per_node: int) -> DeviceMesh:
@@ -43,7 +46,7 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
 class Rows(NamedTuple):
     """What the adversary plays against: this shard row's queries and their weight over their partition sum.
 
-    q_ND: unit queries. coef_N: w_i / Z^a_i, fp32.
+    q_ND: unit queries, of the type of the bank's unit rows. coef_N: w_i / Z^a_i, fp32.
     """
 
     q_ND: Tensor
@@ -53,7 +56,11 @@ class Rows(NamedTuple):
 class Bank:
     """This rank's shard of K negatives.
 
-    w_KD, v_KD: fp32 weights and velocity. n_KD: rows of W at unit length. first: number of the first row held.
+    w_KD, v_KD: weights and velocity; None: no velocity. n_KD: rows of W at unit length. first: number of the first
+    row held.
+    kernels: name of their implementation (`kernels.IMPLEMENTATIONS`). temperature, momentum, weight_decay: the
+    adversary's. precision: type of queries, keys and unit rows in products, which are added up in fp32.
+    weights, velocity: type of W and v; bf16 is rounded at random (`kernels.rounding`), None is for momentum 0.
     """
 
     def __init__(
@@ -61,40 +68,41 @@ class Bank:
         size: int,
         dim: int,
         mesh: DeviceMesh,
-        kernels: ModuleType,
         *,
+        kernels: str,
         temperature: float,
         momentum: float,
         weight_decay: float,
+        precision: torch.dtype = torch.float32,
+        weights: torch.dtype = torch.float32,
+        velocity: torch.dtype | None = torch.float32,
     ) -> None:
         self.size, self.dim, self.mesh, self.kernels = size, dim, mesh, kernels
         self.temperature, self.momentum, self.weight_decay = temperature, momentum, weight_decay
         rows = -(-size // mesh.size(1))  # as torch.chunk cuts and so as DTensor does
         self.first = min(mesh.get_local_rank("shard") * rows, size)
         local = min(rows, size - self.first)
-        self.w_KD = torch.zeros(local, dim, device=mesh.device_type)
-        self.v_KD = torch.zeros_like(self.w_KD)
-        self.n_KD = torch.zeros_like(self.w_KD)
+        self.w_KD = torch.zeros(local, dim, dtype=weights, device=mesh.device_type)
+        self.v_KD = None if velocity is None else torch.zeros_like(self.w_KD, dtype=velocity)
+        self.n_KD = torch.zeros_like(self.w_KD, dtype=precision)
 
     def fill(self, w_KD: Tensor) -> None:
         """Start from these weights, [this shard's rows, D], at rest."""
         self.w_KD.copy_(w_KD)
-        self.v_KD.zero_()
-        self.n_KD.copy_(torch.nn.functional.normalize(self.w_KD, dim=1))
+        if self.v_KD is not None:
+            self.v_KD.zero_()
+        self.loaded()
 
-    def step(self, rows: list[Rows], lr: float) -> AdversaryStats:
+    def step(self, rows: list[Rows], lr: float, seed: int) -> AdversaryStats:
         """One step of gradient ascent for all rows of one training step. Statistics are of this shard.
 
+        seed: of the rounding of bf16 weights, another at each step and the same on all ranks.
         Replicas gather each other's rows, so that they take the same step: traffic that does not depend on K.
         """
         replicas = self.mesh.get_group("replica")
-        q_ND = torch.cat([r.q_ND for r in rows])
-        coef_N = torch.cat([r.coef_N for r in rows])
-        q_ND = gather(q_ND, replicas)
-        coef_N = gather(coef_N, replicas)
-        stats: AdversaryStats = self.kernels.adversary_step(
-            q_ND,
-            coef_N,
+        return kernels.adversary_step(
+            gather(torch.cat([r.q_ND for r in rows]), replicas),
+            gather(torch.cat([r.coef_N for r in rows]), replicas),
             self.n_KD,
             self.w_KD,
             self.v_KD,
@@ -102,8 +110,10 @@ class Bank:
             lr=lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
+            seed=seed,
+            first=self.first,
+            kernels=self.kernels,
         )
-        return stats
 
     def metrics(self, stats: AdversaryStats) -> dict[str, float]:
         """Of the whole bank, for the log; waits for the device.
@@ -111,9 +121,9 @@ class Bank:
         adversary_grad_norm: mean length of the gradients. bank_norm: mean length of W's rows. bank_share: the
         negatives that carry weight, as the participation ratio (sum m)^2 / (K sum m^2) of their shares m.
         """
-        lengths_K = torch.linalg.vector_norm(self.w_KD, dim=1)
+        length = torch.stack([torch.linalg.vector_norm(w_KD, dim=1).sum() for _, w_KD in self._tiles()]).sum()
         mass_K = stats.mass_K
-        sums = torch.stack([stats.grad_K.sum(), lengths_K.sum(), mass_K.sum(), mass_K.square().sum()])
+        sums = torch.stack([stats.grad_K.sum(), length, mass_K.sum(), mass_K.square().sum()])
         dist.all_reduce(sums, group=self.mesh.get_group("shard"))
         grad, length, mass, squares = sums.tolist()
         return {
@@ -123,15 +133,23 @@ class Bank:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """W and v as DTensors over the mesh, which share memory with the bank: saving and loading reshard."""
+        """W and v, if there is one, as DTensors over the mesh that share memory with the bank: checkpoints reshard."""
         shape, stride = torch.Size((self.size, self.dim)), (self.dim, 1)
         return {
             name: DTensor.from_local(
                 local, self.mesh, (Replicate(), Shard(0)), run_check=False, shape=shape, stride=stride
             )
             for name, local in (("w", self.w_KD), ("v", self.v_KD))
+            if local is not None
         }
 
     def loaded(self) -> None:
         """To be called when W and v were written through `state_dict`: makes the unit rows."""
-        self.n_KD.copy_(self.w_KD / torch.linalg.vector_norm(self.w_KD, dim=1, keepdim=True))
+        for tile, w_KD in self._tiles():
+            self.n_KD[tile] = w_KD / torch.linalg.vector_norm(w_KD, dim=1, keepdim=True)
+
+    def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
+        """The weights, in fp32 or wider, some rows at a time."""
+        for start in range(0, len(self.w_KD), _TILE):
+            tile = slice(start, start + _TILE)
+            yield tile, self.w_KD[tile].to(torch.promote_types(self.w_KD.dtype, torch.float32))

@@ -5,6 +5,9 @@ scored here, each against this rank's part of the columns. See `models/bank.py` 
 
 Every rank sends its queries to its row of the grid, scores all of the row's queries against its own shard and keys,
 and gets back the sums of its own queries. Nothing that travels depends on the size of the bank.
+
+Queries and keys are rounded to the type of the bank's unit rows first, and every similarity, that to the own key too,
+is of the rounded ones. The gradient passes the rounding as if it were not there.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+import kernels
 from models.bank import Bank, Rows, gather
 
 
@@ -52,9 +56,11 @@ class _Contrast(torch.autograd.Function):
         row = bank.mesh.get_group("shard")
         batch = len(k_BD)
         mine = slice(shard * len(q_ND), (shard + 1) * len(q_ND))
-        own_ND = k_BD.repeat(len(q_ND) // batch, 1)
-        positive_N = (q_ND * own_ND).sum(1)
-        all_q_ND = gather(q_ND.detach(), row)
+        given, k_BD = q_ND.dtype, k_BD.to(bank.n_KD.dtype)
+        all_q_ND = gather(q_ND.detach().to(bank.n_KD.dtype), row)
+        wide = torch.promote_types(bank.n_KD.dtype, torch.float32)
+        own_ND = k_BD.to(wide).repeat(len(q_ND) // batch, 1)
+        positive_N = (all_q_ND[mine].to(wide) * own_ND).sum(1)
 
         # The columns of this rank: its shard, its keys and those of its replicas. A row of the grid has all of them.
         if batch_keys:
@@ -63,7 +69,7 @@ class _Contrast(torch.autograd.Function):
             own_N[mine] = torch.arange(len(q_ND), device=q_ND.device) % batch + replica * batch
         else:
             k_MD, own_N = k_BD[:0], None
-        score = bank.kernels.score(all_q_ND, k_MD, own_N, bank.n_KD, temperature, bank.temperature)
+        score = kernels.score(all_q_ND, k_MD, own_N, bank.n_KD, temperature, bank.temperature, kernels=bank.kernels)
         if not batch_keys:
             e_N = torch.exp(positive_N / temperature)
             score.z_N[mine] += e_N
@@ -79,7 +85,7 @@ class _Contrast(torch.autograd.Function):
             dist.all_reduce(za_N, group=row)
             dist.all_reduce(hardest_N, dist.ReduceOp.MAX, group=row)
         o_ND, z_N = oz_ND[:, :-1], oz_ND[:, -1]
-        ctx.save_for_backward((o_ND / z_N[:, None] - own_ND) / temperature)
+        ctx.save_for_backward(((o_ND / z_N[:, None] - own_ND) / temperature).to(given))
         outputs = (z_N.log() - positive_N / temperature, positive_N, hardest_N[mine], all_q_ND, za_N)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs
@@ -87,4 +93,4 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dq_ND,) = ctx.saved_tensors
-        return grads[0][:, None] * dq_ND, None, None, None, None
+        return (grads[0][:, None] * dq_ND).to(dq_ND.dtype), None, None, None, None

@@ -35,6 +35,8 @@ def _rank(rank: int, world: int, store: Path, function: Callable[..., T], args: 
         "gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     try:
-        return function(*args)
+        result = function(*args)
+        dist.barrier()  # one that leaves early would cut the connection to others that are only just joining
+        return result
     finally:
         dist.destroy_process_group()

@@ -3,7 +3,7 @@
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -24,6 +24,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that replace the file's: optim.lr=0.06", metavar="[KEY=VALUE]...")
 ]
 RunPath = Annotated[Path, typer.Argument(help="Run directory of a pre-training", metavar="RUN")]
+Precision = Literal["fp32", "fp16", "bf16"]
 OutPath = Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file, too.")]
 
 
@@ -90,6 +91,23 @@ def bench_kernels(
     kernels.report(kernels.run(rows, negatives, dim, dtype, repeats), out)
 
 
+@bench_app.command("bank")
+def bench_bank(
+    negatives: Annotated[int, typer.Option(help="Negatives K")] = 2**20,
+    rows: Annotated[int, typer.Option(help="Queries N, and as many keys")] = 256,
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    precision: Annotated[Precision, typer.Option(help="Type of queries, keys and unit rows in products")] = "fp32",
+    weights: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights")] = "fp32",
+    velocity: Annotated[Literal["fp32", "bf16", "none"], typer.Option(help="Type of the velocity")] = "fp32",
+    steps: Annotated[int, typer.Option(help="Steps to play")] = 3,
+    out: OutPath = None,
+) -> None:
+    """One process's step of the negatives with a bank as large as its memory; what storing N x K would take."""
+    from trainer.bench import bank
+
+    bank.report(bank.run(rows, negatives, dim, precision, weights, velocity, steps), out)
+
+
 @bench_app.command("step")
 def bench_step(
     config: ConfigPath,
@@ -105,6 +123,22 @@ def bench_step(
 
     with tempfile.TemporaryDirectory() as folder:
         step.report(step.run(load(config, overrides), Path(folder), repeats), out)
+
+
+@bench_app.command("traffic")
+def bench_traffic(
+    rows: Annotated[int, typer.Option(help="Queries N over all ranks, and as many keys")] = 4096,
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    negatives: Annotated[list[int], typer.Option(help="Negatives K (repeatable)")] = [65536, 2**20],  # noqa: B006
+    ranks: Annotated[
+        list[int], typer.Option(help="Ranks (repeatable); up to 8 are processes, more a fake group's rank 0")
+    ] = [64, 1024],  # noqa: B006
+    out: OutPath = None,
+) -> None:
+    """Bytes that a rank sends in a step of the negatives: our placements of the bank and the published formulation."""
+    from trainer.bench import traffic
+
+    traffic.report(traffic.run(rows, negatives, dim, ranks), out)
 
 
 def main() -> None:

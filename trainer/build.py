@@ -19,6 +19,8 @@ from models.teacher import make_teacher
 from trainer.config import Config, check_world
 from trainer.distributed import Place
 
+TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
 
 def make_encoder(config: Config) -> Encoder:
     """A fresh encoder, always the same for the same seed. Raises ValueError for a backbone that does not exist."""
@@ -50,10 +52,13 @@ def make_game(config: Config, place: Place) -> AdCo:
             bank.size,
             config.model.dim,
             mesh,
-            implementation(bank.kernels),
+            kernels=kernels_for(config, place.device),
             temperature=bank.temperature,
             momentum=bank.momentum,
             weight_decay=bank.weight_decay,
+            precision=autocast_type(config, place.device) if bank.precision == "auto" else TYPES[bank.precision],
+            weights=TYPES[bank.weights],
+            velocity=None if bank.velocity == "none" else TYPES[bank.velocity],
         ),
         temperature=method.temperature,
         symmetric=method.symmetric,
@@ -61,6 +66,15 @@ def make_game(config: Config, place: Place) -> AdCo:
         crops=method.crops,
         bn=method.bn,
     )
+
+
+def kernels_for(config: Config, device: torch.device) -> str:
+    """The implementation of the kernels. Raises ValueError where the one asked for does not run on this machine."""
+    name = config.bank.kernels
+    if name == "auto":
+        name = "triton" if device.type == "cuda" else "chunked"
+    implementation(name)
+    return name
 
 
 def autocast_type(config: Config, device: torch.device) -> torch.dtype:
@@ -84,12 +98,13 @@ def fill_bank(bank: Bank, config: Config, place: Place, source: Source) -> None:
     replica, replicas = bank.mesh.get_local_rank("replica"), bank.mesh.size(0)
     share = chunks[len(chunks) * replica // replicas : len(chunks) * (replica + 1) // replicas]
     make_rows = _random_rows if config.bank.init == "random" else _key_rows
-    w_KD = torch.zeros_like(bank.w_KD)
+    bank.w_KD.zero_()
     for c, rows_CD in zip(share, make_rows(config, place.device, source, share, chunk), strict=True):
         start, stop = max(c * chunk, first), min((c + 1) * chunk, last)
-        w_KD[start - first : stop - first] = rows_CD[start - c * chunk : stop - c * chunk]
-    dist.all_reduce(w_KD, group=bank.mesh.get_group("replica"))  # each row is zero on all replicas but one
-    bank.fill(torch.nn.functional.normalize(w_KD, dim=1))
+        rows_CD = torch.nn.functional.normalize(rows_CD, dim=1)
+        bank.w_KD[start - first : stop - first] = rows_CD[start - c * chunk : stop - c * chunk]
+    dist.all_reduce(bank.w_KD, group=bank.mesh.get_group("replica"))  # each row is zero on all replicas but one
+    bank.loaded()
 
 
 def _random_rows(config: Config, device: torch.device, source: Source, chunks: range, size: int) -> Iterator[Tensor]:

@@ -77,7 +77,11 @@ class Method(Section):
 
 
 class BankSettings(Section):
-    """The learned negatives, see `models.bank.Bank`. lr_final: cosine from lr to it; constant if None."""
+    """The learned negatives, see `models.bank.Bank`. lr_final: cosine from lr to it; constant if None.
+
+    precision: type of queries, keys and unit rows in products; auto: what run.precision says for the encoder.
+    weights, velocity: types that are stored; for banks of many millions, bf16 and none take 4 or 6 bytes a number less.
+    """
 
     size: int = Field(65536, ge=1)
     temperature: float = Field(0.02, gt=0)
@@ -87,7 +91,19 @@ class BankSettings(Section):
     weight_decay: float = Field(1e-4, ge=0)
     init: Literal["keys", "random"] = "keys"
     placement: Literal["replicated", "sharded", "node"] = "sharded"
-    kernels: Literal["reference", "chunked", "triton"] = "chunked"
+    kernels: Literal["auto", "reference", "chunked", "triton"] = "auto"  # auto: triton on a GPU, else chunked
+    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    weights: Literal["fp32", "bf16"] = "fp32"
+    velocity: Literal["fp32", "bf16", "none"] = "fp32"
+
+    @model_validator(mode="after")
+    def _momentum_needs_velocity(self) -> "BankSettings":
+        if self.velocity == "none" and self.momentum > 0:
+            raise ValueError(
+                f"velocity: none goes with momentum: 0; for the same pace as momentum {self.momentum:g} "
+                f"take lr: {self.lr / (1 - self.momentum):g}"
+            )
+        return self
 
 
 class Optim(Section):

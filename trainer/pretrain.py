@@ -147,7 +147,7 @@ def _introduce(config: Config, place: Place, game: AdCo, train: Source, epoch_st
         game.bank.size,
         config.bank.placement,
         place.world,
-        config.bank.kernels,
+        game.bank.kernels,
     )
     if saved:
         log.info("continuing from %s", saved)

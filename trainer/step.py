@@ -74,7 +74,7 @@ class Learner:
             for name, value in play.metrics.items():
                 total[name] = total[name] + value / self.accumulate if part else value / self.accumulate
         with record_function("adversary"):  # before the teacher moves, from the queries of this step
-            stats = self.game.bank.step(rows, rates.bank_lr)
+            stats = self.game.bank.step(rows, rates.bank_lr, seed)
         with record_function("optimizer"):
             for group in self.optimizer.param_groups:
                 group["lr"] = rates.lr

@@ -1,9 +1,16 @@
 """What all kernels share: the choice of implementation, the checks of what users give."""
 
+import math
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
+import kernels
 from kernels import check_temperature, chunked, implementation, reference
+from tests.kernels.cases import Case, make_case, score, step
 
 
 def test_implementation_by_name() -> None:
@@ -38,26 +45,115 @@ def test_the_least_temperature_fits_fp32() -> None:
     assert torch.isfinite(columns * torch.exp(torch.tensor(1 / least)))
 
 
-@pytest.mark.parametrize("kernels", [reference, chunked])
+def columns(case: Case) -> Case:
+    """The same numbers, the queries' in columns."""
+    return case._replace(q_ND=case.q_ND.T.contiguous().T)
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked"])
 @pytest.mark.parametrize(
-    ("q", "k", "n", "own", "message"),
+    ("change", "message"),
     [
-        ((4,), (4, 8), (6, 8), None, r"shape \[\(4,\), \(4, 8\), \(6, 8\)\], need \[N, D\], \[M, D\], \[K, D\]"),
-        ((4, 8), (4, 9), (6, 8), None, r"dimensions \(8, 9, 8\), need the same"),
-        ((4, 8), (4, 8), (6, 7), None, r"dimensions \(8, 8, 7\), need the same"),
-        ((4, 8), (4, 8), (6, 8), 3, r"own has shape \(3,\), need \[4\]"),
+        (lambda c: c._replace(q_ND=c.q_ND[0]), r"queries are torch\.float32 of shape \[32\], need floating rows"),
+        (
+            lambda c: c._replace(n_KD=c.n_KD.long()),
+            r"negatives are torch\.int64 of shape \[6, 32\], need floating rows",
+        ),
+        (lambda c: c._replace(k_MD=c.k_MD[:, :9].clone()), r"keys have dimension 9, need that of the queries, 32"),
+        (lambda c: c._replace(n_KD=c.n_KD[:, :7].clone()), r"negatives have dimension 7, need that of the queries, 32"),
+        (lambda c: c._replace(k_MD=c.k_MD.half()), r"keys have type torch\.float16, need .* torch\.float32"),
+        (lambda c: c._replace(n_KD=c.n_KD.bfloat16()), r"negatives have type torch\.bfloat16, need .* torch\.float32"),
+        (lambda c: c._replace(n_KD=c.n_KD.to("meta")), r"negatives have device meta, need that of the queries, cpu"),
+        (lambda c: c._replace(own_N=torch.zeros(3).long()), r"own is torch\.int64 of shape \[3\], need .* \[4\]"),
+        (lambda c: c._replace(own_N=torch.zeros(4)), r"own is torch\.float32 of shape \[4\], need contiguous int64"),
+        (lambda c: c._replace(k_MD=c.k_MD[:0], n_KD=c.n_KD[:0]), r"got no keys and an empty bank, need at least one"),
+        (columns, r"queries have strides \(1, 4\), need contiguous rows"),
     ],
 )
-def test_shapes_that_do_not_fit_are_refused(
-    kernels: object, q: tuple[int, ...], k: tuple[int, ...], n: tuple[int, ...], own: int | None, message: str
-) -> None:
-    own_N = None if own is None else torch.zeros(own, dtype=torch.int64)
-    with pytest.raises(ValueError, match=message):
-        kernels.score(torch.zeros(q), torch.zeros(k), own_N, torch.zeros(n), 0.12, 0.02)  # type: ignore[attr-defined]
+def test_score_refuses(change: Callable[[Case], Case], message: str, name: str) -> None:
+    case = change(make_case(4, 4, 6, 32).to(torch.float32))
+    with pytest.raises(ValueError, match="^score: " + message):
+        score(implementation(name), case)
 
 
-@pytest.mark.parametrize("kernels", [reference, chunked])
-def test_types_that_differ_are_refused(kernels: object) -> None:
-    x = torch.zeros(2, 4)
-    with pytest.raises(ValueError, match=r"types \(torch.float32, torch.float16, torch.float32\), need the same"):
-        kernels.score(x, x.half(), None, x, 0.12, 0.02)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("name", ["reference", "chunked"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (columns, r"queries have strides \(1, 4\), need contiguous rows"),
+        (lambda c: c._replace(n_KD=c.n_KD.half()), r"negatives have type torch\.float16, need .* torch\.float32"),
+        (lambda c: c._replace(q_ND=c.q_ND[:3]), r"coef has shape \(4,\), need \[3\]"),
+        (lambda c: c._replace(w_KD=c.w_KD[:3]), r"weights have shape \[3, 32\], need that of the negatives \[6, 32\]"),
+        (lambda c: c._replace(v_KD=c.v_KD.half()), r"velocity have type torch\.float16, need torch\.float32 or .*bf"),
+        (
+            lambda c: c._replace(w_KD=c.w_KD.T.contiguous().T),
+            r"weights are not contiguous rows on cpu, and are updated",
+        ),
+        (lambda c: c._replace(n_KD=c.n_KD[:0], w_KD=c.w_KD[:0], v_KD=c.v_KD[:0]), r"got an empty bank, need at least"),
+    ],
+)
+def test_adversary_step_refuses(change: Callable[[Case], Case], message: str, name: str) -> None:
+    case = change(make_case(4, 4, 6, 32).to(torch.float32))
+    with pytest.raises(ValueError, match="^adversary_step: " + message):
+        step(implementation(name), case, torch.ones(4))
+
+
+@pytest.mark.parametrize("name", ["reference", "chunked"])
+def test_rows_that_are_not_unit_are_found_in_debug_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(4, 4, 6, 32).to(torch.float32)
+    case.n_KD[5] *= 1.1
+
+    score(implementation(name), case)
+    monkeypatch.setenv("TRAINER_DEBUG", "1")
+    with pytest.raises(ValueError, match=r"row 5 of the negatives has length 1\.1, need unit rows"):
+        score(implementation(name), case)
+    case.n_KD[5] = math.nan
+    with pytest.raises(ValueError, match=r"row 5 of the negatives has length nan, need unit rows"):
+        score(implementation(name), case)
+    case.n_KD[5] = torch.nn.functional.normalize(torch.ones(32), dim=0)
+    score(implementation(name), case.to(torch.bfloat16))  # whose rows are unit only up to rounding
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_operators_keep_what_torch_asks_of_them(weights: torch.dtype) -> None:
+    """Schema, what is mutated, aliases, fake tensors against real ones: torch.library.opcheck's tests."""
+    case = make_case(5, 3, 7, 32).to(torch.float32)
+    tests = ("test_schema", "test_faketensor")
+    for name in ("reference", "chunked"):
+        torch.library.opcheck(
+            kernels._score, (name, case.q_ND, case.k_MD, case.own_N, case.n_KD, 0.12, 0.02), test_utils=tests
+        )
+        torch.library.opcheck(kernels._hardest, (name, case.q_ND, case.n_KD, case.own_N, 2, 0.5), test_utils=tests)
+        w_KD, coef_N = case.w_KD.to(weights), torch.ones(5)
+        for v_KD in (case.v_KD, None):
+            torch.library.opcheck(
+                kernels._adversary_step,
+                (name, case.q_ND, coef_N, case.n_KD, w_KD, v_KD, 0.02, 3.0, 0.9, 1e-4, 0, 0),
+                test_utils=tests,
+            )
+
+
+def test_compiles_as_one_graph() -> None:
+    case = make_case(5, 3, 7, 32).to(torch.float32)
+
+    def game(case: Case) -> tuple[Tensor, Tensor]:
+        z = kernels.score(case.q_ND * 1.0, case.k_MD, case.own_N, case.n_KD, 0.12, 0.02, kernels="chunked")
+        stats = kernels.adversary_step(
+            case.q_ND, 1 / z.za_N, case.n_KD, case.w_KD, case.v_KD,
+            temperature=0.02, lr=3.0, momentum=0.9, weight_decay=1e-4, kernels="chunked",
+        )  # fmt: skip
+        return z.z_N.log() + 1, stats.mass_K
+
+    compiled = torch.compile(game, fullgraph=True, backend="aot_eager")
+    copies = [case._replace(n_KD=case.n_KD.clone(), w_KD=case.w_KD.clone(), v_KD=case.v_KD.clone()) for _ in range(2)]
+    for got, plain in zip(compiled(copies[0]), game(copies[1]), strict=True):
+        torch.testing.assert_close(got, plain)
+    assert torch.equal(copies[0].w_KD, copies[1].w_KD)
+    assert not torch.equal(copies[0].w_KD, case.w_KD)
+
+
+def test_fake_tensors_need_no_memory() -> None:
+    with FakeTensorMode():
+        q_ND, n_KD = torch.empty(4096, 128), torch.empty(2**33, 128)
+        o_ND = kernels.score(q_ND, q_ND, None, n_KD, 0.12, 0.02, kernels="chunked").o_ND
+        assert o_ND.shape == q_ND.shape

@@ -14,9 +14,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels.tiles import Tiles, products, tiles
 from kernels.triton_adversary import adversary_kernel
 from kernels.triton_score import score_kernel
-from kernels.tiles import Tiles, products, tiles
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 KERNELS = {"score": score_kernel, "adversary": adversary_kernel}

@@ -203,6 +203,12 @@ def changed(config: Config, **sections: dict[str, object]) -> Config:
     return Config.model_validate({name: values[name] | sections.get(name, {}) for name in values})
 
 
+def test_momentum_needs_a_velocity() -> None:
+    with pytest.raises(ValueError, match=r"velocity: none goes with momentum: 0; .* momentum 0\.9 take lr: 30"):
+        config(velocity="none")
+    assert config(velocity="none", momentum=0).bank.velocity == "none"
+
+
 def test_batches_that_do_not_divide() -> None:
     check_world(config(), 8, 8)
     with pytest.raises(ValueError, match=r"data\.batch_size: 256 does not divide among 3 ranks$"):

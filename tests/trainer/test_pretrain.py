@@ -144,9 +144,20 @@ def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> No
     raise AssertionError(f"step {step} was not reached in 30 s")
 
 
-@pytest.mark.parametrize("model", ["resnet", "vit with dropout"])
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, images: Path, model: str) -> None:
-    sections = {} if model == "resnet" else {"model": {**VIT, "backbone_args": VIT_ARGS | {"drop_rate": 0.2}}}
+BF16 = {"size": 30, "precision": "bf16", "weights": "bf16", "velocity": "bf16"}
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        pytest.param({}, id="resnet"),
+        pytest.param(
+            {"model": {**VIT, "backbone_args": VIT_ARGS | {"drop_rate": 0.2}}, "bank": BF16},
+            id="vit with dropout, bank in bf16",
+        ),
+    ],
+)
+def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, images: Path, sections: dict[str, Any]) -> None:
     whole = small_config(tmp_path / "whole", images, **sections)
     killed = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "killed")})})
     pretrain(whole)

@@ -107,6 +107,11 @@ def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[d
     ]
 
 
+def materialised_peak(rows: int, negatives: int, dim: int) -> int:
+    """Bytes that a step of the materialised formulation in fp32 holds at once beyond its inputs."""
+    return _peak_bytes(_materialised, _random_game(rows, negatives, dim, torch.float32).transposed())
+
+
 def report(rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print the rows of `run` as a table, and write them with the machine they hold for to `out` as JSON."""
     first = rows[0]

@@ -1,0 +1,26 @@
+"""The games of this folder with the Triton kernels, in Triton's interpreter.
+
+It must be chosen before the kernels are imported: the tests run in a pytest process of their own.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("tests", ["test_golden.py", "test_contrast.py"])
+def test_games_with_triton(tests: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/models/{tests}"],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout

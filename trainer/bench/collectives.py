@@ -1,0 +1,108 @@
+"""The collectives that a process issues, and what each puts on the wire; of real groups and of fake ones.
+
+    with CollectiveTrace() as trace:
+        step()
+    print(trace.sent, *trace.collectives, sep="\\n")
+
+On rank 0 of a fake process group (torch.testing._internal.distributed.fake_pg) and with fake tensors
+(`with FakeTensorMode(), CollectiveTrace() as trace`) the same code tells what any number of ranks would send, and
+needs no peers, no memory and no arithmetic.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import _resolve_process_group
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Collective(NamedTuple):
+    """One call. shape, dtype: of the tensor that this rank hands in. ranks: of the group.
+
+    sent: bytes that this rank sends in the ring algorithm, as NCCL's on a large message; that of a broadcast is what
+    every rank but the last passes on. A group of one sends nothing.
+    """
+
+    operator: str
+    shape: tuple[int, ...]
+    dtype: str
+    ranks: int
+    sent: int
+
+
+# Bytes sent in a ring of R ranks by one that hands in b bytes; all-to-all's follow from how it cuts them.
+_RING: dict[str, Callable[[int, int], int]] = {
+    "all_gather": lambda b, R: (R - 1) * b,  # (R - 1)/R of the output
+    "reduce_scatter": lambda b, R: (R - 1) * b // R,
+    "all_reduce": lambda b, R: 2 * (R - 1) * b // R,
+    "broadcast": lambda b, R: b if R > 1 else 0,
+}
+_SILENT = ("barrier", "monitored_barrier_", "wait_tensor", "_wrap_tensor_autograd", "check_for_nan")  # no payload
+
+
+class CollectiveTrace(TorchDispatchMode):
+    """Lists the collectives issued within it, in order: by torch.distributed, by its functional form, by DTensor.
+
+    collectives: all so far. Forward, backward, and what C++ issues for DDP pass the dispatcher and so are seen;
+    graphs of torch.compile that were made outside of it are, too.
+    Raises NotImplementedError at a collective whose traffic is not known here, rather than leave it out.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collectives: list[Collective] = []
+
+    @property
+    def sent(self) -> int:
+        """Bytes that this rank sends, over all collectives."""
+        return sum(collective.sent for collective in self.collectives)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented  # it then runs first, and its collectives come back here
+        if func.namespace in ("c10d", "_c10d_functional", "_dtensor"):
+            names = [argument.name for argument in func._schema.arguments]
+            self.collectives += _read(func, dict(zip(names, args, strict=False)) | (kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _read(func: Any, arguments: dict[str, Any]) -> list[Collective]:
+    """One for each tensor that an operator of torch.distributed, called with these arguments, sends."""
+    if func._opname in _SILENT:
+        return []
+    flat = func._opname.replace("_", "")  # allreduce_, all_reduce, _allgather_base_, all_gather_into_tensor_out, ...
+    operator = next((o for o in (*_RING, "all_to_all") if flat.startswith(o.replace("_", ""))), None)
+    if operator is None:
+        raise NotImplementedError(f"{func}: how many bytes it sends is not known")
+    handed = next(value for name, value in arguments.items() if name.startswith("input") or name == "tensors")
+    tensors: list[Tensor] = tree_leaves(handed)
+    if "process_group" in arguments:
+        group = dist.ProcessGroup.unbox(arguments["process_group"])
+    else:
+        group = _resolve_process_group(arguments["group_name"])
+    ranks = group.size()
+    if operator == "all_to_all":
+        keeps = _keeps(tensors, arguments.get("input_split_sizes"), group)
+        sent = [x.nbytes - keep for x, keep in zip(tensors, keeps, strict=True)]
+    else:
+        sent = [_RING[operator](x.nbytes, ranks) for x in tensors]
+    return [
+        Collective(operator, tuple(x.shape), str(x.dtype).removeprefix("torch."), ranks, n)
+        for x, n in zip(tensors, sent, strict=True)
+    ]
+
+
+def _keeps(tensors: list[Tensor], rows: list[int] | None, group: dist.ProcessGroup) -> list[int]:
+    """Bytes of each tensor of an all-to-all that are this rank's own: one tensor cut into rows, or one per rank."""
+    if len(tensors) == group.size() > 1:
+        return [x.nbytes if rank == group.rank() else 0 for rank, x in enumerate(tensors)]
+    (x,) = tensors
+    if not rows:
+        return [x.nbytes // group.size()]
+    return [x.nbytes * rows[group.rank()] // max(sum(rows), 1)]

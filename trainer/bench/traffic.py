@@ -1,0 +1,281 @@
+"""What the negatives send: bytes per step of each rank, read from the collectives that are issued.
+
+Three formulations of the same step, the contrastive loss and its gradient and then the adversary's step:
+
+- `sharded`: ours; each rank holds K/R of the bank.
+- `replicated`: ours; each rank holds the bank and takes the same step, on the queries of all ranks.
+- `published`: as AdCo's code (github.com/maple-research-lab/AdCo, training/train.py, update_network): each rank holds
+  the bank and finds its gradient, [K, D] in fp32, from its own queries; the gradients are all-reduced. What is
+  computed is here tiled where theirs stores it; what is sent is the same.
+
+Up to 8 ranks are real processes over gloo. More are counted on rank 0 of a fake process group, with fake tensors.
+
+N queries and as many keys over all ranks, N/R of them on each of R ranks, K negatives, D dimensions.
+"""
+
+import json
+import multiprocessing
+import os
+import socket
+import struct
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from datetime import timedelta
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import kernels
+from models.bank import Bank, gather, make_mesh
+from models.contrast import contrast
+from trainer.bench.collectives import Collective, CollectiveTrace
+
+FORMULATIONS = ("published", "replicated", "sharded")
+DTYPES = (torch.float32, torch.bfloat16)
+TEMPERATURE = 0.12
+ADVERSARY_TEMPERATURE = 0.02
+LR = 3.0
+MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-4
+
+_MOST_PROCESSES = 8
+
+
+class Case(NamedTuple):
+    """dtype: of queries, keys and unit negatives; weights and velocity are fp32."""
+
+    formulation: str
+    rows: int
+    negatives: int
+    dim: int
+    dtype: torch.dtype
+
+
+class Count(NamedTuple):
+    """What one rank sent in one step. on_sockets: the payload in bytes that left by its TCP connections."""
+
+    collectives: list[Collective]
+    on_sockets: int
+
+
+def run(rows: int, negatives: list[int], dim: int, ranks: list[int]) -> list[dict[str, Any]]:
+    """Every formulation with every number of negatives and ranks, fp32 and bf16; one dictionary for each.
+
+    rows N. Keys: formulation, N, K, D, dtype, ranks, backend (`gloo` or `fake`), sent (bytes a rank puts on the wire
+    in the ring algorithm, equal on all ranks), on_sockets (bytes that gloo, whose algorithms are its own, really sent:
+    mean over ranks), collectives (see `Collective`).
+    Raises ValueError where the queries or the bank cannot be divided among the ranks.
+    """
+    for count in ranks:
+        if min(count, rows, dim) < 1 or rows % count:
+            raise ValueError(f"bench traffic: got {rows} rows of {dim} for {count} ranks, need as many on each")
+        for k in negatives:
+            if (count - 1) * -(-k // count) >= k:
+                raise ValueError(f"bench traffic: {k} negatives do not give each of {count} ranks at least one")
+    results = []
+    for count in track(ranks, "counting", console=Console(stderr=True)):
+        cases = [Case(f, rows, k, dim, dtype) for k, dtype, f in product(negatives, DTYPES, FORMULATIONS)]
+        real = count <= _MOST_PROCESSES
+        for case, counts in zip(cases, _in_processes(cases, count) if real else _faked(cases, count), strict=True):
+            collectives = counts[0].collectives
+            assert all(c.collectives == collectives for c in counts), "ranks differ in what they send"
+            results.append(
+                {
+                    "formulation": case.formulation,
+                    "N": rows,
+                    "K": case.negatives,
+                    "D": dim,
+                    "dtype": str(case.dtype).removeprefix("torch."),
+                    "ranks": count,
+                    "backend": "gloo" if real else "fake",
+                    "sent": sum(c.sent for c in collectives),
+                    "on_sockets": round(sum(c.on_sockets for c in counts) / count) if real else None,
+                    "collectives": [c._asdict() for c in collectives],
+                }
+            )
+    return results
+
+
+def play(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
+    """One step of a case in the present process group: the weights this rank then holds, and what was sent.
+
+    fake: with tensors that have no values.
+    """
+    mesh = make_mesh("sharded" if case.formulation == "sharded" else "replicated", torch.device("cpu"), 1)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    mine = slice(rank * case.rows // world, (rank + 1) * case.rows // world)
+    with FakeTensorMode() if fake else nullcontext():
+        generator = torch.Generator().manual_seed(0)  # the same bank, queries and keys on all ranks
+        w_KD = torch.randn(case.negatives, case.dim, generator=generator)
+        q_ND, k_BD = (
+            F.normalize(torch.randn(case.rows, case.dim, generator=generator), dim=1)[mine].to(case.dtype)
+            for _ in range(2)
+        )
+        if case.formulation == "published":
+            v_KD = torch.zeros_like(w_KD)
+            step = partial(_published, q_ND, k_BD, w_KD, v_KD, mesh.get_group("replica"))
+        else:
+            bank = _make_bank(case, mesh)
+            bank.fill(w_KD[bank.first : bank.first + len(bank.w_KD)])
+            w_KD = bank.w_KD
+            step = partial(_ours, q_ND.requires_grad_(), k_BD, bank)
+        dist.barrier()
+        before = _socket_bytes()
+        with CollectiveTrace() as trace:
+            step()
+        after = _socket_bytes()
+        dist.barrier()
+    return w_KD, Count(trace.collectives, after - before)
+
+
+def report(results: list[dict[str, Any]], out: Path | None) -> None:
+    """Print the results of `run` as a table, with the calls of the last setting, and write them to `out` as JSON."""
+    Console().print(_summary(results), _calls(results))
+    if out:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        lines = ",\n".join(json.dumps(result) for result in results)
+        out.write_text(f'{{"torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def _ours(q_ND: Tensor, k_BD: Tensor, bank: Bank) -> None:
+    result = contrast(q_ND, k_BD, bank, TEMPERATURE, batch_keys=True)
+    result.loss_N.sum().backward()
+    bank.step([result.rows(1 / (len(q_ND) * dist.get_world_size()))], LR, seed=0)
+
+
+def _published(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor, group: dist.ProcessGroup) -> None:
+    """The published code's step on a bank that all ranks of the group hold, in place."""
+    k_MD = gather(k_BD, group)
+    own_N = torch.arange(len(q_ND)) + group.rank() * len(k_BD)
+    n_KD = F.normalize(w_KD, dim=1).to(q_ND.dtype)
+    score = kernels.score(q_ND, k_MD, own_N, n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE, kernels="chunked")
+    # At rest, with a learning rate of 0, our step leaves the negative gradient in the velocity and nothing else.
+    g_KD = torch.zeros_like(w_KD)
+    kernels.adversary_step(
+        q_ND,
+        1 / (score.za_N * len(q_ND)),
+        n_KD,
+        w_KD,
+        g_KD,
+        temperature=ADVERSARY_TEMPERATURE,
+        lr=0.0,
+        momentum=0.0,
+        weight_decay=0.0,
+        kernels="chunked",
+    )
+    if group.size() > 1:
+        dist.all_reduce(g_KD, group=group)
+    v_KD.mul_(MOMENTUM).add_(g_KD, alpha=1 / group.size()).add_(w_KD, alpha=WEIGHT_DECAY)
+    w_KD.add_(v_KD, alpha=-LR)
+
+
+def _make_bank(case: Case, mesh: DeviceMesh) -> Bank:
+    return Bank(
+        case.negatives,
+        case.dim,
+        mesh,
+        kernels="chunked",
+        temperature=ADVERSARY_TEMPERATURE,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+        precision=case.dtype,
+    )
+
+
+def _in_processes(cases: list[Case], ranks: int) -> list[list[Count]]:
+    """For each case what each rank sends, each a process of one gloo group on this machine."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])  # import torch once, not once a rank
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(ranks, context) as pool:
+        store = (Path(folder) / "store").as_uri()
+        # Each task waits for all others to join the group, so no process takes two of them.
+        tasks = [pool.submit(_process, cases, rank, ranks, store) for rank in range(ranks)]
+        return [list(counts) for counts in zip(*(task.result() for task in tasks), strict=True)]
+
+
+def _process(cases: list[Case], rank: int, ranks: int, store: str) -> list[Count]:
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
+    try:
+        return [play(case)[1] for case in cases]
+    finally:
+        dist.destroy_process_group()
+
+
+def _faked(cases: list[Case], ranks: int) -> list[list[Count]]:
+    """For each case what rank 0 of so many would send; nothing is computed and nothing sent."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+    try:
+        return [[play(case, fake=True)[1]] for case in cases]
+    finally:
+        dist.destroy_process_group()
+
+
+def _socket_bytes() -> int:
+    """Payload that this process has sent so far by its open TCP connections (Linux: struct tcp_info, linux/tcp.h)."""
+    total = 0
+    for link in Path("/proc/self/fd").iterdir():
+        if not link.is_socket():
+            continue
+        with socket.socket(fileno=os.dup(int(link.name))) as connection:
+            if connection.type == socket.SOCK_STREAM and connection.family in (socket.AF_INET, socket.AF_INET6):
+                info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 216)
+                (waiting,) = struct.unpack_from("I", info, 144)  # tcpi_notsent_bytes
+                sent, again = struct.unpack_from("QQ", info, 200)  # tcpi_bytes_sent, tcpi_bytes_retrans
+                total += waiting + sent - again
+    return total
+
+
+def _setting(result: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(result[key] for key in ("ranks", "K", "dtype"))
+
+
+def _summary(results: list[dict[str, Any]]) -> Table:
+    """A line for each result, in 10^6 bytes, and how much more than the sharded bank it sends."""
+    least = {_setting(result): result["sent"] for result in results if result["formulation"] == "sharded"}
+    first = results[0]
+    table = Table(title=f"Sent by a rank in a step, N = {first['N']}, D = {first['D']}", box=None)
+    for name in ("ranks", "K", "queries", "formulation", "MB", "of sharded", "MB by gloo"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for i, result in enumerate(results):
+        setting, sent, real = _setting(result), result["sent"], result["on_sockets"]
+        table.add_row(
+            str(result["ranks"]),
+            f"{result['K']:,}",
+            result["dtype"],
+            result["formulation"],
+            f"{sent / 1e6:,.3f}",
+            f"{sent / least[setting]:.2f} x" if sent else "",
+            "" if real is None else f"{real / 1e6:,.3f}",
+            end_section=i + 1 < len(results) and _setting(results[i + 1]) != setting,
+        )
+    return table
+
+
+def _calls(results: list[dict[str, Any]]) -> Table:
+    """Each collective of the last setting."""
+    ranks, negatives, dtype = _setting(results[-1])
+    table = Table(title=f"Collectives of {ranks} ranks, K = {negatives:,}, {dtype}", box=None)
+    for name in ("formulation", "collective", "handed in", "type", "ranks"):
+        table.add_column(name)
+    table.add_column("bytes sent", justify="right")
+    for result in results:
+        if _setting(result) == _setting(results[-1]):
+            for call in result["collectives"]:
+                shape = " x ".join(map(str, call["shape"]))
+                group, sent = str(call["ranks"]), f"{call['sent']:,}"
+                table.add_row(result["formulation"], call["operator"], shape, call["dtype"], group, sent)
+    return table

@@ -83,12 +83,46 @@ def bench_kernels(
     dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
     repeats: Annotated[int, typer.Option(help="Each figure is the median of so many")] = 7,
-    out: OutPath = None,
+    static: Annotated[bool, typer.Option("--static", help="Registers, spills, instructions instead; no GPU")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Find this GPU's fastest tiles instead, keep them")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON (--static: CSV) here, too.")] = None,
 ) -> None:
-    """The negatives step (loss, its gradient, bank update): ours against the formulation that stores N x K tensors."""
+    """The negatives step (loss, its gradient, bank update): ours against the formulation that stores N x K tensors.
+
+    --static: what the compiler makes of the Triton kernels for sm_80 and sm_90, and the least time each can take.
+    --tune: rewrites kernels/tiles.csv for this GPU's architecture.
+    """
+    if static and tune:
+        raise ValueError("bench kernels: got --static and --tune, need one of them")
+    if static:
+        from trainer.bench import roofline
+        from trainer.bench import static as compiled
+
+        compiled.report(compiled.run(compiled.jobs()), out)
+        roofline.report(roofline.rows((256, 1024, 4096), (65536, 2**20), 128, "bfloat16"))
+        return
+    if tune:
+        from trainer.bench import gpu
+
+        gpu.tune(gpu.device(), repeats)
+        return
     from trainer.bench import kernels
 
     kernels.report(kernels.run(rows, negatives, dim, dtype, repeats), out)
+
+
+@bench_app.command("gpu")
+def bench_gpu(
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    dtype: Annotated[list[str], typer.Option(help="bfloat16, float16 or float32 (repeatable)")] = ["bfloat16"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="Each time is the median of so many")] = 20,
+    out: OutPath = None,
+) -> None:
+    """The Triton kernels on this GPU: against fp64, the formulation that stores N x K tensors, and the roofline."""
+    from trainer.bench import gpu
+
+    if not gpu.report(gpu.run(gpu.device(), dim, tuple(dtype), repeats), out):
+        raise typer.Exit(1)
 
 
 @bench_app.command("bank")

@@ -1,95 +1,70 @@
-"""The Triton kernels compiled for sm_80 and sm_90 without a GPU; run by `test_triton.py`.
-
-The resources and the machine code are read from the binary by the cuobjdump that comes with Triton.
+"""The Triton kernels compiled for sm_80 and sm_90 without a GPU, as `bench kernels --static` does; run by
+`test_triton.py`.
 """
 
-import re
-import subprocess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from kernels.tiles import Tiles, products, tiles
-from kernels.triton_adversary import adversary_kernel
-from kernels.triton_score import score_kernel
+from kernels.tiles import tiles
+from trainer.bench import static
+from trainer.bench.static import Job
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-KERNELS = {"score": score_kernel, "adversary": adversary_kernel}
-TENSOR_CORE_INSTRUCTION = {8: "HMMA", 9: "HGMMA"}
-SHARED_MEMORY = {8: 163 * 1024, 9: 227 * 1024}  # bytes a program may use
-
-POINTERS = {"own_ptr": "*i64", "q_ptr": "*bf16", "c_ptr": "*bf16", "n_ptr": "*bf16"}  # the others are fp32
-INTEGERS = ("num_queries", "num_columns", "num_negatives", "tiles_per_split")
+JOBS = static.jobs()
+SPILLING = Job("adversary", 80, 128, "bfloat16", "float32", "float32", tile=(128, 128, 4, 2))
 
 
-class Binary(NamedTuple):
-    """Registers of a thread, bytes of its stack (where registers are spilled), shared memory in bytes, code."""
-
-    registers: int
-    stack: int
-    shared: int
-    sass: str
+@pytest.fixture(scope="module")
+def compiled() -> dict[Job, dict[str, Any]]:
+    jobs = [*JOBS, SPILLING]
+    return dict(zip(jobs, static.run(jobs), strict=True))
 
 
-def type_of(argument: str) -> str:
-    if argument.endswith("_ptr"):
-        return POINTERS.get(argument, "*fp32")
-    return "i32" if argument in INTEGERS else "fp32"
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(str(x) for x in job if x is not None))
+def test_fits_and_uses_the_hardware(job: Job, compiled: dict[Job, dict[str, Any]]) -> None:
+    row = compiled[job]
+    assert row["spilled"] == row["LDL and STL"] == 0
+    assert row["registers"] <= 255
+    assert row["shared"] <= static.SHARED_MEMORY[job.architecture]
+    assert row["programs"] >= 1
+    if job.architecture == 80:
+        assert row["shared"] <= static.SHARED_MEMORY_OF_SMALL  # these tiles also serve sm_86, sm_89 and sm_120
+    weighted = 0 if job.kernel == "hardest" else 1
+    exact = job.dtype == "float32" and weighted and job.dim > 128  # without tensor cores, see `tiles.products`
+    if not exact:
+        assert row["HMMA"] + row["HGMMA"] > 0
+    if job.architecture == 90 and job.dtype != "float32":
+        assert row["HMMA"] == 0
+    assert row["LDG.128"] + row["LDGSTS.128"] > 0
+    if job.dtype != "float32":
+        assert row["LDGSTS.128"] > 0  # rows are loaded ahead
+    # One exponential serves both temperatures; `score` has a loop over keys and one over negatives.
+    loops = {"score": 2, "adversary": 1, "hardest": 1}[job.kernel]
+    elements = loops * row["rows"] * row["columns"] // (32 * row["warps"])
+    assert row["MUFU.EX2"] == (elements if weighted else 0)
+    if job.dtype != "float32":
+        assert row["WARPGROUP.ARRIVE"] in (0, loops * (1 + weighted))  # products do not wait for each other
 
 
-def compile_kernel(name: str, major: int, dim: int, tile: Tiles, folder: Path) -> Binary:
-    """For bf16 with the published temperatures, with own keys, sizes and addresses that are multiples of 16."""
-    similarity, weighted, precision = products(torch.bfloat16)
-    constants: dict[str, Any] = {
-        "D": dim,
-        "B": tile.rows,
-        "T": tile.columns,
-        "SIMILARITY": similarity,
-        "WEIGHTED": weighted,
-        "PRECISION": precision,
-    }
-    if name == "score":
-        constants |= {"HAS_OWN": True, "SIXTH_POWER": True, "RAGGED": False}
-    arguments = KERNELS[name].arg_names
-    signature = {a: "constexpr" if a in constants else type_of(a) for a in arguments}
-    aligned = {
-        (i,): [["tt.divisibility", 16]] for i, a in enumerate(arguments) if a.endswith("_ptr") or a.startswith("num_")
-    }
-    compiled = triton.compile(
-        ASTSource(KERNELS[name], signature, constants, aligned),
-        target=GPUTarget("cuda", 10 * major, 32),
-        options={"num_warps": tile.warps, "num_stages": tile.stages},
-    )
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
-    usage = dict(re.findall(r"(REG|STACK):(\d+)", cuobjdump("--dump-resource-usage", cubin)))
-    sass = cuobjdump("-sass", cubin)
-    return Binary(int(usage["REG"]), int(usage["STACK"]), compiled.metadata.shared, sass)
+def test_spills_are_seen(compiled: dict[Job, dict[str, Any]]) -> None:
+    assert compiled[SPILLING]["spilled"] > 0
+    assert compiled[SPILLING]["LDL and STL"] > 0
 
 
-def cuobjdump(option: str, cubin: Path) -> str:
-    return subprocess.run([CUOBJDUMP, option, cubin], check=True, capture_output=True, text=True).stdout
+def test_report(compiled: dict[Job, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "static.csv"
+    static.report([compiled[job] for job in JOBS], out)
+    lines = out.read_text().splitlines()
+    assert len(lines) == 1 + len(JOBS)
+    assert lines[0].startswith("kernel,architecture,dim,dtype,weights,velocity")
+    printed = capsys.readouterr().out
+    assert "sm_80" in printed
+    assert "sm_90" in printed
 
 
-@pytest.mark.parametrize("major", [8, 9])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("name", KERNELS)
-def test_fits_the_registers_and_uses_tensor_cores(name: str, dim: int, major: int, tmp_path: Path) -> None:
-    binary = compile_kernel(name, major, dim, tiles(name, major, dim, torch.bfloat16), tmp_path)
-    print(f"{name} sm_{major}0 D={dim}: {binary.registers} registers, {binary.shared} bytes of shared memory")
-    assert binary.stack == 0
-    assert not re.search(r"\b(STL|LDL)\b", binary.sass)
-    assert binary.registers <= 255
-    assert binary.shared <= SHARED_MEMORY[major]
-    assert re.search(rf"\b{TENSOR_CORE_INSTRUCTION[major]}\b", binary.sass)
-
-
-def test_spills_are_seen(tmp_path: Path) -> None:
-    binary = compile_kernel("adversary", 8, 128, Tiles(128, 128, 4, 2), tmp_path)
-    assert binary.stack > 0
-    assert re.search(r"\b(STL|LDL)\b", binary.sass)
+def test_what_is_compiled_is_what_is_in_the_table(compiled: dict[Job, dict[str, Any]]) -> None:
+    row = compiled[Job("score", 80, 128, "bfloat16")]
+    tile = tiles("score", 80, 128, torch.bfloat16)
+    assert (row["rows"], row["columns"], row["warps"], row["stages"]) == tile

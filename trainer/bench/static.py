@@ -28,6 +28,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 WEIGHTS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", None))  # and velocity of the adversary
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may use
+SHARED_MEMORY_OF_SMALL = 99 * 1024  # of sm_86, sm_89 and sm_120
 _SHARED_MEMORY_OF_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
 _RESERVED = 1024  # bytes of it that each program takes besides
 _REGISTERS = 65536  # of a processor, given out 8 to a thread at a time

@@ -149,7 +149,7 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
             w_BC = _rounded(w_BC, bits_BC)
         tl.store(w_ptr + i * C + offsets_BC, w_BC.to(w_ptr.dtype.element_ty), mask=inside_B1)
         square_B += tl.sum(w_BC * w_BC, 1)
-        w_parts += (w_BC,)
+        w_parts += (w_BC,)  # type: ignore[assignment]
     inverse_B1 = (1 / tl.sqrt(square_B))[:, None]
     for i in tl.static_range(len(w_parts)):
         n_BC = w_parts[i] * inverse_B1

@@ -262,7 +262,8 @@ def _time_kernels(game: Game, dtype: str, repeats: int) -> list[dict[str, Any]]:
     shape = (len(game.q_ND), *game.w_KD.shape)
     gpu = roofline.GPUS.get(_capability(game.q_ND.device))
     rows = []
-    for name, best in (("score", roofline.score), ("adversary", roofline.adversary)):
+    least_of: dict[str, Callable[..., roofline.Roofline]] = {"score": roofline.score, "adversary": roofline.adversary}
+    for name, best in least_of.items():
         seconds, _ = measure(functools.partial(_CALLS[name], narrow), game.q_ND.device, repeats)
         row: dict[str, Any] = {"kernel": name, "seconds": seconds}
         row |= {"roofline_seconds": None, "limit": None, "share": None}

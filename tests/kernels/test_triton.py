@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("checks", "interpret"),
-    [("interpreted", "1"), ("compiled", "0"), ("bench", "1"), ("mining_interpreted", "1"), ("mining_compiled", "0")],
+    [("interpreted", "1"), ("compiled", "0"), ("bench", "1"), ("mining_interpreted", "1")],
 )
 def test_in_its_own_process(checks: str, interpret: str, tmp_path: Path) -> None:
     done = subprocess.run(

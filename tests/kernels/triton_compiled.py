@@ -12,7 +12,9 @@ from kernels.tiles import tiles
 from trainer.bench import static
 from trainer.bench.static import Job
 
-JOBS = static.jobs()
+TABLED = static.jobs()
+# To keep 64 columns takes the most registers of what has room.
+JOBS = [*TABLED, *(Job("hardest", architecture, 128, "bfloat16", kept=64) for architecture in static.ARCHITECTURES)]
 SPILLING = Job("adversary", 80, 128, "bfloat16", "float32", "float32", tile=(128, 128, 4, 2))
 
 
@@ -55,9 +57,9 @@ def test_spills_are_seen(compiled: dict[Job, dict[str, Any]]) -> None:
 
 def test_report(compiled: dict[Job, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "static.csv"
-    static.report([compiled[job] for job in JOBS], out)
+    static.report([compiled[job] for job in TABLED], out)
     lines = out.read_text().splitlines()
-    assert len(lines) == 1 + len(JOBS)
+    assert len(lines) == 1 + len(TABLED)
     assert lines[0].startswith("kernel,architecture,dim,dtype,weights,velocity")
     printed = capsys.readouterr().out
     assert "sm_80" in printed

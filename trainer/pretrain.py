@@ -16,12 +16,12 @@ from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
 from models.adco import AdCo
 from trainer import checkpoint, distributed
-from trainer.build import autocast_type, fill_bank, make_game
+from trainer.build import autocast_type, fill_bank, make_engine, make_game, whole_student
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.evaluate import knn
 from trainer.metrics import Averages, Recorder, peak_memory_gib, set_up_logging
-from trainer.optim import cosine, make_optimizer, scaled_lr
+from trainer.optim import cosine, scaled_lr
 from trainer.run_dir import Unreadable, claim, open_sources, read_rows, write_json
 from trainer.step import Learner, Rates
 
@@ -48,14 +48,15 @@ def _pretrain(config: Config, place: Place, folder: Path) -> None:
     epoch_steps = steps_per_epoch(len(train), config.data.batch_size)
     steps = epoch_steps * config.run.epochs
     game = make_game(config, place)
-    optimizer = make_optimizer(game.student, config.optim)
-    learner = Learner(game, optimizer, place, config.optim.accumulate, autocast_type(config, place.device))
+    parameters = sum(p.numel() for p in game.student.parameters())
+    engine = make_engine(game, config, place)
+    learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
     start = 0
     if saved := checkpoint.newest(folder / "checkpoints"):
         start = learner.load(saved)
     else:
         fill_bank(game.bank, config, place, train)
-    _introduce(config, place, game, train, epoch_steps, saved)
+    _introduce(config, place, game, parameters, train, epoch_steps, saved)
 
     with Recorder(folder, start, steps, active=place.rank == 0) as recorder:
         for step in _steps(config, place, learner, train, start, steps, recorder):
@@ -68,7 +69,8 @@ def _pretrain(config: Config, place: Place, folder: Path) -> None:
             if val and due and step not in recorder.evaluated:
                 game.average_buffers()
                 recorder.say(f"epoch {epoch:g}: evaluating")
-                accuracy = knn.evaluate(game.student, train, val, place.device, config)
+                student = whole_student(game, engine, config, place)
+                accuracy = knn.evaluate(student, train, val, place.device, config)
                 recorder.row({"step": step, "epoch": epoch, "images": step * config.data.batch_size, "knn": accuracy})
         if place.rank == 0:
             write_json(folder / "results.json", _results(config, place, recorder))
@@ -129,15 +131,17 @@ def rates_at(config: Config, step: int, steps: int) -> Rates:
     )
 
 
-def _introduce(config: Config, place: Place, game: AdCo, train: Source, epoch_steps: int, saved: Path | None) -> None:
+def _introduce(
+    config: Config, place: Place, game: AdCo, parameters: int, train: Source, epoch_steps: int, saved: Path | None
+) -> None:
     """Say what will run, once."""
     batch, optim = config.data.batch_size, config.optim
-    parameters = sum(p.numel() for p in game.student.parameters())
     log.info("%d images, %d steps an epoch, %d epochs, batch %d", len(train), epoch_steps, config.run.epochs, batch)
     log.info(
-        "%s with %.2f M parameters, %d ranks on %s",
+        "%s with %.2f M parameters, %s, %d ranks on %s",
         config.model.backbone,
         parameters / 1e6,
+        config.engine.kind,
         place.world,
         place.device.type,
     )

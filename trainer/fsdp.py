@@ -73,8 +73,7 @@ class FSDP:
         dist.all_reduce(squares, group=shard_group(sharded[0]))
         norm = math.sqrt(float(squares + squared_norm(whole_grads, self.device))) / scale
         if math.isfinite(norm):
-            shrink(sharded_grads, norm, self.clip, scale)
-            shrink(whole_grads, norm, self.clip, scale)
+            shrink([*sharded_grads, *whole_grads], norm, self.clip, scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

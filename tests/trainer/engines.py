@@ -7,20 +7,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.trainer.small import RESNET, VIT, small_config
+from tests.trainer.small import VIT, small_config
 from trainer.build import autocast_type, fill_bank, make_engine, make_game
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.engine import whole
 from trainer.step import Learner, Rates
 
-STEPS, BATCH, SIDE = 10, 16, 16
-MODELS = {
-    # Over all ranks, or each number of ranks would have other batch statistics.
-    "resnet": {
-        "model": {**RESNET, "backbone_args": {"channels": [4, 4, 8, 8], "layers": [1, 1, 1, 1]}},
-        "method": {"bn": "sync"},
-    },
+STEPS, SIDE = 10, 16
+# In bf16 torch 2.14's CPU convolution gives NaN for gradients of filters over single pixels: small_images avoids them.
+NARROW = {"backbone": "resnet18", "backbone_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}, "dim": 16}
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    # BatchNorm over all ranks, or each number of ranks would have other batch statistics.
+    "resnet": {"model": {**NARROW, "small_images": True, "stem_stride": 2}, "method": {"bn": "sync"}},
     "vit": {"model": VIT, "method": {"bn": "local"}},
 }
 
@@ -39,10 +38,10 @@ class Outcome(NamedTuple):
 def make_config(model: str, **sections: dict[str, Any]) -> Config:
     """A run of `model`, resnet or vit, on images that need no files; `sections` change it."""
     values: dict[str, dict[str, Any]] = {
-        "data": {"train": "none", "batch_size": BATCH, "views": [{"size": SIDE}] * 3},
+        "data": {"train": "none", "batch_size": 16, "views": [{"size": SIDE}] * 3},
         "method": {"teacher_momentum": 0.9},
         "bank": {"size": 30, "init": "random", "temperature": 0.2},  # high, or keys outweigh negatives that are far
-        "optim": {"lr": 0.05},
+        "optim": {"lr": 0.05, "clip": 1.0},
     }
     for changes in (MODELS[model], sections):
         for name, change in changes.items():
@@ -57,7 +56,7 @@ def make_place(ranks_per_node: int | None = None) -> Place:
 
 def make_learner(config: Config, place: Place) -> Learner:
     game = make_game(config, place)
-    fill_bank(game.bank, config, place, range(BATCH))  # type: ignore[arg-type]
+    fill_bank(game.bank, config, place, range(config.data.batch_size))  # type: ignore[arg-type]
     engine = make_engine(game, config, place)
     return Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
 
@@ -69,7 +68,7 @@ def train(learner: Learner, config: Config, steps: int = STEPS, first: int = 0) 
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         # The images of a part are those of one rank alone, spread over the ranks.
-        pictures = torch.randn(BATCH, 3, 4, 4, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        pictures = torch.randn(config.data.batch_size, 3, 4, 4, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
         noise = torch.randn(len(config.data.views), *pictures.shape, generator=generator)
         images = (pictures + 0.3 * noise).unflatten(1, (parts, dist.get_world_size(), -1))
         views = list(images[:, :, dist.get_rank()].flatten(1, 2))

@@ -4,6 +4,7 @@ If one rank hangs, the others soon wait for it in a collective, so every rank le
 """
 
 import faulthandler
+import math
 import os
 import sys
 import threading
@@ -11,33 +12,41 @@ import time
 from pathlib import Path
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
+_LOOK = 1.0  # seconds: limits that get shorter are seen this much later
 
 
 class Watchdog:
-    """Ends this process with EXIT_CODE when `beat` has not been called for `seconds` (0: never).
+    """Ends this process with EXIT_CODE when what it was told to `expect` takes too long.
 
-    Until the first `beat` it allows `first_seconds`: networks are compiled and algorithms chosen then.
+    with Watchdog(folder, rank) as watchdog:
+        watchdog.expect("step 1", 3600)
     """
 
-    def __init__(self, folder: Path, rank: int, seconds: float, first_seconds: float) -> None:
-        self.path, self.rank, self.seconds = folder / f"stacks-rank-{rank}.txt", rank, seconds
-        self.what = "the first step"
-        self.until = time.monotonic() + first_seconds
-        self.stopped = threading.Event()
-        if seconds:
-            threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+    def __init__(self, folder: Path, rank: int) -> None:
+        self.path, self.rank = folder / f"stacks-rank-{rank}.txt", rank
+        self.what, self.seconds, self.until = "", math.inf, math.inf
+        self.changed = threading.Condition()
+        self.over = False
 
-    def beat(self, what: str) -> None:
-        """Training moves; `what` comes next."""
-        self.what, self.until = what, time.monotonic() + self.seconds
+    def __enter__(self) -> "Watchdog":
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
 
-    def stop(self) -> None:
-        self.stopped.set()
+    def __exit__(self, *error: object) -> None:
+        with self.changed:
+            self.over = True
+            self.changed.notify()
+
+    def expect(self, what: str, seconds: float) -> None:
+        """From now on the process does `what`, for at most `seconds`, or until the next call."""
+        self.what, self.seconds, self.until = what, seconds, time.monotonic() + seconds
 
     def _watch(self) -> None:
-        while (left := self.until - time.monotonic()) > 0:
-            if self.stopped.wait(left):
-                return
+        with self.changed:
+            while (left := self.until - time.monotonic()) > 0:
+                self.changed.wait(min(left, _LOOK))
+                if self.over:
+                    return
         with self.path.open("w") as file:
             print(f"rank {self.rank} hung in {self.what}; stacks of its threads:", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)

@@ -12,14 +12,13 @@ from trainer.watchdog import Watchdog
 def stuck_in_here():
     time.sleep(60)
 
-dog = Watchdog(Path(sys.argv[1]), rank=3, seconds=0.5, first_seconds=5)
-for step in range(8):
-    time.sleep(0.2)  # longer than the limit in all, not in any step
-    dog.beat(f"step {step + 1}")
-if sys.argv[2] == "hang":
-    stuck_in_here()
-dog.stop()
-time.sleep(1)
+with Watchdog(Path(sys.argv[1]), rank=3) as watchdog:
+    for step in range(8):
+        watchdog.expect(f"step {step + 1}", 1.0)
+        time.sleep(0.3)  # longer than the limit in all, not in any step
+    if sys.argv[2] == "hang":
+        stuck_in_here()
+time.sleep(1.5)
 """
 
 
@@ -32,7 +31,7 @@ def test_a_hung_process_ends_and_leaves_its_stacks(tmp_path: Path) -> None:
     done = run(tmp_path, "hang")
     assert done.returncode == 70
     stacks = tmp_path / "stacks-rank-3.txt"
-    assert done.stderr == f"error: rank 3: step 8 has not ended after 0.5 s: stacks in {stacks}\n"
+    assert done.stderr == f"error: rank 3: step 8 has not ended after 1 s: stacks in {stacks}\n"
     assert "stuck_in_here" in stacks.read_text()
 
 

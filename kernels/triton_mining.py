@@ -7,7 +7,7 @@ its best new one for its worst kept one; after the first tiles there is seldom o
 afterwards; results repeat bit for bit.
 
 N queries, C columns, D dimensions, S splits; in the kernel B queries and T columns of a tile, P columns kept: m
-rounded up to a power of two.
+rounded up to a power of two, at least 16.
 """
 
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from kernels.contract import Hardest, check_hardest
 from kernels.tiles import architecture, check, num_splits, products, tiles
 
-# The best columns of a tile of queries are held in registers.
+# Columns kept of each query, in registers: at most, and at least, since to keep fewer saves nothing.
 _MAX_KEPT = 128
+_MIN_KEPT = 16
 
 
 @triton.jit
@@ -42,7 +43,8 @@ def hardest_kernel(  # type: ignore[no-untyped-def]
 ):
     """The best P columns of one tile of queries in one split of the columns, in no order.
 
-    q [N, D], c [C, D], own [N] int64 (read if HAS_OWN); kept [S, N, P] int64, written: `_ordered` above 0xFFFFFFFF - column.
+    q [N, D], c [C, D], own [N] int64 (read if HAS_OWN); kept [S, N, P] int64, written: `_ordered` of the similarity
+    above 0xFFFFFFFF - column.
     """
     split = tl.program_id(1)
     rows_B = tl.program_id(0) * B + tl.arange(0, B)
@@ -56,9 +58,8 @@ def hardest_kernel(  # type: ignore[no-untyped-def]
     if HAS_OWN:
         own_B = tl.load(own_ptr + rows_B, mask=inside_B, other=-1).to(tl.int32)
 
-    # Numbers of similarity -inf and of columns that do not exist, so that each is the worst once.
-    nothing = tl.full([1, 1], -0x7F800001, tl.int64) << 32
-    kept_BP = tl.zeros([B, P], tl.int64) + nothing + slots_P[None, :]
+    # Of similarity -inf and of columns that do not exist, so that each is the worst once.
+    kept_BP = tl.zeros([B, P], tl.int64) + (-0x7F800001 << 32) + slots_P[None, :]
     worst_B = tl.min(kept_BP, 1)
     first = split * tiles_per_split * T
     last = tl.minimum(first + tiles_per_split * T, num_columns)
@@ -73,13 +74,17 @@ def hardest_kernel(  # type: ignore[no-untyped-def]
             counts_BT = is_column_T[None, :] & (s_BT < below)
             if HAS_OWN:
                 counts_BT = counts_BT & (own_B[:, None] != index_T[None, :])
-            new_BT = tl.where(counts_BT, (_ordered(s_BT) << 32) + (0xFFFFFFFF - index_T.to(tl.int64))[None, :], nothing)
-            best_B = tl.max(new_BT, 1)
-            while tl.max((best_B > worst_B).to(tl.int32), 0) != 0:
-                kept_BP = tl.where(kept_BP == worst_B[:, None], tl.maximum(best_B, worst_B)[:, None], kept_BP)
+            s_BT = tl.where(counts_BT, s_BT, float("-inf"))
+            best_B = tl.max(s_BT, 1)
+            while tl.max((_ordered(best_B) > worst_B >> 32).to(tl.int32), 0) != 0:
+                column_B = tl.min(tl.where(s_BT == best_B[:, None], index_T[None, :], 0x7FFFFFFF), 1)
+                ordered_B = _ordered(best_B)
+                new_B = (ordered_B << 32) + (0xFFFFFFFF - column_B.to(tl.int64))
+                new_B = tl.where(ordered_B > worst_B >> 32, new_B, worst_B)
+                kept_BP = tl.where(kept_BP == worst_B[:, None], new_B[:, None], kept_BP)
                 worst_B = tl.min(kept_BP, 1)
-                new_BT = tl.where(new_BT == best_B[:, None], nothing, new_BT)
-                best_B = tl.max(new_BT, 1)
+                s_BT = tl.where(index_T[None, :] == column_B[:, None], float("-inf"), s_BT)
+                best_B = tl.max(s_BT, 1)
 
     kept_ptr += split.to(tl.int64) * num_queries * P
     offsets_BP = rows_B.to(tl.int64)[:, None] * P + slots_P[None, :]
@@ -106,7 +111,7 @@ def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: flo
     tile = tiles("hardest", architecture(q_ND.device), dim, q_ND.dtype)
     row_tiles, column_tiles = triton.cdiv(num_queries, tile.rows), triton.cdiv(len(c_CD), tile.columns)
     splits = num_splits(row_tiles, max(1, column_tiles), q_ND.device)
-    kept = triton.next_power_of_2(m)
+    kept = max(_MIN_KEPT, triton.next_power_of_2(m))
     kept_SNP = q_ND.new_empty(splits, num_queries, kept, dtype=torch.int64)
     if num_queries > 0:
         similarity, _, precision = products(q_ND.dtype)

@@ -128,7 +128,7 @@ def test_what_does_not_fit_is_refused(kernels: Any) -> None:
     q_ND, c_CD, own_N = unit_rows(3, 4, 32)
     with pytest.raises(ValueError, match="hardest: got m = 0, need at least 1"):
         kernels.hardest(q_ND, c_CD, own_N, 0)
-    with pytest.raises(ValueError, match="hardest: columns have type torch.float32, need that of the queries"):
+    with pytest.raises(ValueError, match=r"hardest: columns have type torch.float32, need that of the queries"):
         kernels.hardest(q_ND, c_CD.float(), own_N, 1)
     with pytest.raises(ValueError, match=r"hardest: own is torch.int64 of shape \[2\], need contiguous int64 \[3\]"):
         kernels.hardest(q_ND, c_CD, own_N[:2], 1)

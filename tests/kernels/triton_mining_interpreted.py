@@ -25,8 +25,7 @@ def test_as_exact_as_plain_pytorch(queries: int, columns: int, dtype: torch.dtyp
         check(gpu.hardest(q_ND, c_CD, own, m, below), q_ND, c_CD, own, m, below)
 
 
-@pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("dtype", "splits"), [(torch.float32, 3), (torch.float16, 1), (torch.bfloat16, 3)])
 def test_of_equal_ones_the_lower_column(dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kernels.triton_mining.num_splits", lambda *_: splits)
     q_ND, c_CD, own_N = rows_with_ties(17, 255, 32)
@@ -35,15 +34,11 @@ def test_of_equal_ones_the_lower_column(dtype: torch.dtype, splits: int, monkeyp
         expected = brute_force(q_ND, c_CD, own, m, below)
         assert torch.equal(got.similarity_Nm.double(), expected.similarity_Nm)
         assert torch.equal(got.column_Nm, expected.column_Nm)
-        again = gpu.hardest(q_ND.to(dtype), c_CD.to(dtype), own, m, below)
-        assert torch.equal(got.similarity_Nm, again.similarity_Nm)
-        assert torch.equal(got.column_Nm, again.column_Nm)
 
 
-@pytest.mark.parametrize("splits", [1, 3, 8])
-@pytest.mark.parametrize("m", [16, 64, 128])
+@pytest.mark.parametrize(("m", "splits"), [(16, 1), (16, 8), (64, 3), (128, 3)])
 def test_splits(m: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five or nine tiles, three splits leave the last with fewer, and eight leave some with none."""
+    """Of five tiles of 64 columns, three splits leave the last with one, and eight leave three with none."""
     monkeypatch.setattr("kernels.triton_mining.num_splits", lambda *_: splits)
     q_ND, c_CD, own_N = (x.half() if x.is_floating_point() else x for x in unit_rows(17, 257, 32))
     check(gpu.hardest(q_ND, c_CD, own_N, m, 0.3), q_ND, c_CD, own_N, m, 0.3)

@@ -49,7 +49,10 @@ INSTRUCTIONS = {
 
 
 class Job(NamedTuple):
-    """One kernel to compile. architecture: 80 or 90; tile: of `kernels.tiles`, None for that of the table."""
+    """One kernel to compile. architecture: 80 or 90; tile: of `kernels.tiles`, None for that of the table.
+
+    weights, velocity: types, of `adversary`. kept: columns for each query, of `hardest`.
+    """
 
     kernel: str
     architecture: int
@@ -58,6 +61,7 @@ class Job(NamedTuple):
     weights: str | None = None
     velocity: str | None = None
     tile: tuple[int, int, int, int] | None = None
+    kept: int | None = None
 
 
 def jobs() -> list[Job]:
@@ -162,6 +166,7 @@ def _arguments(job: Job, tile: Any) -> tuple[Any, dict[str, str], dict[str, Any]
     """The kernel, types of those arguments that `_type_of` does not know, values of those known to the compiler."""
     from kernels.tiles import products
     from kernels.triton_adversary import adversary_kernel
+    from kernels.triton_mining import hardest_kernel
     from kernels.triton_score import score_kernel
 
     similarity, weighted, precision = products(getattr(torch, job.dtype), interpreted=False)
@@ -178,6 +183,10 @@ def _arguments(job: Job, tile: Any) -> tuple[Any, dict[str, str], dict[str, Any]
         constants |= {"HAS_KEYS": True, "HAS_OWN": True, "HAS_NEGATIVES": True, "SIXTH_POWER": True}
         constants |= {"RAGGED_KEYS": False, "RAGGED_NEGATIVES": False}
         return score_kernel, {"q_ptr": rows, "k_ptr": rows, "n_ptr": rows, "own_ptr": "*i64"}, constants
+    if job.kernel == "hardest":
+        del constants["WEIGHTED"]
+        constants |= {"P": job.kept, "HAS_OWN": True}
+        return hardest_kernel, {"q_ptr": rows, "c_ptr": rows, "own_ptr": "*i64", "kept_ptr": "*i64"}, constants
     assert job.kernel == "adversary"
     assert job.weights is not None
     types = {"q_ptr": rows, "n_ptr": rows, "w_ptr": "*" + _SHORT[job.weights]}

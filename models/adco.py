@@ -18,7 +18,6 @@ from models.bank import Bank, Rows
 from models.contrast import contrast
 from models.encoder import Encoder
 from models.shuffle_bn import plan, shuffle, unshuffle
-from models.teacher import ema_update
 
 
 class Play(NamedTuple):
@@ -101,10 +100,6 @@ class AdCo:
             "hardest_similarity": hardest_N.mean(),
         }
         return Play(loss, rows, metrics)
-
-    def follow(self, momentum: float) -> None:
-        """The teacher's step after the student's."""
-        ema_update(self.teacher, self.student, momentum)
 
     @torch.no_grad()
     def average_buffers(self) -> None:

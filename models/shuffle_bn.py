@@ -95,7 +95,7 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 class _SyncBatchNormCPU(nn.BatchNorm2d):
-    """BatchNorm2d over all ranks' batches, by two sums per channel; all ranks hold equally many rows.
+    """BatchNorm2d over all ranks' batches, by two sums per channel in fp32; all ranks hold equally many rows.
 
     The variance is that around the mean, a second sum: as E[x^2] - E[x]^2 it would lose most of its digits
     where the mean is large against it.
@@ -104,17 +104,21 @@ class _SyncBatchNormCPU(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
+        dtype, x = x.dtype, x.float()
         rows = x.numel() // x.shape[1] * dist.get_world_size()
         mean = _AllReduceSum.apply(x.sum((0, 2, 3))) / rows
         centred = x - mean[:, None, None]
         variance = _AllReduceSum.apply(centred.square().sum((0, 2, 3))) / rows
-        with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            assert self.momentum is not None
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
+        if self.track_running_stats:
+            self._track(mean.detach(), variance.detach() * rows / (rows - 1))
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return centred * scale[:, None, None] + self.bias[:, None, None]
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
+
+    def _track(self, mean: Tensor, variance: Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance, self.momentum)

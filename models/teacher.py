@@ -1,6 +1,7 @@
 """The teacher: an exponential moving average of the student (momentum encoder, MoCo, arXiv 1911.05722)."""
 
 import copy
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -22,13 +23,16 @@ def make_teacher(student: T) -> T:
 
 
 @torch.no_grad()
-def ema_update(teacher: nn.Module, student: nn.Module, momentum: float) -> None:
+def ema_update(
+    teacher: nn.Module, student: nn.Module, momentum: float, held: Callable[[Tensor], Tensor] = lambda p: p
+) -> None:
     """teacher <- momentum * teacher + (1 - momentum) * student, in place.
 
     Parameters and floating buffers (BatchNorm's running statistics) are averaged, other buffers copied.
+    held: what this rank holds of a parameter, where the two networks are cut in the same way over ranks.
     """
-    targets: list[Tensor] = list(teacher.parameters())
-    sources: list[Tensor] = list(student.parameters())
+    targets = [held(p) for p in teacher.parameters()]
+    sources = [held(p) for p in student.parameters()]
     for target, source in zip(teacher.buffers(), student.buffers(), strict=True):
         if target.is_floating_point():
             targets.append(target)

@@ -30,11 +30,20 @@ OutPath = Annotated[Path | None, typer.Option(help="Write the figures as JSON to
 
 @app.command()
 def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Pre-train an encoder. In a run directory that has a checkpoint of the same run, it continues."""
+    """Pre-train an encoder. In a run directory that has a checkpoint of the same run, it continues.
+
+    SIGTERM, SIGUSR1, Ctrl-C, a file `stop` in the run directory, run.max_minutes or the end of a SLURM job's time make
+    it save and end with exit code 75 (under torchrun 0, and stopped.json in the run directory).
+    """
     from trainer.config import load
     from trainer.pretrain import pretrain
+    from trainer.stop import Stopped, exit_code
 
-    pretrain(load(config, overrides))
+    try:
+        pretrain(load(config, overrides))
+    except Stopped as stopped:
+        print(stopped, file=sys.stderr)
+        raise typer.Exit(exit_code()) from None
 
 
 @app.command()

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data.index import Source
 from data.loader import normalize, train_batches
@@ -17,7 +18,10 @@ from models.encoder import Encoder
 from models.shuffle_bn import synchronise_bn
 from models.teacher import make_teacher
 from trainer.config import Config, check_world
+from trainer.ddp import DDP
 from trainer.distributed import Place
+from trainer.engine import Engine, whole
+from trainer.fsdp import FSDP
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -77,12 +81,35 @@ def kernels_for(config: Config, device: torch.device) -> str:
     return name
 
 
+def make_engine(game: AdCo, config: Config, place: Place) -> Engine:
+    """What makes the game's student learn; student and teacher are spread over the ranks in place.
+
+    Raises ValueError where the configuration asks for what it cannot do.
+    """
+    precision = autocast_type(config, place.device)
+    if config.engine.kind == "deepspeed":
+        from trainer.zero import Zero  # takes seconds to import
+
+        return Zero(game.student, game.teacher, config, place, precision)
+    kind = FSDP if config.engine.kind == "fsdp" else DDP
+    return kind(game.student, game.teacher, config, place, precision)
+
+
+def whole_student(game: AdCo, engine: Engine, config: Config, place: Place) -> Encoder:
+    """The student to evaluate, usable by each rank alone: a copy if ranks hold parts of it."""
+    weights = engine.weights()["student"]
+    if not any(isinstance(x, DTensor) for x in weights.values()):
+        return game.student
+    student = make_encoder(config).to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student.load_state_dict(whole(weights))
+    return student
+
+
 def autocast_type(config: Config, device: torch.device) -> torch.dtype:
-    """bfloat16 where asked for, or where the device is made for it; float32 stands for no autocast."""
+    """That of run.precision; for auto bfloat16 where the device is made for it. float32 stands for no autocast."""
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return (
-        torch.bfloat16 if config.run.precision == "bf16" or (config.run.precision == "auto" and auto) else torch.float32
-    )
+    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+    return types.get(config.run.precision, torch.bfloat16 if auto else torch.float32)
 
 
 @torch.no_grad()

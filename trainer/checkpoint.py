@@ -1,6 +1,8 @@
 """Checkpoints: torch.distributed.checkpoint in a folder per step, whole or absent, checked before use.
 
-    checkpoints/step-00001000/      what dcp writes, and manifest.json: size and SHA-256 of each file
+    checkpoints/step-00001000/      what dcp writes, each rank its own files
+        weights.safetensors         student and teacher whole, for other programs
+        manifest.json               size and SHA-256 of each file
 
 A checkpoint is written under another name and renamed when it is complete; older ones go only after that. Only
 tensors are stored: what else dcp can hold would be unpickled on loading.
@@ -13,17 +15,52 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
+from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 log = logging.getLogger(__name__)
 
 State = dict[str, Any]  # nested, tensors at the leaves
+
+WEIGHTS = "weights.safetensors"
+
+
+class Saver:
+    """Saves checkpoints beside training, one at a time; made and called by all ranks.
+
+    The state is copied to host memory, and a thread with a process group of its own writes the copy. keep: how many
+    of the newest stay.
+    """
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        self.group = group
+        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.pending: Future[bool] | None = None
+
+    def start(self, step: int, state: State) -> None:
+        """Take a copy of `state` and begin to write the checkpoint of `step`; first wait for the one before."""
+        self.wait()
+        weights = _whole_weights(state)
+        copy = BlockingAsyncStager().stage(state)
+        self.pending = self.thread.submit(_save, self.folder, step, copy, weights, self.keep, self.group)
+
+    def wait(self) -> bool:
+        """Until what was begun is written. False, on all ranks, if it could not be: see `save`."""
+        pending, self.pending = self.pending, None
+        return pending is None or pending.result()
 
 
 def save(folder: Path, step: int, state: State, keep: int) -> bool:
@@ -31,30 +68,49 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
 
     False, on all ranks, where the disk does not take it: says so in the log, and earlier checkpoints stay.
     """
+    return _save(folder, step, state, _whole_weights(state), keep, dist.group.WORLD)
+
+
+def _save(folder: Path, step: int, state: State, weights: State, keep: int, group: dist.ProcessGroup | None) -> bool:
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     failure = None
-    first = dist.get_rank() == 0
-    if first:
+    files: dict[str, Any] = {}
+    rank = dist.get_rank()
+    if rank == 0:
         failure = _attempt(lambda: _make_empty(temporary))
-    failure = _any_failure(failure)
+    failure = _any_failure(failure, group)
     if failure is None:
         try:
             # The second argument: fsync, so that the rename cannot come before the content.
-            dcp.save(state, storage_writer=_Writer(temporary, sync_files=True))
+            dcp.save(state, storage_writer=_Writer(temporary, sync_files=True), process_group=group)
+            if weights:
+                _write_weights(temporary / WEIGHTS, weights)
+            mine = [*temporary.glob(f"__{rank}_*")] + ([temporary / ".metadata"] if rank == 0 else [])
+            files = _checksums([*mine, temporary / WEIGHTS] if weights else mine)
         except (dcp.CheckpointException, OSError) as error:
             failure = _reason(error)
-        failure = _any_failure(failure)
-    if failure is None and first:
-        failure = _attempt(lambda: _publish(temporary, final))
-    failure = _any_failure(failure)
+        failure = _any_failure(failure, group)
+    if failure is None:
+        every: list[dict[str, Any]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(every, files, group=group)
+        if rank == 0:
+            manifest = {name: entry for files in every for name, entry in sorted(files.items())}
+            failure = _attempt(lambda: _publish(temporary, final, manifest))
+    failure = _any_failure(failure, group)
     if failure is not None:
-        if first:
+        if rank == 0:
+            need = sum(x.numel() * x.element_size() for x in tree_leaves(state) if isinstance(x, torch.Tensor))
             shutil.rmtree(temporary, ignore_errors=True)
             log.warning(
-                "checkpoint of step %d not saved: %s; training goes on, earlier checkpoints stay", step, failure
+                "checkpoint of step %d not saved in %s: %s; it takes about %.3g MB; training goes on, "
+                "earlier checkpoints stay",
+                step,
+                folder,
+                failure,
+                need / 1e6,
             )
         return False
-    if first:
+    if rank == 0:
         # Later ones than this were found damaged, or the run would have gone on from them: they count for nothing.
         for old in [path for path in _list(folder) if step_of(path) <= step][keep:]:
             shutil.rmtree(old, ignore_errors=True)
@@ -64,18 +120,20 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
 def newest(folder: Path) -> Path | None:
     """The newest checkpoint whose files are all as its manifest says, the same on all ranks; None if there is none.
 
-    Damaged ones are named in the log and left where they are.
+    Damaged ones are named in the log and left where they are. Ranks share the reading.
     """
-    found: list[Path | None] = [None]
+    found: list[Path] = []
     if dist.get_rank() == 0:
-        for path in _list(folder):
-            damage = _damage(path)
-            if damage is None:
-                found = [path]
-                break
+        found = _list(folder)
+    listed: list[list[Path]] = [found]
+    dist.broadcast_object_list(listed)
+    for path in listed[0]:
+        damage = _any_failure(_damage(path, dist.get_rank(), dist.get_world_size()), dist.group.WORLD)
+        if damage is None:
+            return path
+        if dist.get_rank() == 0:
             log.warning("checkpoint %s is damaged (%s): skipped", path, damage)
-    dist.broadcast_object_list(found)
-    return found[0]
+    return None
 
 
 def step_of(path: Path) -> int:
@@ -163,9 +221,24 @@ def _make_empty(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def _publish(temporary: Path, final: Path) -> None:
-    files = sorted(path for path in temporary.iterdir() if path.is_file())
-    manifest = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
+def _whole_weights(state: State) -> State:
+    """The networks of a state by network.name, whole and in host memory; on rank 0, nothing on others."""
+    weights = {}
+    for network in ("student", "teacher"):
+        for name, x in state.get(network, {}).items():
+            x = x.full_tensor() if isinstance(x, DTensor) else x  # a collective
+            if dist.get_rank() == 0:
+                weights[f"{network}.{name}"] = x.detach().to("cpu", copy=True).contiguous()
+    return weights
+
+
+def _write_weights(path: Path, weights: State) -> None:
+    save_file(weights, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
     with (temporary / "manifest.json").open("w") as file:
         json.dump(manifest, file, indent=2)
         file.flush()
@@ -178,11 +251,11 @@ def _publish(temporary: Path, final: Path) -> None:
     os.close(directory)
 
 
-def _damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if nothing."""
+def _damage(path: Path, rank: int, world: int) -> str | None:
+    """What is wrong with one of every `world` files of a checkpoint, None if nothing."""
     try:
         manifest = json.loads((path / "manifest.json").read_text())
-        for name, expected in manifest.items():
+        for name, expected in sorted(manifest.items())[rank::world]:
             size = (path / name).stat().st_size
             if size != expected["bytes"]:
                 return f"{name} has {size} bytes, not {expected['bytes']}"
@@ -191,6 +264,10 @@ def _damage(path: Path) -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def _checksums(paths: list[Path]) -> dict[str, Any]:
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
 
 
 def _sha256(path: Path) -> str:
@@ -206,10 +283,10 @@ def _attempt(action: Callable[[], None]) -> str | None:
     return None
 
 
-def _any_failure(failure: str | None) -> str | None:
+def _any_failure(failure: str | None, group: dist.ProcessGroup | None) -> str | None:
     """The first failure of any rank, on all ranks."""
     failures: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(failures, failure)
+    dist.all_gather_object(failures, failure, group=group)
     return next((f for f in failures if f is not None), None)
 
 

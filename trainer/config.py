@@ -20,16 +20,23 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    """Where and how long. log_every and save_every in steps; keep: checkpoints that stay."""
+    """Where and how long. log_every and save_every in steps; keep: checkpoints that stay.
+
+    max_minutes: after which training saves and stops, as it does before a SLURM job's end. step_timeout: seconds in
+    which a step must end, or the process ends itself; long_timeout: likewise for the first step and evaluations.
+    """
 
     dir: str
     epochs: int = Field(ge=1)
     seed: int = Field(0, ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
     log_every: int = Field(50, ge=1)
     save_every: int = Field(1000, ge=1)
     keep: int = Field(2, ge=1)
+    max_minutes: float | None = Field(None, gt=0)
+    step_timeout: float = Field(600, gt=0)
+    long_timeout: float = Field(3600, gt=0)
 
 
 class Data(Section):
@@ -110,7 +117,8 @@ class Optim(Section):
     """The encoder's optimizer. lr and lr_final are per 256 images of a batch; warmup in epochs.
 
     accumulate: parts that a rank cuts its batch into, one after the other, to save memory. Each part has its own
-    batch statistics and its own batch keys.
+    batch statistics and its own batch keys. clip: the gradient's length is cut to it. decay_norm_and_bias: weight
+    decay (and LARS's adaptation) for vectors and scalars too, and not for matrices and filters alone.
     """
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
@@ -121,6 +129,41 @@ class Optim(Section):
     weight_decay: float = Field(1e-4, ge=0)
     decay_norm_and_bias: bool = True
     accumulate: int = Field(1, ge=1)
+    clip: float | None = Field(None, gt=0)
+
+
+class EngineSettings(Section):
+    """How the networks are spread over the ranks, see docs/engines.md. After each option, the kinds that take it.
+
+    stage: of ZeRO; 1 shards the optimizer's state, 2 gradients too, 3 parameters too. placement: sharded over all
+    ranks, or over those of a node. options: more of DeepSpeed's own JSON, refused where it contradicts the rest.
+    """
+
+    kind: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    activation_checkpointing: bool = False  # all
+    compile: bool = False  # all
+    compress: Literal["none", "bf16"] = "none"  # ddp: what gradients travel in
+    reshard_after_forward: bool = True  # fsdp
+    placement: Literal["sharded", "node"] = "sharded"  # fsdp
+    cpu_offload: bool = False  # fsdp, deepspeed
+    stage: Literal[1, 2, 3] = 3  # deepspeed
+    options: dict[str, Any] = {}  # deepspeed
+
+    @model_validator(mode="after")
+    def _fits_kind(self) -> "EngineSettings":
+        takes = {
+            "compress": ("ddp",),
+            "reshard_after_forward": ("fsdp",),
+            "placement": ("fsdp",),
+            "cpu_offload": ("fsdp", "deepspeed"),
+            "stage": ("deepspeed",),
+            "options": ("deepspeed",),
+        }
+        for name, kinds in takes.items():
+            default = type(self).model_fields[name].default
+            if self.kind not in kinds and getattr(self, name) != default:
+                raise ValueError(f"{name} is for engine.kind={' or '.join(kinds)}")
+        return self
 
 
 class Eval(Section):
@@ -140,6 +183,7 @@ class Config(Section):
     method: Method = Method()
     bank: BankSettings = BankSettings()
     optim: Optim = Optim()
+    engine: EngineSettings = EngineSettings()
     eval: Eval = Eval()
 
     @model_validator(mode="after")

@@ -16,14 +16,16 @@ from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
 from models.adco import AdCo
 from trainer import checkpoint, distributed
-from trainer.build import autocast_type, fill_bank, make_game
+from trainer.build import autocast_type, fill_bank, make_engine, make_game, whole_student
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.evaluate import knn
 from trainer.metrics import Averages, Recorder, peak_memory_gib, set_up_logging
-from trainer.optim import cosine, make_optimizer, scaled_lr
+from trainer.optim import cosine, scaled_lr
 from trainer.run_dir import Unreadable, claim, open_sources, read_rows, write_json
 from trainer.step import Learner, Rates
+from trainer.stop import Stop, deadline
+from trainer.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
@@ -32,50 +34,71 @@ def pretrain(config: Config) -> None:
     """Train to the end from the newest good checkpoint in the run directory, or from the start, and evaluate.
 
     Raises ValueError for what the user can mend: the data, the run directory, sizes that do not fit; and, on all
-    ranks, where the loss is not finite.
+    ranks, where the loss is not finite. Raises `trainer.stop.Stopped` where it was asked to end early.
     """
+    started = time.time()
     with distributed.started(config.run.device) as place:
         set_up_logging(place.rank)
         with claim(config, place) as folder:
             if (folder / "results.json").exists():
                 log.info("%s is finished: nothing to do", folder)
             else:
-                _pretrain(config, place, folder)
+                _pretrain(config, place, folder, started)
 
 
-def _pretrain(config: Config, place: Place, folder: Path) -> None:
+def _pretrain(config: Config, place: Place, folder: Path, started: float) -> None:
     train, val = open_sources(config, folder)
     epoch_steps = steps_per_epoch(len(train), config.data.batch_size)
     steps = epoch_steps * config.run.epochs
     game = make_game(config, place)
-    optimizer = make_optimizer(game.student, config.optim)
-    learner = Learner(game, optimizer, place, config.optim.accumulate, autocast_type(config, place.device))
+    parameters = sum(p.numel() for p in game.student.parameters())
+    engine = make_engine(game, config, place)
+    learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
     start = 0
     if saved := checkpoint.newest(folder / "checkpoints"):
         start = learner.load(saved)
     else:
         fill_bank(game.bank, config, place, train)
-    _introduce(config, place, game, train, epoch_steps, saved)
+    _introduce(config, place, game, parameters, train, epoch_steps, saved)
 
-    with Recorder(folder, start, steps, active=place.rank == 0) as recorder:
-        for step in _steps(config, place, learner, train, start, steps, recorder):
+    saver = checkpoint.Saver(folder / "checkpoints", config.run.keep)
+    with (
+        Recorder(folder, start, steps, active=place.rank == 0) as recorder,
+        Stop(folder, deadline(config.run.max_minutes, started)) as stop,
+        Watchdog(folder, place.rank) as watchdog,
+    ):
+        for step in _steps(config, place, learner, train, start, steps, recorder, watchdog):
             epoch = step / epoch_steps
-            if step > start and (step % config.run.save_every == 0 or step == steps):
+            stopping = step > start and stop.at_boundary()
+            watchdog.expect(f"what follows step {step}", config.run.long_timeout)
+            if step > start and (step % config.run.save_every == 0 or step == steps or stopping):
                 game.average_buffers()
-                checkpoint.save(folder / "checkpoints", step, learner.state(step), config.run.keep)
+                saver.start(step, learner.state(step))
+            if stopping and step < steps:
+                saver.wait()
+                stop.leave(step)
             every = config.eval.knn_every
             due = step in (0, steps) or (every and epoch % every == 0)
             if val and due and step not in recorder.evaluated:
                 game.average_buffers()
                 recorder.say(f"epoch {epoch:g}: evaluating")
-                accuracy = knn.evaluate(game.student, train, val, place.device, config)
+                student = whole_student(game, engine, config, place)
+                accuracy = knn.evaluate(student, train, val, place.device, config)
                 recorder.row({"step": step, "epoch": epoch, "images": step * config.data.batch_size, "knn": accuracy})
+        saver.wait()
         if place.rank == 0:
             write_json(folder / "results.json", _results(config, place, recorder))
 
 
 def _steps(
-    config: Config, place: Place, learner: Learner, train: Source, start: int, steps: int, recorder: Recorder
+    config: Config,
+    place: Place,
+    learner: Learner,
+    train: Source,
+    start: int,
+    steps: int,
+    recorder: Recorder,
+    watchdog: Watchdog,
 ) -> Iterator[int]:
     """Train from step `start` to `steps`; gives the number of steps done, the first time before any."""
     yield start
@@ -89,6 +112,7 @@ def _steps(
     )  # fmt: skip
     first, seconds, waited = start, 0.0, 0.0  # since the last row; what is done between steps does not count
     for step in range(start + 1, steps + 1):
+        watchdog.expect(f"step {step}", run.long_timeout if step == start + 1 else run.step_timeout)
         before = time.perf_counter()
         batch = next(batches)
         waited += time.perf_counter() - before
@@ -129,15 +153,17 @@ def rates_at(config: Config, step: int, steps: int) -> Rates:
     )
 
 
-def _introduce(config: Config, place: Place, game: AdCo, train: Source, epoch_steps: int, saved: Path | None) -> None:
+def _introduce(
+    config: Config, place: Place, game: AdCo, parameters: int, train: Source, epoch_steps: int, saved: Path | None
+) -> None:
     """Say what will run, once."""
     batch, optim = config.data.batch_size, config.optim
-    parameters = sum(p.numel() for p in game.student.parameters())
     log.info("%d images, %d steps an epoch, %d epochs, batch %d", len(train), epoch_steps, config.run.epochs, batch)
     log.info(
-        "%s with %.2f M parameters, %d ranks on %s",
+        "%s with %.2f M parameters, %s, %d ranks on %s",
         config.model.backbone,
         parameters / 1e6,
+        config.engine.kind,
         place.world,
         place.device.type,
     )

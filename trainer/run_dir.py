@@ -7,6 +7,9 @@ checkpoints/        see `trainer.checkpoint`
 index-*.npz         listing of an image folder
 unreadable-*.txt    samples that could not be read, per rank
 results.json        what the finished run reached
+stop                made by a user: training saves and stops
+stopped.json        there if it did, or was told to by a signal or the clock
+stacks-rank-*.txt   what a process that hung was doing
 report.html         see `trainer.report`
 """
 
@@ -32,7 +35,18 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 # What may change between two starts of a run, since it changes nothing that is learned.
-FREE = ("run.dir", "run.device", "run.log_every", "run.save_every", "run.keep", "data.workers", "eval.")
+FREE = (
+    "run.dir",
+    "run.device",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.max_minutes",
+    "run.step_timeout",
+    "run.long_timeout",
+    "data.workers",
+    "eval.",
+)
 
 
 def write_atomically(path: Path, text: str) -> None:

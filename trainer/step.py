@@ -1,22 +1,20 @@
 """One step of the game: the student descends, the bank ascends, the teacher follows."""
 
-from collections.abc import Callable
-from contextlib import nullcontext
+import math
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import record_function
 
 from kernels import AdversaryStats
 from models.adco import AdCo
 from models.bank import Rows
 from trainer import checkpoint
-from trainer.build import weights
 from trainer.distributed import Place
+from trainer.engine import Engine
 
 
 class Rates(NamedTuple):
@@ -30,73 +28,64 @@ class Rates(NamedTuple):
 class Learner:
     """The game with what makes its student learn.
 
-    accumulate: parts a batch is cut into. precision: torch.bfloat16 for autocast, torch.float32 for none.
+    accumulate: parts a batch is cut into. precision: of autocast; torch.float32 for none.
     """
 
     def __init__(
-        self,
-        game: AdCo,
-        optimizer: torch.optim.Optimizer,
-        place: Place,
-        accumulate: int = 1,
-        precision: torch.dtype = torch.float32,
+        self, game: AdCo, engine: Engine, place: Place, accumulate: int = 1, precision: torch.dtype = torch.float32
     ) -> None:
-        self.game, self.optimizer, self.accumulate, self.precision = game, optimizer, accumulate, precision
+        self.game, self.engine, self.accumulate, self.precision = game, engine, accumulate, precision
         self.place = place
-        self.student: Callable[[list[Tensor]], Tensor] = game.student
-        if place.world > 1:
-            self.student = DistributedDataParallel(
-                game.student,
-                device_ids=[place.device.index] if place.device.type == "cuda" else None,
-                broadcast_buffers=False,  # BatchNorm's running statistics are averaged when they are needed
-                gradient_as_bucket_view=True,
-            )
 
     def step(self, views: list[Tensor], seed: int, rates: Rates) -> tuple[dict[str, Tensor], AdversaryStats]:
         """views: V normalised images [B, 3, S_v, S_v] on the device. Gives this rank's metrics and shard's statistics.
 
         Everything random in the networks is a function of `seed`, the same on all ranks, and the rank.
+        Raises ValueError, on all ranks and before anything is updated, where the loss or the gradient is not finite;
+        in fp16 a gradient that overflows makes the student miss this step instead.
         """
         torch.manual_seed(seed + self.place.rank)
         rows: list[Rows] = []
         total: dict[str, Tensor] = {}
         for part, part_views in enumerate(zip(*(view.chunk(self.accumulate) for view in views), strict=True)):
-            last = part == self.accumulate - 1
-            wait = nullcontext()
-            if isinstance(self.student, DistributedDataParallel) and not last:
-                wait = self.student.no_sync()  # type: ignore[assignment]
-            with wait:
+            with self.engine.part(last=part == self.accumulate - 1):
                 with torch.autocast(self.place.device.type, self.precision, enabled=self.precision != torch.float32):
-                    play = self.game.play(self.student, list(part_views), seed + part)
+                    play = self.game.play(self.engine.student, list(part_views), seed + part)
                 with record_function("backward"):
-                    (play.loss / self.accumulate).backward()
+                    self.engine.backward(play.loss / self.accumulate)
             rows += [Rows(r.q_ND, r.coef_N / self.accumulate) for r in play.rows]
             for name, value in play.metrics.items():
                 total[name] = total[name] + value / self.accumulate if part else value / self.accumulate
+        with record_function("optimizer"):
+            scale = self.engine.scale.value if self.engine.scale else None
+            norm = self.engine.step(rates.lr)
+            if not math.isfinite(norm):
+                self._refuse(total["loss"], norm)
+        total["grad_norm"] = torch.tensor(norm if math.isfinite(norm) else 0.0, device=self.place.device)
+        if scale is not None:
+            total["loss_scale"] = torch.tensor(scale, device=self.place.device)
+            total["skipped"] = torch.tensor(float(not math.isfinite(norm)), device=self.place.device)
         with record_function("adversary"):  # before the teacher moves, from the queries of this step
             stats = self.game.bank.step(rows, rates.bank_lr, seed)
-        with record_function("optimizer"):
-            for group in self.optimizer.param_groups:
-                group["lr"] = rates.lr
-            self.optimizer.step()
-            self.optimizer.zero_grad()
         with record_function("ema"):
-            self.game.follow(rates.teacher_momentum)
+            self.engine.follow(rates.teacher_momentum)
         return total, stats
 
+    def _refuse(self, loss: Tensor, norm: float) -> None:
+        """Raise ValueError unless a smaller loss scale can mend it, which it cannot where a loss is not finite."""
+        bad = (~loss.isfinite()).float()
+        dist.all_reduce(bad)
+        if self.engine.scale is None or bad:
+            raise ValueError(f"not finite: loss on {int(bad)} ranks, gradient norm {norm}; nothing was updated")
+
     def state(self, step: int) -> dict[str, Any]:
-        """All tensors that a run after `step` steps goes on from; they share memory with the learner."""
-        return {**weights(self.game), "optimizer": self._optimizer_state()["state"], "step": torch.tensor(step)}
+        """All tensors that a run after `step` steps goes on from, by names that no engine changes."""
+        return {**self.engine.state(), "bank": self.game.bank.state_dict(), "step": torch.tensor(step)}
 
     def load(self, path: Path) -> int:
         """Go on from a checkpoint; returns its step. Called by all ranks."""
-        optimizer_state = self._optimizer_state()
-        state = {**weights(self.game), "optimizer": optimizer_state["state"], "step": torch.tensor(0)}
+        state = self.state(0)
         checkpoint.load(path, state)
-        set_optimizer_state_dict(self.game.student, self.optimizer, optimizer_state)
+        self.engine.load(state)
         self.game.bank.loaded()
         return int(state["step"])
-
-    def _optimizer_state(self) -> dict[str, Any]:
-        """By parameter name; makes the state if there was no step yet."""
-        return get_optimizer_state_dict(self.game.student, self.optimizer)

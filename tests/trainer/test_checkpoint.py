@@ -1,6 +1,7 @@
 """Checkpoints: what comes back, on other numbers of ranks too, and what happens to damaged and unfinished ones."""
 
 import io
+import json
 import logging
 import pickle
 import resource
@@ -12,7 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.metadata as metadata
+from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from models.bank import Bank, make_mesh
 from tests.ranks import run_ranks
@@ -198,7 +201,9 @@ def test_a_full_disk_on_one_rank(tmp_path: Path) -> None:
         assert step == 1
     assert names(tmp_path) == ["step-00000001", "step-00000003"]
     (message,), none = ranks[0][3], ranks[1][3]
-    assert message.startswith("checkpoint of step 2 not saved: [Errno 27] File too large")
+    assert message.startswith(
+        f"checkpoint of step 2 not saved in {tmp_path}: [Errno 27] File too large; it takes about 0.131 MB"
+    )
     assert not none
 
 
@@ -261,3 +266,91 @@ def test_folders_of_other_names_are_left_alone(tmp_path: Path, group: None) -> N
     save(tmp_path, 99_999_999)
     assert checkpoint.newest(tmp_path) == tmp_path / "step-100000000"
     assert (tmp_path / "step-00000009-good").is_dir()
+
+
+def save_beside(folder: Path) -> tuple[list[str], list[float], bool]:
+    """Begin to save, change everything at once, and begin the next; files seen, what the first one holds."""
+    bank = make_bank()
+    bank.fill(torch.ones_like(bank.w_KD))
+    state = state_of(bank, 1)
+    saver = checkpoint.Saver(folder, keep=2)
+    saver.start(1, state)
+    state["student"]["weight"].fill_(7)
+    bank.fill(torch.full_like(bank.w_KD, 7))
+    dist.all_reduce(torch.zeros(1))  # training's collectives go on
+    saver.start(2, state)
+    done = saver.wait()
+    assert saver.wait(), "nothing to wait for"
+    loaded = state_of(make_bank(), 0)
+    checkpoint.load(folder / "step-00000001", loaded)
+    return (
+        names(folder),
+        [float(loaded["student"]["weight"].mean()), float(loaded["bank"]["w"].to_local().mean())],
+        done,
+    )
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_saved_beside_training_is_what_was_at_the_start(tmp_path: Path, world: int) -> None:
+    for found, values, done in run_ranks(world, save_beside, tmp_path):
+        assert found == ["step-00000001", "step-00000002"]
+        assert values == [1, 1]
+        assert done
+
+
+FILTER = torch.ones(2, 3, 4, 4).to(memory_format=torch.channels_last)
+
+
+def save_weights(folder: Path) -> None:
+    mesh = make_mesh("sharded", torch.device("cpu"), ranks_per_node=1)["shard"]
+    rows = torch.arange(12.0).view(6, 2)
+    state = {
+        "student": {"cut": distribute_tensor(rows, mesh, [Shard(0)]), "filter": FILTER},
+        "teacher": {"cut": distribute_tensor(-rows, mesh, [Shard(0)])},
+        "step": torch.tensor(3),
+    }  # fmt: skip
+    assert checkpoint.save(folder, 3, state, keep=1)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_whole_weights_lie_beside(tmp_path: Path, world: int) -> None:
+    run_ranks(world, save_weights, tmp_path)
+    weights = load_file(tmp_path / "step-00000003" / checkpoint.WEIGHTS)
+    assert weights.keys() == {"student.cut", "student.filter", "teacher.cut"}
+    assert torch.equal(weights["student.cut"], torch.arange(12.0).view(6, 2))
+    assert torch.equal(weights["teacher.cut"], -weights["student.cut"])
+    manifest = json.loads((tmp_path / "step-00000003/manifest.json").read_text())
+    assert sorted(manifest) == sorted(
+        p.name for p in (tmp_path / "step-00000003").iterdir() if p.name != "manifest.json"
+    )
+
+
+def every_damage(folder: Path) -> list[str]:
+    """With each file of the newest checkpoint cut, emptied, changed in turn: which one is found good."""
+    bank = make_bank()
+    for step in (1, 2):
+        checkpoint.save(folder, step, state_of(bank, step), keep=2)
+    found = []
+    files = sorted((folder / "step-00000002").iterdir())
+    for file in files:
+        content = file.read_bytes()
+        for bad in (content[:-1], b"", bytes([content[0] ^ 1]) + content[1:]):
+            dist.barrier()
+            if dist.get_rank() == 0:
+                file.write_bytes(bad)
+            dist.barrier()
+            path = checkpoint.newest(folder)
+            found.append("nothing" if path is None else path.name)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            file.write_bytes(content)
+        dist.barrier()
+    path = checkpoint.newest(folder)
+    return [*found, "nothing" if path is None else path.name, str(len(files))]
+
+
+def test_damage_to_any_file_is_found(tmp_path: Path) -> None:
+    for *found, undamaged, files in run_ranks(2, every_damage, tmp_path):
+        assert int(files) == 5  # two ranks' tensors, the index, the weights, the manifest
+        assert found == ["step-00000001"] * 15
+        assert undamaged == "step-00000002"

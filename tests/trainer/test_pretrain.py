@@ -171,6 +171,26 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, images: Path, sections
     assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
 
 
+def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, images: Path) -> None:
+    whole = small_config(tmp_path / "whole", images)
+    stopped = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "stopped")})})
+    pretrain(whole)
+    process = subprocess.Popen(command(stopped), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    wait_for_step(tmp_path / "stopped", 5, process)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate()[0]
+    assert process.returncode == 75, output
+    left = json.loads((tmp_path / "stopped/stopped.json").read_text())
+    assert (
+        output.splitlines()[-1] == f"stopped after step {left['step']} (SIGTERM): the same command goes on from there"
+    )
+    assert (tmp_path / f"stopped/checkpoints/step-{left['step']:08d}").is_dir()
+    pretrain(stopped)
+    assert not (tmp_path / "stopped/stopped.json").exists()
+    assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")
+    assert checksums(tmp_path / "stopped").items() >= checksums(tmp_path / "whole").items()
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path, images: Path) -> None:
     config = small_config(tmp_path / "run", images, run={"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"})
     pretrain(config)

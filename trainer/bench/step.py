@@ -15,12 +15,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from data.index import Source
 from data.loader import normalize, train_batches
-from models.teacher import ema_update
 from trainer import distributed
-from trainer.build import autocast_type, fill_bank, make_game
+from trainer.build import autocast_type, fill_bank, make_engine, make_game
 from trainer.config import Config
 from trainer.distributed import Place
-from trainer.optim import make_optimizer
 from trainer.run_dir import open_sources
 from trainer.step import Learner, Rates
 
@@ -89,9 +87,8 @@ def _prepare(config: Config, place: Place, train: Source) -> tuple[Learner, Lear
     learners = []
     for _ in range(2):
         game = make_game(config, place)
-        optimizer = make_optimizer(game.student, config.optim)
-        precision = autocast_type(config, place.device)
-        learners.append(Learner(game, optimizer, place, config.optim.accumulate, precision))
+        engine = make_engine(game, config, place)
+        learners.append(Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device)))
     fill_bank(learners[0].game.bank, config, place, train)
     data = config.data
     world, rank = place.world, place.rank
@@ -101,18 +98,18 @@ def _prepare(config: Config, place: Place, train: Source) -> tuple[Learner, Lear
 
 
 def _bare_step(learner: Learner, views: list[Tensor], config: Config) -> None:
-    game, key_views = learner.game, [0, 1] if config.method.symmetric else [0]
-    precision = learner.precision
-    for parts in zip(*(view.chunk(learner.accumulate) for view in views), strict=True):
-        with torch.autocast(views[0].device.type, precision, enabled=precision != torch.float32):
-            with torch.no_grad():
-                for j in key_views:
-                    game.teacher([parts[j]])
-            loss = learner.student([part for i, part in enumerate(parts) if key_views != [i]]).sum()
-        loss.backward()
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    ema_update(game.teacher, game.student, config.method.teacher_momentum)
+    game, engine, key_views = learner.game, learner.engine, [0, 1] if config.method.symmetric else [0]
+    precision, last = learner.precision, learner.accumulate - 1
+    for number, parts in enumerate(zip(*(view.chunk(learner.accumulate) for view in views), strict=True)):
+        with engine.part(last=number == last):
+            with torch.autocast(views[0].device.type, precision, enabled=precision != torch.float32):
+                with torch.no_grad():
+                    for j in key_views:
+                        game.teacher([parts[j]])
+                loss = engine.student([part for i, part in enumerate(parts) if key_views != [i]]).sum()
+            engine.backward(loss)
+    engine.step(0.0)
+    engine.follow(config.method.teacher_momentum)
 
 
 def _timed(action: Callable[[], object], device: torch.device) -> float:

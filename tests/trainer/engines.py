@@ -1,0 +1,98 @@
+"""Runs of a few steps under any engine, and what is left of them, whole; for tests that run on several ranks."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tests.trainer.small import VIT, small_config
+from trainer.build import autocast_type, fill_bank, make_engine, make_game
+from trainer.config import Config
+from trainer.distributed import Place
+from trainer.engine import whole
+from trainer.step import Learner, Rates
+
+STEPS, SIDE = 10, 16
+# In bf16 torch 2.14's CPU convolution gives NaN for gradients of filters over single pixels: small_images avoids them.
+NARROW = {"backbone": "resnet18", "backbone_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}, "dim": 16}
+MODELS: dict[str, dict[str, dict[str, Any]]] = {
+    # BatchNorm over all ranks, or each number of ranks would have other batch statistics.
+    "resnet": {"model": {**NARROW, "small_images": True, "stem_stride": 2}, "method": {"bn": "sync"}},
+    "vit": {"model": VIT, "method": {"bn": "local"}},
+}
+
+
+class Outcome(NamedTuple):
+    """losses: mean over ranks, of each step. The rest is whole, by name."""
+
+    losses: list[float]
+    norms: list[float]
+    student: dict[str, Tensor]
+    teacher: dict[str, Tensor]
+    bank: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def make_config(model: str, **sections: dict[str, Any]) -> Config:
+    """A run of `model`, resnet or vit, on images that need no files; `sections` change it."""
+    values: dict[str, dict[str, Any]] = {
+        "data": {"train": "none", "batch_size": 16, "views": [{"size": SIDE}] * 3},
+        "method": {"teacher_momentum": 0.9},
+        "bank": {"size": 30, "init": "random", "temperature": 0.2},  # high, or keys outweigh negatives that are far
+        "optim": {"lr": 0.05, "clip": 1.0},
+    }
+    for changes in (MODELS[model], sections):
+        for name, change in changes.items():
+            values[name] = {**values.get(name, {}), **change}
+    return small_config(Path("none"), Path("none"), **values)
+
+
+def make_place(ranks_per_node: int | None = None) -> Place:
+    world = dist.get_world_size()
+    return Place(torch.device("cpu"), dist.get_rank(), world, ranks_per_node or world)
+
+
+def make_learner(config: Config, place: Place) -> Learner:
+    game = make_game(config, place)
+    fill_bank(game.bank, config, place, range(config.data.batch_size))  # type: ignore[arg-type]
+    engine = make_engine(game, config, place)
+    return Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
+
+
+def train(learner: Learner, config: Config, steps: int = STEPS, first: int = 0) -> tuple[list[float], list[float]]:
+    """Losses, mean over ranks, and gradient norms of steps first, first + 1, …; the same images for any ranks."""
+    losses, norms = [], []
+    parts = learner.accumulate
+    for step in range(first, first + steps):
+        generator = torch.Generator().manual_seed(step)
+        # The images of a part are those of one rank alone, spread over the ranks.
+        pictures = (
+            torch.randn(config.data.batch_size, 3, 4, 4, generator=generator)
+            .repeat_interleave(4, 2)
+            .repeat_interleave(4, 3)
+        )
+        noise = torch.randn(len(config.data.views), *pictures.shape, generator=generator)
+        images = (pictures + 0.3 * noise).unflatten(1, (parts, dist.get_world_size(), -1))
+        views = list(images[:, :, dist.get_rank()].flatten(1, 2))
+        rates = Rates(config.optim.lr, config.bank.lr, config.method.teacher_momentum)
+        metrics, _ = learner.step(views, step, rates)
+        loss = metrics["loss"].clone()
+        dist.all_reduce(loss)
+        losses.append(float(loss) / dist.get_world_size())
+        norms.append(float(metrics["grad_norm"]))
+    return losses, norms
+
+
+def outcome(learner: Learner, losses: list[float], norms: list[float]) -> Outcome:
+    learner.game.average_buffers()
+    state = learner.state(0)
+    optimizer = {f"{name}.{key}": x for name, slots in state["optimizer"].items() for key, x in slots.items()}
+    parts = (state["student"], state["teacher"], state["bank"], optimizer)
+    return Outcome(losses, norms, *({name: x.clone() for name, x in whole(part).items()} for part in parts))
+
+
+def run(config: Config, ranks_per_node: int | None = None) -> Outcome:
+    learner = make_learner(config, make_place(ranks_per_node))
+    return outcome(learner, *train(learner, config))

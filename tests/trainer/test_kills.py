@@ -1,0 +1,108 @@
+"""Runs that are killed again and again, at any moment, also while they save: each goes on by itself, bit for bit."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.small import RESNET, small_config, write_images
+from trainer.config import Config
+from trainer.pretrain import pretrain
+from trainer.run_dir import read_rows
+
+TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib"}
+
+
+def start(config: Config, ranks: int) -> list[BaseProcess]:
+    """The processes of one attempt. A fork server imports torch once, so that an attempt takes a second."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["trainer.pretrain", "timm"])
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    processes: list[BaseProcess] = [
+        context.Process(target=rank_of, args=(config, r, ranks, port)) for r in range(ranks)
+    ]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def rank_of(config: Config, rank: int, ranks: int, port: int) -> None:
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    pretrain(config)
+
+
+def writing(folder: Path) -> bool:
+    """Whether a checkpoint is half written."""
+    return any((folder / "checkpoints").glob(".step-*"))
+
+
+def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Metrics but for timings, and SHA-256 of all tensors of the last checkpoint."""
+    rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
+    manifest = json.loads((folder / "checkpoints/step-00000090/manifest.json").read_text())
+    tensors = {name: entry["sha256"] for name, entry in manifest.items() if name.endswith((".distcp", ".safetensors"))}
+    assert tensors
+    return rows, tensors
+
+
+@pytest.mark.parametrize(("engine", "ranks"), [("ddp", 1), ("fsdp", 2)])
+def test_twenty_kills(tmp_path: Path, engine: str, ranks: int) -> None:
+    images = write_images(tmp_path / "images")
+    configs = [
+        small_config(
+            tmp_path / name,
+            images,
+            run={
+                "dir": str(tmp_path / name),
+                "epochs": 15,
+                "device": "cpu",
+                "log_every": 1,
+                "save_every": 2,
+                "keep": 2,
+            },
+            model=RESNET,
+            engine={"kind": engine},
+            eval={"knn_every": 0, "k": 5},
+        )
+        for name in ("whole", "killed")
+    ]
+    for process in start(configs[0], ranks):
+        process.join()
+        assert process.exitcode == 0
+    chance = random.Random(0)
+    log = tmp_path / "killed/metrics.jsonl"
+    kills = saving = 0
+    while not (tmp_path / "killed/results.json").exists():
+        processes = start(configs[1], ranks)
+        rows = log.read_text().count("\n") if log.exists() else 0
+        go_on = rows + chance.randint(1, 3) if kills < 20 else 1000
+        while all(p.is_alive() for p in processes):
+            done = log.read_text().count("\n") if log.exists() else 0
+            if done >= go_on:
+                time.sleep(chance.uniform(0, 0.03))  # somewhere in a step, a save, or what is between
+                patience = time.monotonic() + (2 if kills % 2 else 0)  # every other time in a save, if there is one
+                while not (hit := writing(tmp_path / "killed")) and time.monotonic() < patience:
+                    pass
+                saving += hit
+                for process in processes:
+                    if process.pid:
+                        os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+                break
+            time.sleep(0.001)
+        for process in processes:
+            process.join()
+    assert kills >= 20
+    assert saving >= 3, "the checkpoints are to be hit, too"
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

@@ -140,6 +140,10 @@ class EngineSettings(Section):
             default = type(self).model_fields[name].default
             if self.kind not in kinds and getattr(self, name) != default:
                 raise ValueError(f"{name} is for engine.kind={' or '.join(kinds)}")
+        if self.compile and self.kind == "deepspeed" and self.stage == 3:
+            raise ValueError(
+                "compile is not for stage=3, which hooks into every layer; need kind=fsdp or another stage"
+            )
         return self
 
 

@@ -61,17 +61,28 @@ def make_learner(config: Config, place: Place) -> Learner:
     return Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
 
 
-def train(learner: Learner, config: Config, steps: int = STEPS, first: int = 0) -> tuple[list[float], list[float]]:
-    """Losses, mean over ranks, and gradient norms of steps first, first + 1, …; the same images for any ranks."""
+def train(
+    learner: Learner, config: Config, steps: int = STEPS, first: int = 0, spoil: int | None = None
+) -> tuple[list[float], list[float]]:
+    """Losses, mean over ranks, and gradient norms of steps first, first + 1, …; the same images for any ranks.
+
+    spoil: the rank that gets a picture that is not finite.
+    """
     losses, norms = [], []
     parts = learner.accumulate
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         # The images of a part are those of one rank alone, spread over the ranks.
-        pictures = torch.randn(config.data.batch_size, 3, 4, 4, generator=generator).repeat_interleave(4, 2).repeat_interleave(4, 3)
+        pictures = (
+            torch.randn(config.data.batch_size, 3, 4, 4, generator=generator)
+            .repeat_interleave(4, 2)
+            .repeat_interleave(4, 3)
+        )
         noise = torch.randn(len(config.data.views), *pictures.shape, generator=generator)
         images = (pictures + 0.3 * noise).unflatten(1, (parts, dist.get_world_size(), -1))
         views = list(images[:, :, dist.get_rank()].flatten(1, 2))
+        if spoil == dist.get_rank():
+            views[1][0] = torch.nan
         rates = Rates(config.optim.lr, config.bank.lr, config.method.teacher_momentum)
         metrics, _ = learner.step(views, step, rates)
         loss = metrics["loss"].clone()

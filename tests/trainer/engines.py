@@ -17,7 +17,7 @@ from trainer.step import Learner, Rates
 STEPS, SIDE = 10, 16
 # In bf16 torch 2.14's CPU convolution gives NaN for gradients of filters over single pixels: small_images avoids them.
 NARROW = {"backbone": "resnet18", "backbone_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}, "dim": 16}
-MODELS: dict[str, dict[str, dict[str, Any]]] = {
+NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
     # BatchNorm over all ranks, or each number of ranks would have other batch statistics.
     "resnet": {"model": {**NARROW, "small_images": True, "stem_stride": 2}, "method": {"bn": "sync"}},
     "vit": {"model": VIT, "method": {"bn": "local"}},
@@ -35,15 +35,15 @@ class Outcome(NamedTuple):
     optimizer: dict[str, Tensor]
 
 
-def make_config(model: str, **sections: dict[str, Any]) -> Config:
-    """A run of `model`, resnet or vit, on images that need no files; `sections` change it."""
+def make_config(network: str, **sections: dict[str, Any]) -> Config:
+    """A run of `network`, resnet or vit, on images that need no files; `sections` change it."""
     values: dict[str, dict[str, Any]] = {
         "data": {"train": "none", "batch_size": 16, "views": [{"size": SIDE}] * 3},
         "method": {"teacher_momentum": 0.9},
         "bank": {"size": 30, "init": "random", "temperature": 0.2},  # high, or keys outweigh negatives that are far
         "optim": {"lr": 0.05, "clip": 1.0},
     }
-    for changes in (MODELS[model], sections):
+    for changes in (NETWORKS[network], sections):
         for name, change in changes.items():
             values[name] = {**values.get(name, {}), **change}
     return small_config(Path("none"), Path("none"), **values)
@@ -93,7 +93,7 @@ def train(
 
 
 def outcome(learner: Learner, losses: list[float], norms: list[float]) -> Outcome:
-    learner.game.average_buffers()
+    """Called after `average_buffers`."""
     state = learner.state(0)
     optimizer = {f"{name}.{key}": x for name, slots in state["optimizer"].items() for key, x in slots.items()}
     parts = (state["student"], state["teacher"], state["bank"], optimizer)
@@ -102,4 +102,6 @@ def outcome(learner: Learner, losses: list[float], norms: list[float]) -> Outcom
 
 def run(config: Config, ranks_per_node: int | None = None) -> Outcome:
     learner = make_learner(config, make_place(ranks_per_node))
-    return outcome(learner, *train(learner, config))
+    history = train(learner, config)
+    learner.game.average_buffers()
+    return outcome(learner, *history)

@@ -98,11 +98,15 @@ PRECISION = [
 
 
 def run_precision(cases: list[tuple[str, str, str]]) -> list[Outcome]:
-    """Six steps of SGD each; cases that say "compress" or "offload" with that option."""
+    """Six steps of SGD each."""
     outcomes = []
     for model, precision, engine in cases:
-        config = make_config(model, run={"precision": precision}, engine=ENGINES[engine])
+        config = make_config(model, run={"precision": precision}, optim={"lr": 0.005}, engine=ENGINES[engine])
         learner = make_learner(config, make_place())
+        if learner.engine.scale:
+            learner.engine.scale.state[0] = (
+                1024  # on half as many ranks gradients are half as large, and overflow later
+            )
         outcomes.append(outcome(learner, *train(learner, config, steps=6)))
     return outcomes
 
@@ -117,7 +121,7 @@ def low_precision() -> dict[tuple[str, str, str], tuple[Outcome, Outcome]]:
 
 @pytest.mark.parametrize("case", PRECISION, ids="-".join)
 def test_low_precision_works_with_batchnorm(case: tuple[str, str, str]) -> None:
-    """As one process in the same precision, to what gradients averaged in it (ZeRO) or computed in it (FSDP) allow."""
+    """As one process in the same precision, as far as gradients averaged in it (ZeRO) or computed in it (FSDP) can."""
     found, alone = low_precision()[case]
     assert found.losses == pytest.approx(alone.losses, rel=2e-2)
     assert all(torch.isfinite(x).all() for x in found.student.values())
@@ -170,8 +174,6 @@ def not_finite(engines: list[str]) -> list[tuple[str, bool, float, float]]:
         scale = learner.engine.scale
         assert scale is not None
         scale.state[0] = 2.0**40
-        if engine.startswith("zero"):
-            learner.engine.load(learner.state(0))  # tells DeepSpeed
         before = outcome(learner, [], [])
         train(learner, config, steps=1)
         after = outcome(learner, [], [])
@@ -195,6 +197,7 @@ def save_some(folder: Path, engines: list[str], model: str) -> dict[str, tuple[O
         config = make_config(model, **RECIPES[model], data={"batch_size": 12}, engine=ENGINES[engine])
         learner = make_learner(config, make_place())
         train(learner, config, steps=3)
+        learner.game.average_buffers()
         saved = outcome(learner, [], [])
         assert checkpoint.save(folder / f"{model}-{engine}", 3, learner.state(3), keep=1)
         found[engine] = (saved, train(learner, config, steps=2, first=3)[0])

@@ -15,7 +15,7 @@ from trainer.engine import whole
 from trainer.step import Learner, Rates
 
 STEPS, SIDE = 10, 16
-# In bf16 torch 2.14's CPU convolution gives NaN for gradients of filters over single pixels: small_images avoids them.
+# small_images: in bf16 torch 2.14's CPU convolution of stride 2 over single pixels gives undefined gradients.
 NARROW = {"backbone": "resnet18", "backbone_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}, "dim": 16}
 NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
     # BatchNorm over all ranks, or each number of ranks would have other batch statistics.

@@ -109,16 +109,13 @@ class _SyncBatchNormCPU(nn.BatchNorm2d):
         mean = _AllReduceSum.apply(x.sum((0, 2, 3))) / rows
         centred = x - mean[:, None, None]
         variance = _AllReduceSum.apply(centred.square().sum((0, 2, 3))) / rows
-        if self.track_running_stats:
-            self._track(mean.detach(), variance.detach() * rows / (rows - 1))
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked.add_(1)
+            assert self.momentum is not None
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
-
-    def _track(self, mean: Tensor, variance: Tensor) -> None:
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        self.num_batches_tracked.add_(1)
-        assert self.momentum is not None
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)

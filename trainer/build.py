@@ -96,9 +96,9 @@ def make_engine(game: AdCo, config: Config, place: Place) -> Engine:
 
 
 def whole_student(game: AdCo, engine: Engine, config: Config, place: Place) -> Encoder:
-    """The student to evaluate, usable by each rank alone: a copy if ranks hold parts of it."""
+    """The student to evaluate, usable by each rank alone: a copy if ranks hold parts of it, or if it is compiled."""
     weights = engine.weights()["student"]
-    if not any(isinstance(x, DTensor) for x in weights.values()):
+    if not config.engine.compile and not any(isinstance(x, DTensor) for x in weights.values()):
         return game.student
     student = make_encoder(config).to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.load_state_dict(whole(weights))

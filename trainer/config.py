@@ -149,8 +149,8 @@ class EngineSettings(Section):
     stage: Literal[1, 2, 3] = 3  # deepspeed
     options: dict[str, Any] = {}  # deepspeed
 
-    @model_validator(mode="after")
-    def _fits_kind(self) -> "EngineSettings":
+    def check(self) -> None:
+        """Raise ValueError for an option that this kind does not take."""
         takes = {
             "compress": ("ddp",),
             "reshard_after_forward": ("fsdp",),
@@ -160,10 +160,10 @@ class EngineSettings(Section):
             "options": ("deepspeed",),
         }
         for name, kinds in takes.items():
-            default = type(self).model_fields[name].default
-            if self.kind not in kinds and getattr(self, name) != default:
-                raise ValueError(f"{name} is for engine.kind={' or '.join(kinds)}")
-        return self
+            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"engine.{name}: is for engine.kind={' or '.join(kinds)}, got {self.kind}")
+        if self.compile and self.kind == "deepspeed" and self.stage == 3:
+            raise ValueError("engine.compile: ZeRO-3 hooks into every layer; need engine.kind=fsdp or another stage")
 
 
 class Eval(Section):
@@ -194,6 +194,7 @@ class Config(Section):
                 check_temperature(temperature, columns)
             except ValueError as error:
                 raise ValueError(f"{name}.temperature: {error}") from error
+        self.engine.check()
         if self.optim.lr_final > self.optim.lr:
             raise ValueError(f"optim.lr_final: {self.optim.lr_final} is above optim.lr, {self.optim.lr}")
         if self.optim.warmup > self.run.epochs:

@@ -125,39 +125,39 @@ def _leaves(module: nn.Module | None) -> list[nn.Module]:
 
 
 def prepare_blocks(student: Encoder, teacher: Encoder, settings: EngineSettings) -> None:
-    """Activation checkpointing inside, compilation around it; sharding comes after, outermost."""
-    if settings.activation_checkpointing:
-        for block in blocks(student):
-            _recompute_in_backward(block)
+    """Compilation innermost, activation checkpointing around it; sharding, which comes later, is outermost.
+
+    Both replace the blocks' `forward`, so that parameters keep their names, and hooks stay outside.
+    """
     if settings.compile:
         # Blocks share their class's code, and each shape of block and of view compiles it anew.
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.accumulated_recompile_limit = 4096
         for block in [*blocks(student), *blocks(teacher)]:
-            block.compile(dynamic=False)
-
-
-def _recompute_in_backward(block: nn.Module) -> None:
-    """Activation checkpointing, in place, so that parameters keep their names."""
-    contexts = functools.partial(_contexts, block)
-    block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, context_fn=contexts)
+            block.forward = torch.compile(block.forward, dynamic=False)
+    if settings.activation_checkpointing:
+        for block in blocks(student):
+            block.forward = functools.partial(
+                checkpoint, block.forward, use_reentrant=False, context_fn=functools.partial(_contexts, block)
+            )
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    return nullcontext(), _untracked(block)
+    """Around the first run of a checkpointed block, and around the one in backward."""
+    return nullcontext(), _same_statistics(block)
 
 
 @contextmanager
-def _untracked(block: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics stay as they are: the first forward has counted the batch."""
-    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+def _same_statistics(block: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics are afterwards as before: the first run has counted the batch."""
+    buffers = [b for m in block.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
+    before = [b.clone() for b in buffers]
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        with torch.no_grad():
+            for buffer, value in zip(buffers, before, strict=True):
+                buffer.copy_(value)
 
 
 def lay_out_rows(network: nn.Module) -> None:

@@ -120,7 +120,10 @@ def _steps(
         views = [normalize(view.to(place.device, non_blocking=True), torch.float32) for view in batch.views]
         rates = rates_at(config, step - 1, steps)
         seed = int(hash_counters(run.seed, NETWORK, step)[0] >> np.uint64(2))
-        metrics, adversary = learner.step(views, seed, rates)
+        try:
+            metrics, adversary = learner.step(views, seed, rates)
+        except ValueError as error:
+            raise ValueError(f"step {step}: {error}; checkpoints stay as they are") from error
         averages.add(metrics)
         recorder.advance(step)
         if step % run.log_every == 0 or step % run.save_every == 0 or step == steps:

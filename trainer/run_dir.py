@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 # What may change between two starts of a run, since it changes nothing that is learned.
+# An engine changes roundings, as the number of ranks does.
 FREE = (
     "run.dir",
     "run.device",
@@ -45,6 +46,7 @@ FREE = (
     "run.step_timeout",
     "run.long_timeout",
     "data.workers",
+    "engine.",
     "eval.",
 )
 

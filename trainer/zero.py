@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from models.encoder import Encoder
@@ -68,7 +68,6 @@ class Zero:
             self.teacher_engine = deepspeed.initialize(model=teacher, config=copy.deepcopy(settings))[0]
         if self.scale:
             self.zero.torch_autocast_gradscaler = None  # it looks at one rank's gradients only
-            self.zero.override_loss_scale(self.scale.value)
         self.pieces = self._pieces()
         self.memory = self.zero.optimizer.state
         for flat in {id(piece.flat): piece.flat for piece in self.pieces.values()}.values():
@@ -91,6 +90,8 @@ class Zero:
         return queries_ND
 
     def backward(self, loss: Tensor) -> None:
+        if self.scale:
+            self.zero.override_loss_scale(self.scale.value)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
@@ -100,7 +101,6 @@ class Zero:
         norm = math.inf if self.zero.overflow else float(self.zero._global_grad_norm)
         if self.scale:
             self.scale.update(math.isfinite(norm))
-            self.zero.override_loss_scale(self.scale.value)
         return norm
 
     def follow(self, momentum: float) -> None:
@@ -129,13 +129,11 @@ class Zero:
                 if hasattr(p, "ds_id"):
                     self._put(state[name][key], *self._held(p))
         for p, piece in self.pieces.items():
-            if self.stage < 3:  # where the state's tensors are the network's own; the optimizer has copies
-                piece.of(piece.flat).copy_(p.detach().flatten().narrow(0, piece.start, piece.length))
+            held = self._held(p)[0] if self.stage == 3 else p.detach().flatten().narrow(0, piece.start, piece.length)
+            piece.of(piece.flat).copy_(held)  # the optimizer's copy
             for key, x in self.memory[piece.flat].items():
                 if x.dim():
                     self._put(state["optimizer"][self.names[p]][key], piece.of(x), piece.start)
-        if self.scale:
-            self.zero.override_loss_scale(self.scale.value)
 
     def _pieces(self) -> dict[nn.Parameter, Piece]:
         """Of every parameter of the student."""

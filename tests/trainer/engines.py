@@ -15,9 +15,9 @@ from trainer.engine import whole
 from trainer.step import Learner, Rates
 
 STEPS, SIDE = 10, 16
-# In bf16 torch 2.14's CPU convolution gives NaN for gradients of filters over single pixels: small_images avoids them.
+# small_images: in bf16 torch 2.14's CPU convolution of stride 2 over single pixels gives undefined gradients.
 NARROW = {"backbone": "resnet18", "backbone_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}, "dim": 16}
-MODELS: dict[str, dict[str, dict[str, Any]]] = {
+NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
     # BatchNorm over all ranks, or each number of ranks would have other batch statistics.
     "resnet": {"model": {**NARROW, "small_images": True, "stem_stride": 2}, "method": {"bn": "sync"}},
     "vit": {"model": VIT, "method": {"bn": "local"}},
@@ -35,15 +35,15 @@ class Outcome(NamedTuple):
     optimizer: dict[str, Tensor]
 
 
-def make_config(model: str, **sections: dict[str, Any]) -> Config:
-    """A run of `model`, resnet or vit, on images that need no files; `sections` change it."""
+def make_config(network: str, **sections: dict[str, Any]) -> Config:
+    """A run of `network`, resnet or vit, on images that need no files; `sections` change it."""
     values: dict[str, dict[str, Any]] = {
         "data": {"train": "none", "batch_size": 16, "views": [{"size": SIDE}] * 3},
         "method": {"teacher_momentum": 0.9},
         "bank": {"size": 30, "init": "random", "temperature": 0.2},  # high, or keys outweigh negatives that are far
         "optim": {"lr": 0.05, "clip": 1.0},
     }
-    for changes in (MODELS[model], sections):
+    for changes in (NETWORKS[network], sections):
         for name, change in changes.items():
             values[name] = {**values.get(name, {}), **change}
     return small_config(Path("none"), Path("none"), **values)
@@ -61,8 +61,13 @@ def make_learner(config: Config, place: Place) -> Learner:
     return Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
 
 
-def train(learner: Learner, config: Config, steps: int = STEPS, first: int = 0) -> tuple[list[float], list[float]]:
-    """Losses, mean over ranks, and gradient norms of steps first, first + 1, …; the same images for any ranks."""
+def train(
+    learner: Learner, config: Config, steps: int = STEPS, first: int = 0, spoil: int | None = None
+) -> tuple[list[float], list[float]]:
+    """Losses, mean over ranks, and gradient norms of steps first, first + 1, …; the same images for any ranks.
+
+    spoil: the rank that gets a picture that is not finite.
+    """
     losses, norms = [], []
     parts = learner.accumulate
     for step in range(first, first + steps):
@@ -76,6 +81,8 @@ def train(learner: Learner, config: Config, steps: int = STEPS, first: int = 0) 
         noise = torch.randn(len(config.data.views), *pictures.shape, generator=generator)
         images = (pictures + 0.3 * noise).unflatten(1, (parts, dist.get_world_size(), -1))
         views = list(images[:, :, dist.get_rank()].flatten(1, 2))
+        if spoil == dist.get_rank():
+            views[1][0] = torch.nan
         rates = Rates(config.optim.lr, config.bank.lr, config.method.teacher_momentum)
         metrics, _ = learner.step(views, step, rates)
         loss = metrics["loss"].clone()
@@ -86,7 +93,7 @@ def train(learner: Learner, config: Config, steps: int = STEPS, first: int = 0) 
 
 
 def outcome(learner: Learner, losses: list[float], norms: list[float]) -> Outcome:
-    learner.game.average_buffers()
+    """Called after `average_buffers`."""
     state = learner.state(0)
     optimizer = {f"{name}.{key}": x for name, slots in state["optimizer"].items() for key, x in slots.items()}
     parts = (state["student"], state["teacher"], state["bank"], optimizer)
@@ -95,4 +102,6 @@ def outcome(learner: Learner, losses: list[float], norms: list[float]) -> Outcom
 
 def run(config: Config, ranks_per_node: int | None = None) -> Outcome:
     learner = make_learner(config, make_place(ranks_per_node))
-    return outcome(learner, *train(learner, config))
+    history = train(learner, config)
+    learner.game.average_buffers()
+    return outcome(learner, *history)

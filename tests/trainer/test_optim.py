@@ -1,11 +1,13 @@
 """Schedules at the points one can compute in the head, and which parameters decay."""
 
 import pytest
+import timm.optim
 import torch
 from torch import nn
 
+from models.encoder import Encoder
 from trainer.config import Optim
-from trainer.optim import cosine, make_optimizer, scaled_lr
+from trainer.optim import Lars, cosine, make_optimizer, scaled_lr
 
 
 def test_cosine_from_start_to_final() -> None:
@@ -64,6 +66,44 @@ def test_what_decays(name: str) -> None:
     assert decays(network, Optim.model_validate(settings)) == dict.fromkeys(every, 0.5)
     weights_only = decays(network, Optim.model_validate(settings | {"decay_norm_and_bias": False}))
     assert weights_only == {name: 0.5 if name in ("0.weight", "4.weight") else 0.0 for name in every}
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
+def test_no_norm_and_no_bias_of_a_real_network_decays(backbone: str) -> None:
+    network = Encoder(backbone)
+    norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
+    exempt = {
+        f"{name}.{key}" if name else key
+        for name, module in network.named_modules()
+        for key, _ in module.named_parameters(recurse=False)
+        if isinstance(module, norms) or key == "bias"
+    }
+    found = decays(network, Optim(weight_decay=0.5, decay_norm_and_bias=False))
+    assert exempt <= {name for name, decay in found.items() if decay == 0}
+    matrices = {name for name, p in network.named_parameters() if p.dim() > 1}
+    assert {name for name, decay in found.items() if decay == 0.5} == matrices
+
+
+def test_lars_is_timms() -> None:
+    """Which is for one process."""
+    networks = [make_network(), make_network()]
+    settings = {"lr": 0.3, "momentum": 0.9}
+    groups = [
+        [
+            {"params": [p for p in network.parameters() if p.dim() > 1], "weight_decay": 0.1},
+            {"params": [p for p in network.parameters() if p.dim() == 1], "weight_decay": 0.0},
+        ]
+        for network in networks
+    ]
+    ours, theirs = Lars(groups[0], **settings), timm.optim.Lars(groups[1], **settings)
+    images, labels = torch.randn(32, 3, 4, 4), torch.arange(32) % 2
+    for _ in range(5):
+        for network, optimizer in zip(networks, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(network(images), labels).backward()
+            optimizer.step()
+    for p, q in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("decay_norm_and_bias", [True, False])

@@ -86,7 +86,13 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "optim": {"name": "adamw", "lr": 1e-3, "warmup": 1, "accumulate": 3, "decay_norm_and_bias": False},
     },
     "lars, sync": {"optim": {"name": "lars", "lr": 200.0}, "method": {"bn": "sync"}},
-    "bf16": {"run": {"precision": "bf16"}},
+    # In bf16 torch 2.14's CPU convolution of stride 2 over single pixels gives gradients that are not defined.
+    "bf16": {"run": {"precision": "bf16"}, "model": {**RESNET, "small_images": True}},
+    "fp16, clipped": {
+        "run": {"precision": "fp16"},
+        "model": {**RESNET, "small_images": True},
+        "optim": {"clip": 1.0},
+    },
 }
 
 
@@ -120,28 +126,31 @@ def test_two_ranks_do_the_same_as_one(
                 assert together[key] == pytest.approx(alone[key], rel=tolerance, abs=1e-5), (alone["step"], key)
 
 
-def test_shuffled_batchnorm_trains_on_two_ranks_and_goes_on_with_one(tmp_path: Path, images: Path) -> None:
-    config = small_config(
-        tmp_path / "run", images, run={**small_config(tmp_path, images).run.model_dump(), "dir": str(tmp_path / "run")}
-    )
+@pytest.mark.parametrize("engine", [{}, {"kind": "fsdp"}, {"kind": "deepspeed"}], ids=["ddp", "fsdp", "zero3"])
+def test_shuffled_batchnorm_trains_on_two_ranks_and_goes_on_with_one(
+    tmp_path: Path, images: Path, engine: dict[str, Any]
+) -> None:
+    """Under any engine; and then with none."""
+    config = small_config(tmp_path / "run", images, engine=engine)
     process = subprocess.Popen(command(config, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     wait_for_step(tmp_path / "run", 9, process)
     process.send_signal(signal.SIGINT)
     process.wait(timeout=60)
-    pretrain(config)
+    pretrain(small_config(tmp_path / "run", images))
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 19))
+    assert [row["step"] for row in rows if "knn" in row] == [0, 6, 12, 18]
     assert rows[-1]["knn"] > 0
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(600):
+    for _ in range(1200):
         path = folder / "metrics.jsonl"
         if path.exists() and path.read_text().count('"loss"') >= step:
             return
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached in 30 s")
+    raise AssertionError(f"step {step} was not reached in a minute")
 
 
 BF16 = {"size": 30, "precision": "bf16", "weights": "bf16", "velocity": "bf16"}

@@ -47,7 +47,7 @@ def find_columns(schema: Any, file: Path) -> Columns:
 
 
 def image_bytes(column: Any, file: Path) -> Any:
-    """The (large) binary array of an image column. Raises ValueError where pictures are elsewhere or not encoded."""
+    """The (large) binary array of an image column. Raises ValueError if it holds another thing."""
     import pyarrow as pa
 
     if pa.types.is_struct(column.type):
@@ -56,8 +56,6 @@ def image_bytes(column: Any, file: Path) -> Any:
         column = column.field("bytes")
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
         raise ValueError(f"{file}: the column of images holds {column.type}, it must hold encoded pictures (binary)")
-    if column.null_count:
-        raise ValueError(f"{file}: {column.null_count} rows have no bytes; embed the pictures before saving")
     return column
 
 
@@ -86,6 +84,10 @@ class ArrowFiles(Packed):
                 for batch in _batches(mapped):
                     columns = find_columns(batch.schema, file)
                     images = image_bytes(batch.column(columns.image), file)
+                    if images.null_count:
+                        raise ValueError(
+                            f"{file}: {images.null_count} rows have no bytes: save it with the pictures in"
+                        )
                     _, offsets, data = images.buffers()
                     width = np.int64 if pa.types.is_large_binary(images.type) else np.int32
                     bounds = np.frombuffer(offsets, width)[images.offset : images.offset + len(images) + 1]
@@ -150,6 +152,8 @@ class ParquetFiles(Source):
             try:
                 with pq.ParquetFile(file) as parquet:
                     self._column, label, file_names = find_columns(parquet.schema_arrow, file)
+                    kind = parquet.schema_arrow.field(self._column).type
+                    image_bytes(pa.array([], kind), file)
                     groups = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
                     keys: list[str] = []
                     found = np.full(sum(groups), -1)
@@ -189,7 +193,9 @@ class ParquetFiles(Source):
         file, number = self._group_of[group]
         try:
             rows = _row_group(self._files[file], number, self._column)
-            stored: bytes = rows[int(i - self._starts[group])].as_py()
+            stored: bytes | None = rows[int(i - self._starts[group])].as_py()
+            if stored is None:
+                raise ValueError("the row has no bytes")
             return stored
         except (ValueError, pa.ArrowException, OSError) as error:
             raise UnreadableImage(f"{self.name(i)}: {error}") from error

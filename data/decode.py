@@ -39,7 +39,7 @@ def decode(data: bytes) -> NDArray[np.uint8]:
 
 
 def _check_size(data: bytes) -> None:
-    """Raise ValueError if the header of a JPEG, PNG or BMP claims too many pixels. Nothing is decoded for it.
+    """Raise ValueError if a JPEG, PNG or BMP claims more pixels, or a PNG's chunk more bytes, than there may be.
 
     WebP pictures have at most 16,383 x 16,383; OpenCV refuses 2^30 pixels of any kind.
     """
@@ -49,8 +49,12 @@ def _check_size(data: bytes) -> None:
         except ValueError:
             return  # the decoder will say
     elif data.startswith(b"\x89PNG\r\n\x1a\n"):
-        if zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
-            raise ValueError("damaged PNG header")  # before memory for what it says is taken
+        # OpenCV takes memory for what a header or a chunk claims, gigabytes, and only then finds that it is damaged.
+        place = 8
+        while place + 8 <= len(data) and data[place + 4 : place + 8] != b"IEND":
+            place += 12 + int.from_bytes(data[place : place + 4], "big")
+        if place > len(data) or zlib.crc32(data[12:29]) != int.from_bytes(data[29:33], "big"):
+            raise ValueError("damaged, cut short, or not a PNG")
         width, height = int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
     elif data.startswith(b"BM"):
         width, height = (abs(int.from_bytes(data[k : k + 4], "little", signed=True)) for k in (18, 22))

@@ -52,7 +52,7 @@ class _TrainSteps(Dataset[Batch]):
     batch_size: int
     rank: int
     world: int
-    blocks: Blocks | None
+    blocks: Blocks | None = None
 
     def __getitem__(self, step: int) -> Batch:
         epoch, samples = batch_samples(

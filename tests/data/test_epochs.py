@@ -1,6 +1,5 @@
 """Steps of an epoch and the samples in them, counted through the loader."""
 
-
 import pytest
 import torch
 

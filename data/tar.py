@@ -63,20 +63,18 @@ def _key(name: str) -> str:
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> str | None:
-    """The label in a .cls or .json member. Raises TarError if it is no such thing."""
+    """The label in a .cls or .json member, None if it has none, or -1. Raises TarError if it is no such thing."""
     if member.size > MAX_LABEL_BYTES:
         return None
-    file = tar.extractfile(member)
-    assert file is not None  # it is a regular file
+    assert tar.fileobj is not None
+    tar.fileobj.seek(member.offset_data)
     try:
-        text = file.read().decode("utf-8")
-        if ending == ".cls":
-            return text.strip() or None
-        values = json.loads(text)
+        text = tar.fileobj.read(member.size).decode("utf-8")
+        values = {"label": text.strip()} if ending == ".cls" else json.loads(text)
     except ValueError as error:
         raise tarfile.ReadError(f"{member.name} is not {'text' if ending == '.cls' else 'JSON'}: {error}") from error
     label = values.get("label") if isinstance(values, dict) else None
-    return str(label) if isinstance(label, int | str) and label != "" else None
+    return str(label) if isinstance(label, int | str) and label not in ("", "-1", -1) else None
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

@@ -63,9 +63,11 @@ def labels_of(column: Any) -> tuple[list[str], NDArray[np.int64]]:
     """The distinct labels of an array as text, and for each row which; -1 where there is none (null, or -1)."""
     encoded = column.dictionary_encode()
     values = [str(value) for value in encoded.dictionary.to_pylist()]
-    keys = [value for value in values if value != "-1"]
-    place = np.array([keys.index(value) if value != "-1" else -1 for value in values] + [-1], np.int64)
-    return keys, place[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    labelled = np.array([value != "-1" for value in values] + [False])
+    place = np.where(labelled, labelled.cumsum() - 1, -1)
+    return [value for value in values if value != "-1"], place[
+        encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    ]
 
 
 def scan_arrow(file: Path) -> Part:

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from data.cpu import render, render_center
 from data.index import Source, UnreadableImage
-from data.order import batch_samples, steps_per_epoch
+from data.order import Blocks, batch_samples, steps_per_epoch
 from data.views import Augment, View, draw
+from data.watch import Watched
 
 MAX_REPLACEMENTS = 100
 
@@ -51,9 +52,12 @@ class _TrainSteps(Dataset[Batch]):
     batch_size: int
     rank: int
     world: int
+    blocks: Blocks | None = None
 
     def __getitem__(self, step: int) -> Batch:
-        epoch, samples = batch_samples(len(self.source), self.seed, step, self.batch_size, self.rank, self.world)
+        epoch, samples = batch_samples(
+            len(self.source), self.seed, step, self.batch_size, self.rank, self.world, self.blocks
+        )
         params = [draw(self.seed, epoch, samples, v, view, self.augment) for v, view in enumerate(self.views)]
         pixels = [np.empty((len(samples), view.size, view.size, 3), np.uint8) for view in self.views]
         shown = samples.copy()
@@ -132,19 +136,21 @@ def train_batches(
     stop_step: int,
     workers: int,
     pin_memory: bool,
+    blocks: Blocks | None = None,
 ) -> Iterator[Batch]:
     """The local batches of global steps start_step..stop_step - 1 of `rank` of `world`.
 
     `batch_size` is the global one. A sample that cannot be read is replaced by the next one that can, under the
     first one's view parameters, and listed in `bad`. `workers` processes, each of one thread, make whole batches;
     with 0 they are made here. Raises ValueError if the data do not fill a batch, or `world` does not divide it;
-    while iterating, if 100 samples in a row, or all of fewer, cannot be read.
+    while iterating, if 100 samples in a row, or all of fewer, cannot be read. `blocks`: of the order, None for global.
     """
     steps_per_epoch(len(source), batch_size)
     if batch_size % world:
         raise ValueError(f"batch_size {batch_size} does not divide evenly among {world} ranks")
-    dataset = _TrainSteps(source, list(views), augment, seed, batch_size, rank, world)
-    return _start(dataset, range(start_step, stop_step), workers, pin_memory)
+    watched = Watched(source)
+    dataset = _TrainSteps(watched, list(views), augment, seed, batch_size, rank, world, blocks)
+    return watched.batches(_start(dataset, range(start_step, stop_step), workers, pin_memory))
 
 
 def eval_batches(
@@ -157,8 +163,9 @@ def eval_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    dataset = _EvalChunks(source, np.asarray(samples, np.int64), size, batch_size)
-    return _start(dataset, range(-(-len(samples) // batch_size)), workers, pin_memory=False)
+    watched = Watched(source)
+    dataset = _EvalChunks(watched, np.asarray(samples, np.int64), size, batch_size)
+    return watched.batches(_start(dataset, range(-(-len(samples) // batch_size)), workers, pin_memory=False))
 
 
 @lru_cache(maxsize=8)

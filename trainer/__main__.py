@@ -18,6 +18,10 @@ app = typer.Typer(
 )
 bench_app = typer.Typer(no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+data_app = typer.Typer(no_args_is_help=True, help="List, check and rewrite a data set.")
+app.add_typer(data_app, name="data")
+
+CORES = len(os.sched_getaffinity(0))
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", metavar="CONFIG")]
 Overrides = Annotated[
@@ -25,6 +29,8 @@ Overrides = Annotated[
 ]
 RunPath = Annotated[Path, typer.Argument(help="Run directory of a pre-training", metavar="RUN")]
 Precision = Literal["fp32", "fp16", "bf16"]
+DataPath = Annotated[str, typer.Argument(help="What data.train may be: a folder, shards, an index", metavar="SRC")]
+Threads = Annotated[int, typer.Option(help="Pictures read at a time", min=1)]
 OutPath = Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file, too.")]
 
 
@@ -77,6 +83,46 @@ def doctor(
 
     if not show(examine(load(config, overrides) if config else None)):
         raise typer.Exit(1)
+
+
+@data_app.command("index")
+def data_index(
+    src: DataPath, out: Annotated[Path, typer.Argument(help="The new index; data.train may name it", metavar="OUT.npz")]
+) -> None:
+    """List the pictures of a folder or of shards once, for all runs to come: data.train=OUT.npz."""
+    from trainer.dataset import make_index
+
+    print(make_index(src, out))
+
+
+@data_app.command("verify")
+def data_verify(
+    src: DataPath,
+    out: Annotated[Path | None, typer.Option(help="Write an index without the bad pictures to this .npz file")] = None,
+    threads: Threads = CORES,
+) -> None:
+    """Read and decode every picture. Lists the bad ones with the reason; exit code 1 if there are any."""
+    from trainer.dataset import verify
+
+    bad, total = verify(src, out, threads)
+    print(*bad, f"{len(bad):,} of {total:,} images cannot be read", sep="\n")
+    if bad:
+        raise typer.Exit(1)
+
+
+@data_app.command("shard")
+def data_shard(
+    src: DataPath,
+    dest: Annotated[Path, typer.Argument(help="The new folder for the shards", metavar="DEST")],
+    samples: Annotated[int, typer.Option(help="Most pictures in a shard", min=1)] = 10_000,
+    shuffle: Annotated[bool, typer.Option(help="Write them in an order drawn from the seed, or in that of SRC")] = True,
+    seed: int = 0,
+    threads: Threads = CORES,
+) -> None:
+    """Write a data set into tar shards of equal size, bytes as they are. After an interruption it goes on."""
+    from trainer.dataset import write_shards
+
+    print(write_shards(src, dest, samples, threads, seed if shuffle else None))
 
 
 @bench_app.callback()

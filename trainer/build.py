@@ -147,7 +147,9 @@ def _key_rows(config: Config, device: torch.device, source: Source, chunks: rang
     encoder = make_encoder(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     data, seed = config.data, int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
     start, stop, workers = chunks.start, chunks.stop, config.data.workers
-    batches = train_batches(source, [data.views[0]], data.augment, seed, size, 0, 1, start, stop, workers, False)
+    batches = train_batches(
+        source, [data.views[0]], data.augment, seed, size, 0, 1, start, stop, workers, False, blocks=data.blocks
+    )
     for batch in batches:
         yield encoder([normalize(batch.views[0].to(device), torch.float32)])
 

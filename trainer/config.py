@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data.order import Blocks
 from data.views import Augment, View
 from kernels import check_temperature
 
@@ -40,8 +41,10 @@ class Run(Section):
 
 
 class Data(Section):
-    """train and val: a folder of class/picture.jpg or a *-images-idx3-ubyte[.gz] file. batch_size: of all ranks.
+    """train and val: a folder of class/picture.jpg, shards or another kind of `data.index`. batch_size: of all ranks.
 
+    order: global, or block for storage that hates random reads (see `data.order.Blocks`). max_unreadable: the share of
+    the images seen that may be unreadable before the run stops; they are taken to be at least 1000.
     views[0] is the key's view (in the symmetric game views[0] and views[1]), the others are queries.
     """
 
@@ -49,6 +52,10 @@ class Data(Section):
     val: str | None = None
     batch_size: int = Field(256, ge=1)
     workers: int = Field(4, ge=0)  # processes per rank that make batches
+    order: Literal["global", "block"] = "global"
+    block_size: int = Field(1024, ge=1)  # consecutive samples of a block
+    block_window: int = Field(16, ge=1)  # blocks whose samples are shuffled together
+    max_unreadable: float = Field(0.01, ge=0, le=1)
     views: tuple[View, ...] = (View(size=224), View(size=224))
     augment: Augment = Augment()
 
@@ -58,6 +65,11 @@ class Data(Section):
         if len(views) < 2:
             raise ValueError("need at least 2 views")
         return views
+
+    @property
+    def blocks(self) -> Blocks | None:
+        """The order as `data.order` takes it."""
+        return Blocks(self.block_size, self.block_window) if self.order == "block" else None
 
 
 class Model(Section):
@@ -195,6 +207,12 @@ class Config(Section):
             except ValueError as error:
                 raise ValueError(f"{name}.temperature: {error}") from error
         self.engine.check()
+        data = self.data
+        if data.blocks and data.block_size * data.block_window < data.batch_size:
+            raise ValueError(
+                f"data.block_window: {data.block_window} blocks of {data.block_size} samples are fewer than "
+                f"data.batch_size, {data.batch_size}: batches would not be mixed"
+            )
         if self.optim.lr_final > self.optim.lr:
             raise ValueError(f"optim.lr_final: {self.optim.lr_final} is above optim.lr, {self.optim.lr}")
         if self.optim.warmup > self.run.epochs:

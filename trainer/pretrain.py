@@ -108,7 +108,7 @@ def _steps(
     unreadable = Unreadable(Path(run.dir), place.rank)
     batches = train_batches(
         train, list(data.views), data.augment, run.seed, data.batch_size, place.rank, place.world,
-        start, steps, data.workers, pin_memory=place.device.type == "cuda",
+        start, steps, data.workers, pin_memory=place.device.type == "cuda", blocks=data.blocks,
     )  # fmt: skip
     first, seconds, waited = start, 0.0, 0.0  # since the last row; what is done between steps does not count
     for step in range(start + 1, steps + 1):
@@ -138,6 +138,7 @@ def _steps(
             row |= {"images_per_second": speed, "data_wait": waited / seconds}
             row |= {"memory_gib": peak_memory_gib(place.device), "unreadable": unreadable.total()}
             recorder.row({"step": step, "epoch": step / epoch_steps, "images": images, **row})
+            unreadable.check(min((step - start) * data.batch_size, len(train)), data.max_unreadable)
             first, seconds, waited = step, 0.0, 0.0
         else:
             seconds += time.perf_counter() - before

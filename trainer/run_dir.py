@@ -4,7 +4,7 @@ config.yaml         the resolved configuration
 metrics.jsonl       one row per log point or evaluation
 tensorboard/        the same for TensorBoard
 checkpoints/        see `trainer.checkpoint`
-index-*.npz         listing of an image folder
+index-*.npz         listing of an image folder or of shards
 unreadable-*.txt    samples that could not be read, per rank
 results.json        what the finished run reached
 stop                made by a user: training saves and stops
@@ -46,6 +46,7 @@ FREE = (
     "run.step_timeout",
     "run.long_timeout",
     "data.workers",
+    "data.max_unreadable",
     "engine.",
     "eval.",
 )
@@ -112,22 +113,22 @@ def open_sources(config: Config, folder: Path) -> tuple[Source, Source | None]:
 
     Raises ValueError, on all ranks, if any rank cannot use them or finds other images than rank 0.
     """
-    error, train, val = None, None, None
-    try:
-        train = open_source(config.data.train, folder / "index-train.npz")
-        val = open_source(config.data.val, folder / "index-val.npz") if config.data.val else None
-        if config.data.batch_size > len(train):
-            error = (
-                f"data.batch_size: {config.data.batch_size} images are more than {config.data.train} has, {len(train)}"
-            )
-        elif val and (unknown := sorted(set(val.classes) - set(train.classes))):
-            error = (
-                f"data.val: {config.data.val} has classes that {config.data.train} has not: {', '.join(unknown[:3])}"
-            )
-    except (ValueError, OSError) as refusal:
-        error = f"data: {refusal}"
-    agree(error)
+    train, val = None, None
+    for turn in (True, False):  # rank 0 lists millions of files, then the others read what it saved
+        error = None
+        try:
+            if (dist.get_rank() == 0) == turn:
+                train = open_source(config.data.train, folder / "index-train.npz")
+                val = open_source(config.data.val, folder / "index-val.npz") if config.data.val else None
+        except (ValueError, OSError) as refusal:
+            error = f"data: {refusal}"
+        agree(error)
     assert train is not None
+    if config.data.batch_size > len(train):
+        error = f"data.batch_size: {config.data.batch_size} images are more than {config.data.train} has, {len(train)}"
+    elif val and (unknown := sorted(set(val.classes) - set(train.classes))):
+        error = f"data.val: {config.data.val} has classes that {config.data.train} has not: {', '.join(unknown[:3])}"
+    agree(error)
     for name, source in (("data.train", train), ("data.val", val)):
         if source:
             found = (len(source), len(source.classes), zlib.crc32(source.labels.tobytes()))
@@ -145,9 +146,12 @@ class Unreadable:
         self.path = folder / f"unreadable-{rank}.txt"
         listed = self.path.read_bytes().splitlines() if self.path.exists() else []
         self.samples = {int(line.split(b"\t")[0]) for line in listed}
+        self.met: set[int] = set()  # since this start; of the other ranks as far as `check` has heard
+        self.told = 0  # how many of them all ranks know
 
     def note(self, bad: list[tuple[int, str]]) -> None:
         for sample, reason in bad:
+            self.met.add(sample)
             if sample not in self.samples:
                 self.samples.add(sample)
                 log.warning("sample %d cannot be read, another is used: %s", sample, reason)
@@ -163,6 +167,24 @@ class Unreadable:
         count = torch.tensor(len(self.samples))
         dist.all_reduce(count)
         return int(count)
+
+    def check(self, seen: int, share: float) -> None:
+        """Raise ValueError, on all ranks, if more than `share` of the `seen` images since this start are unreadable.
+
+        Of fewer than 1000 images it is that share of 1000: a small number says little.
+        """
+        news = torch.tensor(len(self.met) - self.told)
+        dist.all_reduce(news)
+        if news > 0:
+            everyones: list[set[int]] = [set()] * dist.get_world_size()
+            dist.all_gather_object(everyones, self.met)
+            self.met.update(*everyones)
+            self.told = len(self.met)
+        if len(self.met) > share * max(seen, 1000):
+            raise ValueError(
+                f"{len(self.met):,} of {seen:,} images cannot be read, more than data.max_unreadable={share:g} allows; "
+                f"they are listed in {self.path.parent}/unreadable-*.txt"
+            )
 
 
 def read_config(folder: Path, overrides: list[str] | None = None) -> Config:

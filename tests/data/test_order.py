@@ -2,8 +2,9 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from data.order import batch_samples, epoch_order, steps_per_epoch
+from data.order import Blocks, batch_samples, epoch_order, samples_between, steps_per_epoch
 
 
 @pytest.mark.parametrize("n", [1, 2, 10, 1000, 65537])
@@ -80,3 +81,84 @@ def test_errors() -> None:
         steps_per_epoch(11, 0)
     with pytest.raises(ValueError, match="12 does not divide evenly among 5"):
         batch_samples(53, 5, 0, 12, 0, 5)
+
+
+# In blocks
+
+
+def in_blocks(n: int, seed: int, epoch: int, size: int, window: int) -> NDArray[np.int64]:
+    return samples_between(n, seed, epoch, 0, n, Blocks(size, window))
+
+
+@pytest.mark.parametrize("n", [1, 2, 10, 1000, 4097])
+@pytest.mark.parametrize(("size", "window"), [(1, 1), (1, 5), (3, 1), (8, 4), (100, 16), (5000, 2)])
+def test_blocks_are_a_permutation(n: int, size: int, window: int) -> None:
+    order = in_blocks(n, 3, 7, size, window)
+    assert order.dtype == np.int64
+    assert (np.sort(order) == np.arange(n)).all()
+
+
+def test_blocks_golden() -> None:
+    # Changing these changes every run with this order: a resumed one would silently become another.
+    assert in_blocks(10, 0, 0, 2, 2).tolist() == [1, 6, 7, 0, 8, 3, 9, 2, 5, 4]
+    assert in_blocks(10, 0, 1, 2, 2).tolist() == [1, 2, 3, 0, 9, 4, 5, 8, 6, 7]
+
+
+def test_a_window_has_whole_blocks_from_anywhere() -> None:
+    size, window = 10, 4
+    order = in_blocks(1000, 1, 2, size, window)
+    windows = [set((order[place : place + size * window] // size).tolist()) for place in range(0, 1000, size * window)]
+    assert [len(blocks) for blocks in windows] == [window] * 25
+    assert len(set.union(*windows)) == 100
+    assert sum(max(blocks) - min(blocks) for blocks in windows) > 25 * 40  # of 100, if they come from anywhere: 60
+    changes = (np.diff(order // size) != 0).sum()
+    assert changes > 600  # inside a window they are mixed: 3 of 4 neighbours are of other blocks
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_places_of_an_epoch_in_blocks(size: int) -> None:
+    whole = in_blocks(500, 2, 1, size, 3)
+    for start in range(0, 500, 23):
+        for stop in (start + 1, min(500, start + 23), 500):
+            assert samples_between(500, 2, 1, start, stop, Blocks(size, 3)).tolist() == whole[start:stop].tolist()
+
+
+def test_blocks_differ_between_epochs_and_seeds() -> None:
+    orders = [in_blocks(1000, seed, epoch, 8, 4) for seed in range(3) for epoch in range(3)]
+    for i, a in enumerate(orders):
+        for b in orders[:i]:
+            assert (a == b).sum() < 10
+            assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
+
+
+def test_one_window_of_all_is_the_global_order() -> None:
+    assert in_blocks(1000, 5, 3, 10, 100).tolist() == epoch_order(1000, 5, 3).tolist()
+
+
+# Both
+
+
+@pytest.mark.parametrize("blocks", [None, Blocks(16, 4)], ids=["global", "block"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_five_epochs_have_each_sample_once(blocks: Blocks | None, world: int) -> None:
+    n, batch = 1000, 42  # 23 steps, 34 samples left over
+    dropped = []
+    for epoch in range(5):
+        read: list[int] = []
+        for step in range(23 * epoch, 23 * (epoch + 1)):
+            for rank in range(world):
+                its_epoch, samples = batch_samples(n, 9, step, batch, rank, world, blocks)
+                assert its_epoch == epoch
+                read += samples.tolist()
+        assert len(read) == len(set(read)) == 23 * batch
+        dropped.append(frozenset(range(n)) - set(read))
+    assert len(set(dropped)) == 5  # others in each epoch
+    assert batch_samples(n, 9, 5 * 23, batch, 0, world, blocks)[0] == 5
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_resuming_in_blocks_is_a_slice_even_with_other_ranks(world: int) -> None:
+    blocks = Blocks(8, 2)
+    straight = np.concatenate([batch_samples(100, 1, step, 12, 0, 1, blocks)[1] for step in range(30)])
+    resumed = [batch_samples(100, 1, step, 12, r, world, blocks)[1] for step in range(17, 30) for r in range(world)]
+    assert np.concatenate(resumed).tolist() == straight[17 * 12 :].tolist()

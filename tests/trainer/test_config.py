@@ -182,6 +182,18 @@ def test_wrong_values_are_refused(tmp_path: Path, override: str, words: str) -> 
     assert words in refusal(write(tmp_path / "a.yaml", BASE), override)
 
 
+def test_a_window_of_blocks_holds_a_batch(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", BASE)
+    small = ["data.block_size=50", "data.block_window=5"]
+    assert load(path, small).data.blocks is None
+    assert load(path, ["data.order=block"]).data.blocks == (1024, 16)
+    assert load(path, [*small, "data.order=block", "data.batch_size=250"]).data.blocks == (50, 5)
+    assert refusal(path, *small, "data.order=block") == (
+        f"{path}: data.block_window: 5 blocks of 50 samples are fewer than data.batch_size, 256: "
+        "batches would not be mixed"
+    )
+
+
 def test_a_bad_view_is_named_alone(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", BASE)
     message = refusal(path, "data.views=[{size: 28}, {size: 4}]")

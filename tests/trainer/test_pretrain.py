@@ -1,6 +1,8 @@
 """Whole runs: what is written, that several ranks do the same as one, that a killed run goes on bit for bit."""
 
 import json
+import os
+import re
 import resource
 import signal
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 from tests.trainer.small import PYTHON, RESNET, VIT, VIT_ARGS, small_config, write_images
 from trainer.config import Config, dump
+from trainer.dataset import write_shards
 from trainer.inspect import write_report
 from trainer.pretrain import pretrain
 from trainer.run_dir import read_rows
@@ -219,6 +222,43 @@ def test_unreadable_images_are_listed_skipped_and_counted(tmp_path: Path) -> Non
     assert "class-2/004.png" in listed
     last = [row for row in rows_of(tmp_path / "run") if "loss" in row][-1]
     assert last["unreadable"] == len(listed.splitlines()) == 2
+
+
+def test_too_many_unreadable_images_stop_the_run_on_all_ranks(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    for i in range(0, 24, 2):
+        (images / f"class-1/{i:03d}.png").write_bytes(b"")
+    config = small_config(tmp_path / "run", images)
+    done = subprocess.run(command(config, ranks=2), capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 1
+    refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(refusals) == 2
+    assert re.fullmatch(
+        r"error: 1[12] of \d+ images cannot be read, more than data\.max_unreadable=0\.01 allows; "
+        r"they are listed in .*/run/unreadable-\*\.txt",
+        refusals[0],
+    )
+    assert refusals[0] == refusals[1]
+    assert not (tmp_path / "run/results.json").exists()
+    pretrain(Config.model_validate(config.model_dump() | {"data": config.data.model_dump() | {"max_unreadable": 0.5}}))
+    assert (tmp_path / "run/results.json").exists()
+
+
+def test_blocks_and_shards_train_and_go_on(tmp_path: Path, images: Path) -> None:
+    """The same run from a folder and from shards of it, in blocks; and one that is cut off."""
+    write_shards(str(images), tmp_path / "shards", 20, 1, 0)
+    blocks = {"order": "block", "block_size": 6, "block_window": 4}
+    config = small_config(tmp_path / "run", tmp_path / "shards", data=blocks)
+    pretrain(config)
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["knn"] > 0.5
+    cut = small_config(tmp_path / "cut", tmp_path / "shards", data=blocks)
+    pretrain(cut)
+    for path in ("results.json", "checkpoints/step-00000018", "checkpoints/step-00000016"):
+        os.rename(tmp_path / "cut" / path, tmp_path / os.path.basename(path))
+    pretrain(cut)
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "run")
+    assert checksums(tmp_path / "cut") == checksums(tmp_path / "run")
 
 
 def test_a_truncated_checkpoint_is_skipped_for_the_one_before(

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from data.index import ImageFolder
 from tests.data.pictures import write_folder
 from tests.ranks import run_ranks
 from trainer.config import Config, load
@@ -196,6 +197,64 @@ def test_unreadable_samples_are_listed_once(tmp_path: Path, place: Place, caplog
     lines = (tmp_path / "unreadable-3.txt").read_text().splitlines()
     assert lines == ["7\ta.jpg: the file is empty", "9\tb.jpg: damaged", "11\tc.jpg: damaged"]
     assert Unreadable(tmp_path, rank=0).total() == 0
+
+
+def test_too_many_unreadable_samples(tmp_path: Path, place: Place) -> None:
+    unreadable = Unreadable(tmp_path, rank=0)
+    unreadable.note([(i, "x.jpg: damaged") for i in range(10)])
+    unreadable.check(12, 0.01)  # 10 of 1000
+    unreadable.note([(3, "x.jpg: damaged"), (10, "x.jpg: damaged")])
+    unreadable.check(1200, 0.01)
+    for seen in (1099, 12):
+        with pytest.raises(ValueError, match=r"\A11 of [^\n]*\Z") as caught:
+            unreadable.check(seen, 0.01)
+        assert str(caught.value) == (
+            f"11 of {seen:,} images cannot be read, more than data.max_unreadable=0.01 allows; "
+            f"they are listed in {tmp_path}/unreadable-*.txt"
+        )
+    # What an earlier start met may have been mended since.
+    again = Unreadable(tmp_path, rank=0)
+    again.check(12, 0)
+    again.note([(3, "x.jpg: damaged")])
+    again.check(12, 0.001)
+    with pytest.raises(ValueError, match="1 of 12 images"):
+        again.check(12, 0)
+
+
+def count_together(folder: Path) -> list[str]:
+    """What each check says: ranks meet 4 samples each, 2 of them the same, then one rank 7 more."""
+    rank = dist.get_rank()
+    unreadable = Unreadable(folder, rank)
+    said = []
+    for bad in (range(2 * rank, 2 * rank + 4), range(10, 17) if rank == 1 else range(0), range(0)):
+        unreadable.note([(i, "x.jpg: damaged") for i in bad])
+        for share in (0.0059, 0.0125):
+            try:
+                unreadable.check(500, share)
+            except ValueError as error:
+                said.append(str(error).partition(" images")[0])
+            else:
+                said.append("")
+    return said
+
+
+def test_all_ranks_stop_for_what_they_met_together(tmp_path: Path) -> None:
+    for said in run_ranks(2, count_together, tmp_path):
+        assert said == ["6 of 500", "", "13 of 500", "13 of 500", "13 of 500", "13 of 500"]
+
+
+def scans(folder: Path) -> int:
+    """How often this rank lists the images."""
+    scan, count = ImageFolder.scan, []
+    pytest.MonkeyPatch().setattr(ImageFolder, "scan", lambda root: (count.append(1), scan(root))[1])  # type: ignore[func-returns-value]
+    open_sources(make_config(folder / "run", folder / "pictures"), folder / "run")
+    return len(count)
+
+
+def test_rank_0_lists_the_images_for_all(tmp_path: Path) -> None:
+    write_folder(tmp_path / "pictures")
+    assert run_ranks(2, scans, tmp_path) == [1, 0]
+    assert run_ranks(2, scans, tmp_path) == [0, 0]
 
 
 @pytest.mark.parametrize("name", ["two\nlines.jpg", "two\u2028lines.jpg", "latin1-\udce9.jpg", "tab\t.jpg"])

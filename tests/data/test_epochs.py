@@ -1,0 +1,53 @@
+"""Steps of an epoch and the samples in them, counted through the loader."""
+
+import pytest
+import torch
+
+from data.index import Source, open_source
+from data.loader import Batch, train_batches
+from data.order import Blocks, steps_per_epoch
+from data.views import Augment, View
+from tests.data.pictures import write_folder
+
+BLOCKS = pytest.mark.parametrize("blocks", [None, Blocks(5, 3)], ids=["global", "block"])
+BATCH, SEED = 12, 4
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """64 pictures: 5 steps of 12, 4 left over."""
+    return open_source(write_folder(tmp_path_factory.mktemp("data"), classes=4, per_class=16, size=12))
+
+
+def batches(source: Source, blocks: Blocks | None, start: int, stop: int, rank: int, world: int) -> list[Batch]:
+    views = [View(size=8), View(size=8)]
+    return list(
+        train_batches(
+            source, views, Augment(), SEED, BATCH, rank, world, start, stop, workers=0, pin_memory=False, blocks=blocks
+        )
+    )
+
+
+@BLOCKS
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_five_epochs(source: Source, blocks: Blocks | None, world: int) -> None:
+    assert steps_per_epoch(len(source), BATCH) == 5
+    ranks = [batches(source, blocks, 0, 25, rank, world) for rank in range(world)]
+    assert [len(steps) for steps in ranks] == [25] * world
+    epochs = []
+    for epoch in range(5):
+        read = [s for steps in ranks for batch in steps[5 * epoch : 5 * epoch + 5] for s in batch.samples.tolist()]
+        assert len(read) == len(set(read)) == 60
+        epochs.append(frozenset(read))
+    assert len(set(epochs)) > 1  # not always the same 4 are left out
+
+
+@BLOCKS
+def test_the_next_ten_batches_after_a_stop(source: Source, blocks: Blocks | None) -> None:
+    straight = batches(source, blocks, 0, 23, 0, 1)[13:]
+    for world in (1, 2, 3):
+        ranks = [batches(source, blocks, 13, 23, rank, world) for rank in range(world)]
+        for whole, *parts in zip(straight, *ranks, strict=True):
+            assert torch.equal(whole.samples, torch.cat([part.samples for part in parts]))
+            for v, view in enumerate(whole.views):
+                assert torch.equal(view, torch.cat([part.views[v] for part in parts]))

@@ -1,0 +1,128 @@
+"""What is said while a run waits for data."""
+
+import logging
+import re
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from data import watch
+from data.index import ImageFolder, UnreadableImage
+from data.loader import train_batches
+from data.views import Augment, View
+from data.watch import Watched
+from tests.data.pictures import write_folder
+
+
+class Slow(ImageFolder):
+    """Its first file takes a second."""
+
+    def read(self, i: int) -> bytes:
+        if i == 0:
+            time.sleep(1)
+        return super().read(i)
+
+
+@pytest.fixture
+def slow(tmp_path: Path) -> ImageFolder:
+    return Slow.scan(write_folder(tmp_path / "data", classes=1, per_class=8))
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if record.name == "data.watch"]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_file_that_a_worker_is_reading_is_named(
+    slow: ImageFolder, workers: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.3)
+    caplog.set_level(logging.WARNING)
+    batches = train_batches(slow, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 2, workers, pin_memory=False)
+    assert len(list(batches)) == 2
+    named = [line for line in lines(caplog) if "c0/0.png" in line]
+    assert named
+    assert re.fullmatch(r"waiting for data since \d+ s; being read: c0/0\.png \(since \d+ s\)", named[-1])
+
+
+def test_nothing_is_said_while_data_come(
+    slow: ImageFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.3)
+    watched = Watched(slow)
+
+    def steps() -> Iterator[int]:
+        for i in range(8):
+            time.sleep(0.1)
+            yield i
+
+    for _ in watched.batches(steps()):
+        time.sleep(0.1)  # the trainer's own work does not count
+    for i in watched.batches(iter(range(2))):
+        if i == 0:
+            time.sleep(0.7)
+    assert lines(caplog) == []
+
+
+def test_slow_augmentation_is_told_apart(
+    slow: ImageFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.2)
+
+    def steps() -> Iterator[int]:
+        time.sleep(0.7)
+        yield 0
+
+    assert list(Watched(slow).batches(steps())) == [0]
+    assert len(lines(caplog)) in (1, 2, 3)
+    assert "no file is being read" in lines(caplog)[0]
+
+
+def test_a_read_that_fails_is_over(slow: ImageFolder) -> None:
+    watched = Watched(slow)
+    (slow.root / slow.name(1)).unlink()
+    with pytest.raises(UnreadableImage):
+        watched.read(1)
+    assert watched.readers() == []
+
+
+def test_threads_are_told_apart(slow: ImageFolder) -> None:
+    watched = Watched(slow)
+    threads = [threading.Thread(target=watched.read, args=(0,)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.3)
+    assert [name for _, name in watched.readers()] == ["c0/0.png"] * 3
+    for thread in threads:
+        thread.join()
+    assert watched.readers() == []
+
+
+def test_the_watching_thread_ends(slow: ImageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "PATIENCE", 0.1)
+    before = threading.active_count()
+    whole, left = Watched(slow).batches(iter(range(3))), Watched(slow).batches(iter(range(3)))
+    assert (list(whole), next(left)) == ([0, 1, 2], 0)
+    assert threading.active_count() > before
+    del left
+    for _ in range(50):
+        if threading.active_count() == before:
+            return
+        time.sleep(0.02)
+    raise AssertionError("a thread is left")
+
+
+def test_a_workers_refusal_is_one_line(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data", classes=1, per_class=4)
+    source = ImageFolder.scan(root)
+    for path in root.rglob("*.png"):
+        path.unlink()
+    for workers in (0, 1):
+        batches = train_batches(source, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 2, workers, pin_memory=False)
+        with pytest.raises(
+            ValueError, match=r"\A4 samples in a row cannot be read, the last is c0/\d\.png: No such[^\n]*\Z"
+        ):
+            next(batches)

@@ -1,0 +1,227 @@
+"""python -m trainer data index | verify | shard."""
+
+import tarfile
+from collections import Counter
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from numpy.typing import NDArray
+from typer.testing import CliRunner
+
+from data.index import ImageFolder, Source, open_source
+from tests.data.pictures import write_folder
+from trainer import dataset
+from trainer.__main__ import app
+
+
+def run(*words: object) -> tuple[int, list[str]]:
+    """Exit code and lines of `python -m trainer data WORDS`."""
+    result = CliRunner().invoke(app, ["data", *map(str, words)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output.splitlines()
+
+
+def content(source: Source) -> Counter[tuple[str, bytes | str]]:
+    """Every picture with its class, whatever the order."""
+    return Counter((source.classes[source.labels[i]], bytes(source.read(i))) for i in range(len(source)))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """24 pictures in 3 classes."""
+    return write_folder(tmp_path / "data")
+
+
+def test_index(folder: Path, tmp_path: Path) -> None:
+    code, (line,) = run("index", folder, tmp_path / "x.npz")
+    assert code == 0
+    assert line.startswith("24 images in 3 classes, ")
+    assert content(open_source(tmp_path / "x.npz")) == content(open_source(folder))
+    before = (tmp_path / "x.npz").read_bytes()
+    with pytest.raises(ValueError, match=r"x\.npz exists: choose another name"):
+        run("index", folder, tmp_path / "x.npz")
+    assert (tmp_path / "x.npz").read_bytes() == before
+    with pytest.raises(ValueError, match=r"must end in \.npz"):
+        run("index", folder, tmp_path / "x.idx")
+
+
+def test_verify(folder: Path, tmp_path: Path) -> None:
+    assert run("verify", folder) == (0, ["0 of 24 images cannot be read"])
+    (folder / "c2/7.png").write_bytes(b"")
+    (folder / "c0/1.png").write_bytes((folder / "c0/1.png").read_bytes()[:-60])
+    (folder / "c1/two\nlines.png").write_bytes(b"hello")
+    code, lines = run("verify", folder, "--threads", 3, "--out", tmp_path / "good.npz")
+    assert code == 1
+    assert lines == [
+        "c0/1.png: damaged, cut short, or not a PNG",
+        "c1/two lines.png: damaged, cut short, or not an image that OpenCV can read",
+        "c2/7.png: the file is empty",
+        "3 of 25 images cannot be read",
+    ]
+    good = open_source(tmp_path / "good.npz")
+    assert len(good) == 22
+    assert run("verify", tmp_path / "good.npz") == (0, ["0 of 22 images cannot be read"])
+    with pytest.raises(ValueError, match="exists"):
+        run("verify", folder, "--out", tmp_path / "good.npz")
+
+
+def test_verify_needs_more_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dataset, "CHUNK", 5)
+    folder = write_folder(tmp_path / "data", classes=2, per_class=9)
+    (folder / "c1/8.png").write_bytes(b"")
+    assert run("verify", folder)[1] == ["c1/8.png: the file is empty", "1 of 18 images cannot be read"]
+
+
+@pytest.mark.parametrize("samples", [1, 7, 24, 1000])
+def test_shards_have_the_same_pictures(folder: Path, tmp_path: Path, samples: int) -> None:
+    (folder / "empty").mkdir()
+    (folder / "c0/a.b.png").write_bytes(b"not looked at, only copied")
+    (folder / "c0/0.jpg").write_bytes(b"of the same stem as 0.png")
+    code, lines = run("shard", folder, tmp_path / "out", "--samples", samples)
+    count = -(-26 // samples)
+    assert (code, lines) == (0, [f"26 images in {count} shards: {tmp_path}/out"])
+    shards = sorted((tmp_path / "out").glob("*.tar"))
+    assert [path.name for path in shards] == [f"shard-{k:06d}.tar" for k in range(count)]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {path.name for path in shards} | {"classes.txt"}
+    sizes = [len(open_source(shard)) for shard in shards]
+    assert max(sizes) - min(sizes) <= 1
+    assert max(sizes) <= samples
+    source = open_source(tmp_path / "out")
+    assert source.classes == open_source(folder).classes == ["c0", "c1", "c2", "empty"]
+    assert content(source) == content(open_source(folder))
+    if samples == 24:
+        labels = source.labels[:13].tolist()
+        assert labels != sorted(labels)  # shuffled, so that an order in blocks mixes classes
+
+
+def test_members_are_webdatasets(folder: Path, tmp_path: Path) -> None:
+    (folder / "c0/a.b.png").write_bytes(b"x")
+    run("shard", folder, tmp_path / "out")
+    with tarfile.open(tmp_path / "out/shard-000000.tar") as tar:
+        names = tar.getnames()
+    keys = [name.rpartition(".")[0] for name in names]
+    assert keys[::2] == keys[1::2]
+    assert len(set(keys)) == 25
+    assert not any("." in key for key in keys)
+    assert {name.rpartition(".")[2] for name in names[::2]} == {"png"}
+    assert {name.rpartition(".")[2] for name in names[1::2]} == {"cls"}
+
+
+def test_shards_are_the_same_every_time(folder: Path, tmp_path: Path) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        run("shard", folder, tmp_path / name, "--samples", 10, "--seed", seed, "--threads", 3)
+    a, b, c = ([path.read_bytes() for path in sorted((tmp_path / name).iterdir())] for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_shards_of_shards_and_of_an_index(folder: Path, tmp_path: Path) -> None:
+    run("shard", folder, tmp_path / "a", "--samples", 10)
+    run("index", tmp_path / "a", tmp_path / "a.npz")
+    run("shard", tmp_path / "a.npz", tmp_path / "b", "--samples", 5)
+    assert content(open_source(tmp_path / "b")) == content(open_source(folder))
+    assert len(list((tmp_path / "b").glob("*.tar"))) == 5
+
+
+def test_shards_in_the_order_of_the_source(tmp_path: Path) -> None:
+    rows = [cv2.imencode(".png", np.full((4, 4, 3), i, np.uint8))[1].tobytes() for i in range(9)]
+    pq.write_table(pa.table({"image": rows, "label": ["b", "a", "b"] * 3}), tmp_path / "x.parquet", row_group_size=2)
+    with pytest.raises(ValueError, match=r"is read in groups of rows.*give --no-shuffle"):
+        run("shard", tmp_path / "x.parquet", tmp_path / "out")
+    assert run("shard", tmp_path / "x.parquet", tmp_path / "out", "--no-shuffle", "--samples", 4)[0] == 0
+    source = open_source(tmp_path / "out")
+    assert [source.read(i) for i in range(9)] == rows
+    assert [source.classes[k] for k in source.labels] == ["b", "a", "b"] * 3
+    assert source.name(3) == "shard-000001.tar/x_parquet/1/1-3.png"
+
+
+def test_an_interrupted_writing_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = dataset._write_shard, []
+
+    def until_the_third(source: Source, samples: NDArray[np.int64], target: Path) -> None:
+        written.append(target.name)
+        if len(written) == 3:
+            target.with_name("." + target.name).write_bytes(b"half")
+            raise KeyboardInterrupt
+        write(source, samples, target)
+
+    monkeypatch.setattr(dataset, "_write_shard", until_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        dataset.write_shards(str(folder), tmp_path / "out", 5, 1, 0)
+    assert not (tmp_path / "out").exists()
+    finished = {path.name for path in (tmp_path / "out.partial").glob("shard-*.tar")}
+    assert finished >= {"shard-000000.tar", "shard-000001.tar"}
+    assert "shard-000002.tar" not in finished
+
+    for changed in ({"samples": 6}, {"seed": 1}):
+        with pytest.raises(ValueError, match=r"out\.partial is not a part of this: .*Delete or rename it"):
+            dataset.write_shards(str(folder), tmp_path / "out", **{"samples": 5, "threads": 1, "seed": 0} | changed)
+
+    again: list[str] = []
+
+    def noted(source: Source, samples: NDArray[np.int64], target: Path) -> None:
+        again.append(target.name)
+        write(source, samples, target)
+
+    monkeypatch.setattr(dataset, "_write_shard", noted)
+    dataset.write_shards(str(folder), tmp_path / "out", 5, 2, 0)
+    assert finished.isdisjoint(again)
+    assert len(finished) + len(again) == 5
+    assert not (tmp_path / "out.partial").exists()
+    run("shard", folder, tmp_path / "straight", "--samples", 5)
+    names = sorted(path.name for path in (tmp_path / "straight").iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert all((tmp_path / "out" / n).read_bytes() == (tmp_path / "straight" / n).read_bytes() for n in names)
+
+
+def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="out exists: choose another name"):
+        run("shard", folder, tmp_path / "out")
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"mine\.partial is not a part of this"):
+        run("shard", folder, tmp_path / "mine")
+    assert (tmp_path / "mine.partial" / "notes.txt").read_text() == "mine"
+    with (
+        dataset._claimed(tmp_path / "used.partial", {}),
+        pytest.raises(ValueError, match="another process is writing there"),
+        dataset._claimed(tmp_path / "used.partial", {}),
+    ):
+        pass
+
+
+def test_what_cannot_be_sharded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "test_batch.bin").write_bytes(bytes(3073))
+    with pytest.raises(ValueError, match="stores pixels, not encoded pictures"):
+        run("shard", tmp_path / "test_batch.bin", tmp_path / "out")
+    with pytest.raises(ValueError, match="only folders of pictures, tar shards and Arrow files have an index"):
+        run("index", tmp_path / "test_batch.bin", tmp_path / "x.npz")
+    run("index", folder, tmp_path / "x.npz")
+    (folder / "c1/3.png").unlink()
+    with pytest.raises(ValueError, match=r"c1/3\.png: No such file.*data verify SRC --out"):
+        run("shard", tmp_path / "x.npz", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (folder / "two\nlines").mkdir()
+    with pytest.raises(ValueError, match=r"line's end in their names"):
+        run("shard", folder, tmp_path / "other")
+
+
+def test_two_thousand_pictures_in_shards(tmp_path: Path) -> None:
+    """A folder, its shards and an index of them are the same data set."""
+    folder, noise = tmp_path / "data", np.random.default_rng(0)
+    for c in range(20):
+        (folder / f"c{c:02d}").mkdir(parents=True)
+        for i in range(100):
+            assert cv2.imwrite(str(folder / f"c{c:02d}" / f"{i}.jpg"), noise.integers(0, 256, (9, 8, 3), np.uint8))
+    run("shard", folder, tmp_path / "out", "--samples", 128)
+    assert run("verify", tmp_path / "out") == (0, ["0 of 2,000 images cannot be read"])
+    source = open_source(tmp_path / "out")
+    assert content(source) == content(ImageFolder.scan(folder))
+    for shard in range(15):  # any consecutive block has most classes
+        assert len(set(source.labels[128 * shard : 128 * shard + 128].tolist())) > 15

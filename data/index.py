@@ -48,6 +48,10 @@ class Source(Protocol):
         """What to call sample i in messages."""
         ...
 
+    def read(self, i: int) -> bytes | NDArray[np.uint8]:
+        """Sample i as stored: an encoded picture, or uint8 [H, W, 3] RGB pixels. Raises UnreadableImage."""
+        ...
+
     def image(self, i: int) -> NDArray[np.uint8]:
         """Sample i: uint8 [H, W, 3] RGB. Raises UnreadableImage."""
         ...
@@ -271,6 +275,10 @@ class IdxImages:
     def name(self, i: int) -> str:
         """The file and the number in it."""
         return f"{self._file}[{i}]"
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        """Sample i: uint8 [H, W, 3], the grey value in all channels."""
+        return self.image(i)
 
     def image(self, i: int) -> NDArray[np.uint8]:
         """Sample i: uint8 [H, W, 3], the grey value in all channels."""

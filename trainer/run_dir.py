@@ -32,7 +32,18 @@ log = logging.getLogger(__name__)
 Row = dict[str, Any]
 
 # What may change between two starts of a run, since it changes nothing that is learned.
-FREE = ("run.dir", "run.device", "run.log_every", "run.save_every", "run.keep", "data.workers", "eval.")
+FREE = (
+    "run.dir",
+    "run.device",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "data.backend",
+    "data.workers",
+    "data.prefetch",
+    "data.decoder.",
+    "eval.",
+)
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -51,6 +51,9 @@ class Broken:
     def name(self, i: int) -> str:
         return f"sample {i}"
 
+    def read(self, i: int) -> NDArray[np.uint8]:
+        return self.image(i)
+
     def image(self, i: int) -> NDArray[np.uint8]:
         if i != self.good:
             raise UnreadableImage(f"{self.name(i)}: broken")
@@ -68,9 +71,7 @@ def train(
     seed: int = 3,
     views: list[View] = VIEWS,
 ) -> Iterator[Batch]:
-    return train_batches(
-        source, views, Augment(solarize=0.2), seed, batch_size, rank, world, start, stop, workers, pin_memory=False
-    )
+    return train_batches(source, views, Augment(solarize=0.2), seed, batch_size, rank, world, start, stop, workers)
 
 
 def assert_same(a: list[Batch], b: list[Batch]) -> None:

@@ -85,6 +85,9 @@ class Colours:
     def name(self, i: int) -> str:
         return f"{self.colours[i]} {i}"
 
+    def read(self, i: int) -> NDArray[np.uint8]:
+        return self.image(i)
+
     def image(self, i: int) -> NDArray[np.uint8]:
         image = np.zeros((16, 16, 3), np.uint8)
         image[:, :, ["red", "green", "blue"].index(self.colours[i])] = 255

@@ -146,14 +146,16 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 
 @pipeline_def(enable_conditionals=True)
-def _graph(reader: Reader, sizes: list[int], device: str, decoder: Decoder, ahead: int) -> tuple[DataNode, ...]:
+def _graph(
+    reader: Reader, sizes: list[int], device: str, decoder: Decoder, workers: int, ahead: int
+) -> tuple[DataNode, ...]:
     """One uint8 [S, S, 3] for each of `sizes`, the sample's number, and the note about unreadable ones."""
     jpeg, pixels, encoded, shown, note, *inputs = fn.external_source(
         source=reader,
         num_outputs=len(COMMON) + PER_VIEW * len(sizes),
         layout=COMMON,
-        parallel=True,
-        prefetch_queue_depth=ahead,
+        parallel=workers > 0,
+        prefetch_queue_depth=ahead if workers else None,
     )
     if encoded:
         if device == "gpu":
@@ -223,6 +225,7 @@ def _start(
         [view.size for view in steps.views],
         "gpu" if device.type == "cuda" else "cpu",
         decoder,
+        workers,
         ahead=max(workers, prefetch),
         batch_size=steps.batch_size // steps.world,
         num_threads=max(1, workers),
@@ -253,7 +256,7 @@ def batches(
                 failed += 1
                 if failed == RESTARTS:
                     raise
-                log.warning("step %d: DALI failed, so the CPU backend makes its batch: %s", step, _last_line(error))
+                log.warning("step %d: DALI failed, so the CPU backend makes its batch: %s", step, _reason(error))
                 break
             failed = 0
             yield _to_batch(outputs)
@@ -276,7 +279,7 @@ def _to_batch(outputs: tuple) -> Batch:
     return Batch(tensors, torch.from_numpy(shown.as_array().copy()), [(i, reason) for i, reason in bad])
 
 
-def _last_line(error: Exception) -> str:
-    """DALI's messages are long; what matters is in the line that tells of the failed check or of the codec."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next((line for line in lines if line.startswith(("Assert", "Error in", "[/opt"))), lines[0] if lines else "")
+def _reason(error: Exception) -> str:
+    """The part of DALI's message that says what happened."""
+    text = str(error)
+    return " ".join((text.partition("encountered:")[2] or text).partition("Current pipeline")[0].split())

@@ -31,7 +31,7 @@ def cuts(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:
         image = photographs[i % 2]
         width, height = rng.integers(200, 640), rng.integers(150, 427)
         x, y = rng.integers(0, 640 - width + 1), rng.integers(0, 427 - height + 1)
-        image = image.crop((x, y, x + width, y + height))
+        image = image.crop((int(x), int(y), int(x + width), int(y + height)))
         if rng.random() < 0.5:
             image = image.reduce(2) if rng.random() < 0.5 else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pictures.append(np.asarray(image))

@@ -34,7 +34,7 @@ def cuts(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:
         image = image.crop((int(x), int(y), int(x + width), int(y + height)))
         if rng.random() < 0.5:
             image = image.reduce(2) if rng.random() < 0.5 else image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pictures.append(np.asarray(image))
+        pictures.append(np.array(image))
     return pictures
 
 

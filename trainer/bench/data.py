@@ -13,8 +13,9 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
 from data.index import Source
-from data.loader import MEAN, STD, Steps, normalize, train_batches
+from data.loader import MEAN, STD, normalize, train_batches
 from data.order import batch_samples
 from data.views import Augment, View
 from trainer import distributed
@@ -37,10 +38,12 @@ from trainer.optim import make_optimizer
 from trainer.run_dir import open_sources
 from trainer.step import Learner, Rates
 
-BACKENDS = ("pil", "cpu", "dali")
+Backend = Literal["pil", "cpu", "dali"]
+BACKENDS: tuple[Backend, ...] = ("pil", "cpu", "dali")
 PIL_WORKERS = 2
 PIXELS = 64 * 2 * 224 * 224  # of a batch that is timed: workers deliver whole batches, large ones make coarse clocks
 FOREVER = 1 << 40
+Costs = dict[str, float]
 # Each adds to what is switched on before; what the difference costs is the operation's.
 OPERATIONS: dict[str, tuple[str, ...]] = {
     "flip": ("flip",),
@@ -64,7 +67,7 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
         speeds: dict[str, list[float]] = {name: [] for name in BACKENDS}
         for _ in range(repeats):
             for name in BACKENDS:
-                batches = _batches(name, source, config, config.data.augment, batch_size, place, workers)
+                batches = _batches(name, source, config, batch_size, place, workers)
                 speeds[name].append(_speed(batches, place, batch_size, workers, seconds))
         medians = {name: statistics.median(values) for name, values in speeds.items()}
         return {
@@ -80,7 +83,7 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
             "turns": speeds,
             "images_per_second": medians,
             "times_pil": {name: medians[name] / medians["pil"] for name in BACKENDS},
-            "milliseconds": _operations(source, config, place, repeats),
+            "milliseconds": _operations(source, config, place, batch_size, repeats),
             "backend": data_backend(config, place.device),
             "backbone": config.model.backbone,
             "network_images_per_second": _appetite(config, place, source),
@@ -139,28 +142,24 @@ def report(result: dict[str, Any], out: Path | None) -> None:
 
 
 def _batches(
-    name: str, source: Source, config: Config, augment: Augment, batch_size: int, place: Place, workers: int
+    name: Backend, source: Source, config: Config, batch_size: int, place: Place, workers: int
 ) -> Iterator[list[Tensor]]:
-    """Normalised float32 views on the device, without end; `workers` 0: all of it is made by this process."""
+    """Normalised float32 views on the device, without end."""
     data = config.data
     if name == "pil":
-        dataset = PilViews(source, list(data.views), augment)
-        order = Order(len(source), batch_size)
-        context = multiprocessing.get_context("forkserver") if workers else None
         loader = DataLoader(
-            dataset,
-            batch_sampler=order,
-            num_workers=PIL_WORKERS if workers else 0,
-            multiprocessing_context=context,
+            PilViews(source, list(data.views), data.augment),
+            batch_sampler=Order(len(source), batch_size),
+            num_workers=PIL_WORKERS,
+            multiprocessing_context=multiprocessing.get_context("forkserver"),
             pin_memory=place.device.type == "cuda",
         )
         for views in loader:
             yield [view.to(place.device, non_blocking=True) for view in views]
         return
-    assert name in ("cpu", "dali")
     batches = train_batches(
-        source, list(data.views), augment, 0, batch_size, 0, 1, 0, FOREVER,
-        workers, place.device, name, data.prefetch, data.decoder,  # type: ignore[arg-type]
+        source, list(data.views), data.augment, 0, batch_size, 0, 1, 0, FOREVER,
+        workers, place.device, name, data.prefetch, data.decoder,
     )  # fmt: skip
     for batch in batches:
         yield [normalize(view.to(place.device, non_blocking=True), torch.float32) for view in batch.views]
@@ -182,25 +181,18 @@ def _speed(batches: Iterator[object], place: Place, batch_size: int, workers: in
     return count * batch_size / passed
 
 
-def _operations(source: Source, config: Config, place: Place, repeats: int) -> dict[str, dict[str, float]]:
+def _operations(source: Source, config: Config, place: Place, batch_size: int, repeats: int) -> dict[str, Costs]:
     """Milliseconds per image of each operation in one process, by backend.
 
-    Processor time of all its threads, which other jobs do not lengthen; on a GPU, time passed. Operations after the
-    crop are switched on one after the other, and cost what is added: the samples and all other parameters stay the
-    same. Medians of `repeats`, each of as many images as fill one batch.
+    Processor time of all its threads, which other jobs lengthen little; on a GPU, time passed, and DALI's decoding is
+    in its crop. The operations after the crop are switched on one after the other, and cost what is added: the samples
+    and all other parameters stay the same. Medians of `repeats` batches; a difference below 0 is noise, and is 0.
     """
     clock = time.perf_counter if place.device.type == "cuda" else time.process_time
-    data = config.data
-    views = sum(view.size**2 for view in data.views)
-    count = min(data.batch_size, max(16, PIXELS // views), len(source))
-    off = {key: 0.0 for keys in OPERATIONS.values() for key in keys}
-    levels, on = [off], dict(off)
-    for keys in OPERATIONS.values():
-        on = on | {key: getattr(data.augment, key) for key in keys}
-        levels.append(on)
-    samples = batch_samples(len(source), 0, 0, count, 0, 1)[1].tolist()
+    samples = batch_samples(len(source), 0, 0, batch_size, 0, 1)[1].tolist()
+    views = config.data.views
 
-    def timed(action: Callable[[], object], n: int) -> float:
+    def timed(action: Callable[[], object], images: int = batch_size) -> float:
         values = []
         for _ in range(repeats + 1):
             _wait(place)
@@ -208,57 +200,46 @@ def _operations(source: Source, config: Config, place: Place, repeats: int) -> d
             action()
             _wait(place)
             values.append(clock() - began)
-        return 1e3 * statistics.median(values[1:]) / n
+        return 1e3 * statistics.median(values[1:]) / images
 
-    read = timed(lambda: [source.read(i) for i in samples], count)
-    found = {}
+    on = {key: 0.0 for keys in OPERATIONS.values() for key in keys}
+    levels = [config.data.augment.model_copy(update=on)]
+    for keys in OPERATIONS.values():
+        on |= {key: getattr(config.data.augment, key) for key in keys}
+        levels.append(config.data.augment.model_copy(update=on))
+    read = timed(lambda: [source.read(i) for i in samples])
+    black = [torch.zeros(batch_size, v.size, v.size, 3, dtype=torch.uint8, device=place.device) for v in views]
+    normalised = timed(lambda: [normalize(x, torch.float32) for x in black])
+    costs: dict[str, Costs] = {}
     for name in BACKENDS:
-        stages = {"read": read}
         if name == "pil":
-            stages["read and decode"] = timed(lambda: [np.asarray(pil_image(source, i)) for i in samples], count)
-        elif name == "cpu" or place.device.type == "cpu":
-            stages["read and decode"] = timed(lambda: [source.image(i) for i in samples], count)
-        made: list[float] = []
-        for settings in levels:
-            augment = data.augment.model_copy(update=settings)
-            if name == "dali":
-                made.append(_dali_level(source, config, augment, count, place, timed))
-            elif name == "cpu":
-                steps = Steps(source, list(data.views), augment, 0, count, 0, 1)
-                made.append(timed(lambda steps=steps: steps[0], count))  # type: ignore[misc]
-            else:
-                pil = PilViews(source, list(data.views), augment)
-
-                def all_views(pil: PilViews = pil) -> None:
-                    random.seed(0)
-                    torch.manual_seed(0)
-                    for i in samples:
-                        pil[i]
-
-                made.append(timed(all_views, count))
-        decoded = stages.pop("read and decode", read)
-        stages["decode"] = decoded - read
-        stages["crop, resize"] = made[0] - decoded
+            made = [timed(partial(_make_pil, PilViews(source, list(views), level), samples)) for level in levels]
+            pictures = [Image.new("RGB", (view.size, view.size)) for view in views] * batch_size
+            normalised_here = timed(lambda x=pictures: [PIL_NORMALIZE(picture) for picture in x])  # type: ignore[misc]
+            made = [cost - normalised_here for cost in made]
+            decoded = timed(lambda: [np.asarray(pil_image(source, i)) for i in samples])
+        else:
+            normalised_here, decoded, made = normalised, timed(lambda: [source.image(i) for i in samples]), []
+            for level in levels:
+                batches = train_batches(
+                    source, list(views), level, 0, batch_size, 0, 1, 0, FOREVER, 0, place.device, name,
+                    config.data.prefetch, config.data.decoder,
+                )  # fmt: skip
+                next(batches)
+                made.append(timed(lambda x=batches: [next(x) for _ in range(4)], 4 * batch_size))  # type: ignore[misc]
+            if name == "dali" and place.device.type == "cuda":
+                decoded = read
+        stages = {"read": read, "decode": decoded - read, "crop, resize": made[0] - decoded}
         stages |= {key: after - before for key, before, after in zip(OPERATIONS, made[:-1], made[1:], strict=True)}
-        images = [torch.zeros(count, view.size, view.size, 3, dtype=torch.uint8) for view in data.views]
-        on_device = [image.to(place.device) for image in images]
-        normalized = timed(lambda v=on_device: [normalize(x, torch.float32) for x in v], count)  # type: ignore[misc]
-        stages["normalise"] = 0.0 if name == "pil" else normalized  # pil's is in crop, resize: torchvision's ToTensor
-        found[name] = {key: max(0.0, value) for key, value in stages.items()}
-    return found
+        costs[name] = {key: max(0.0, cost) for key, cost in (stages | {"normalise": normalised_here}).items()}
+    return costs
 
 
-def _dali_level(
-    source: Source, config: Config, augment: Augment, count: int, place: Place, timed: Callable[..., float]
-) -> float:
-    """Milliseconds per image of DALI, read by this process, without normalisation: it always works ahead."""
-    data = config.data
-    batches = train_batches(
-        source, list(data.views), augment, 0, count, 0, 1, 0, FOREVER, 0, place.device, "dali", data.prefetch,
-        data.decoder,
-    )  # fmt: skip
-    next(batches)
-    return timed(lambda: [next(batches) for _ in range(4)], 4 * count)
+def _make_pil(pil: "PilViews", samples: list[int]) -> None:
+    random.seed(0)
+    torch.manual_seed(0)
+    for i in samples:
+        pil[i]
 
 
 def _appetite(config: Config, place: Place, source: Source) -> float:
@@ -266,7 +247,7 @@ def _appetite(config: Config, place: Place, source: Source) -> float:
     on_gpu = place.device.type == "cuda"
     batch = config.data.batch_size // place.world
     if not on_gpu:  # a step of 256 images of 224 pixels takes minutes there, and no longer per image than a small one
-        batch = min(batch, max(16, PIXELS // 4 // sum(view.size**2 for view in config.data.views)))
+        batch = min(batch, 32)
     bank = config.bank.model_copy(update={"init": "random"})
     data = config.data.model_copy(update={"batch_size": batch * place.world})
     config = config.model_copy(update={"bank": bank, "data": data})
@@ -346,6 +327,9 @@ class PilBlur:
         return image.filter(ImageFilter.GaussianBlur(radius=random.uniform(*self.sigma)))
 
 
+PIL_NORMALIZE = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
+
+
 def pil_transform(view: View, augment: Augment) -> Callable[[Image.Image], Tensor]:
     """torchvision's transforms in the order of https://github.com/maple-research-lab/AdCo."""
     jitter = transforms.ColorJitter(augment.brightness, augment.contrast, augment.saturation, augment.hue)
@@ -357,7 +341,6 @@ def pil_transform(view: View, augment: Augment) -> Callable[[Image.Image], Tenso
             transforms.RandomApply([PilBlur(augment.blur_sigma)], p=augment.blur),
             transforms.RandomSolarize(128, p=augment.solarize),
             transforms.RandomHorizontalFlip(p=augment.flip),
-            transforms.ToTensor(),
-            transforms.Normalize(MEAN, STD),
+            PIL_NORMALIZE,
         ]
     )

@@ -40,6 +40,7 @@ log = logging.getLogger(__name__)
 COMMON = ("", "HWC", "", "", "")  # layouts of the outputs of `Reader` that are not of a view
 PER_VIEW = 8  # inputs of `_view` after the picture and the size
 SOLARIZED = [min(value, 255 - value) for value in range(256)]
+MOST_PIXELS = 1 << 27  # of a picture that DALI may decode: 400 MB
 RESTARTS = 10  # in a row, before a failure is taken to be DALI's and not a picture's
 
 Item = tuple[NDArray[np.uint8], int, int]  # encoded [n] or pixels [H, W, 3]; upright height and width
@@ -122,7 +123,8 @@ def _view_inputs(params: ViewParams, boxes: NDArray[np.int64]) -> list[NDArray]:
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
     """Upright height and width of a JPEG that DALI reads as the CPU backend does; None for anything else.
 
-    That is: grey or YCbCr, with its end where it should be, and an EXIF orientation, if any, that Pillow can read.
+    That is: grey or YCbCr, not huge, with its end where it should be, and an EXIF orientation, if any, that Pillow can
+    read.
     Reads the headers only; damage between them is found by the decoder.
     """
     if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
@@ -131,7 +133,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if color not in ("Gray", "YCbCr"):
+    if color not in ("Gray", "YCbCr") or height * width > MOST_PIXELS:
         return None
     if data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
         try:
@@ -214,13 +216,13 @@ def _view(
     return view
 
 
-def _start(
+def _pipeline(
     steps: Steps, start: int, stop: int, workers: int, prefetch: int, device: torch.device, decoder: Decoder
 ) -> Pipeline:
     # The fork server for the reason in data.loader. DALI's own documentation names fork and spawn only, but passes the
     # name on to multiprocessing, whose pickling lets the workers share the index rather than copy it.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["data.dali"])
-    pipeline = _graph(
+    return _graph(
         Reader(steps, start, stop),
         [view.size for view in steps.views],
         "gpu" if device.type == "cuda" else "cpu",
@@ -234,8 +236,6 @@ def _start(
         py_num_workers=workers,
         py_start_method="forkserver",
     )
-    pipeline.build()
-    return pipeline
 
 
 def batches(
@@ -248,10 +248,12 @@ def batches(
     """
     step, failed = start, 0
     while step < stop:
-        pipeline = _start(steps, step, stop, workers, prefetch, device, decoder)
+        pipeline = _pipeline(steps, step, stop, workers, prefetch, device, decoder)
+        pipeline.build()
         while step < stop:
             try:
-                outputs = pipeline.run()
+                # On torch's stream the GPU waits for DALI's work, and not the host.
+                outputs = pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
             except RuntimeError as error:
                 failed += 1
                 if failed == RESTARTS:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data import dali
 from data.index import ImageFolder, Source, open_source
-from data.loader import Batch, train_batches
+from data.loader import Batch, Decoder, Steps, train_batches
 from data.order import batch_samples
 from data.views import Augment, View
 from tests.data.photos import FOLDER, jpeg, write_photos
@@ -256,7 +256,7 @@ def test_a_picture_that_breaks_the_pipeline_costs_one_batch(
 
 
 def test_a_pipeline_that_always_breaks_is_an_error(small: Source, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(self: object) -> None:
+    def fails(self: object, stream: object) -> None:
         raise RuntimeError("encountered: no memory")
 
     monkeypatch.setattr(dali.Pipeline, "run", fails)
@@ -277,3 +277,18 @@ def test_jpeg_size() -> None:
     assert dali.jpeg_size(jpeg(picture, orientation=9)) is None
     for data in (b"", b"\xff\xd8\xff\xd9", jpeg(picture, "CMYK"), jpeg(picture)[:-1], png16(picture)):
         assert dali.jpeg_size(data) is None
+
+
+def test_the_graph_for_a_gpu_can_be_put_together(small: Source) -> None:
+    """Without a GPU it cannot run; but each operation is asked for where it should be, and exists there."""
+    steps = Steps(small, MULTI_CROP, Augment(), 3, 8, 0, 1)
+    pipeline = dali._pipeline(steps, 0, 4, 0, 2, torch.device("cuda", 0), Decoder())
+    pipeline._build_graph()
+    devices: dict[str, set[str]] = {}
+    for op in pipeline._ops:
+        for node in op.outputs:
+            devices.setdefault(op.name.strip("_").rpartition("_")[0], set()).add(node.device)
+    assert devices.pop("ExternalSource") == {"cpu"}
+    assert devices.pop("Split") == devices.pop("ArithmeticGenericOp") == {"cpu", "gpu"}
+    assert len(devices) >= 9
+    assert all(where == {"gpu"} for where in devices.values()), devices

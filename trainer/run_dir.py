@@ -38,7 +38,10 @@ FREE = (
     "run.log_every",
     "run.save_every",
     "run.keep",
+    "data.backend",
     "data.workers",
+    "data.prefetch",
+    "data.decoder.",
     "data.max_unreadable",
     "eval.",
 )

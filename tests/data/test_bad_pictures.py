@@ -146,7 +146,7 @@ def test_all_of_them_in_an_epoch(tmp_path: Path, workers: int) -> None:
     source = open_source(tmp_path)
     count = len(AS_PILLOW) + len(REFUSED)
     views = [View(size=32), View(size=16, scale=(0.05, 0.14))]
-    (batch,) = train_batches(source, views, Augment(), 0, count, 0, 1, 0, 1, workers, pin_memory=False)
+    (batch,) = train_batches(source, views, Augment(), 0, count, 0, 1, 0, 1, workers)
     assert [v.shape for v in batch.views] == [(count, 32, 32, 3), (count, 16, 16, 3)]
     assert {source.name(i) for i, _ in batch.bad} == {f"c/{name}" for name in REFUSED}
     assert {source.name(i) for i in batch.samples.tolist()} == {f"c/{name}" for name in AS_PILLOW}

@@ -1,6 +1,5 @@
 """Steps of an epoch and the samples in them, counted through the loader."""
 
-
 import pytest
 import torch
 
@@ -23,9 +22,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def batches(source: Source, blocks: Blocks | None, start: int, stop: int, rank: int, world: int) -> list[Batch]:
     views = [View(size=8), View(size=8)]
     return list(
-        train_batches(
-            source, views, Augment(), SEED, BATCH, rank, world, start, stop, workers=0, pin_memory=False, blocks=blocks
-        )
+        train_batches(source, views, Augment(), SEED, BATCH, rank, world, start, stop, workers=0, blocks=blocks)
     )
 
 

@@ -5,7 +5,7 @@ About 45 bytes a picture for a folder and 70 for shards, with names of 30 bytes.
 
 import logging
 import os
-import tempfile
+import secrets
 import zipfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -90,14 +90,14 @@ class Listing(Source):
     def save(self, index: Path) -> None:
         """Writes the listing for `load`, atomically: several ranks may do this at once."""
         index.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=index.parent, prefix=index.name)
+        temporary = index.with_name(f".{index.name}.{secrets.token_hex(4)}")
         try:
-            with os.fdopen(handle, "wb") as file:
+            with temporary.open("xb") as file:
                 root = np.frombuffer(os.fsencode(self.root.resolve()), np.uint8)
                 np.savez(file, root=root, **self._arrays())  # type: ignore[arg-type]
             os.replace(temporary, index)
         except BaseException:
-            os.unlink(temporary)
+            temporary.unlink(missing_ok=True)
             raise
 
     _PER_SAMPLE: tuple[str, ...] = ()  # arrays of a subclass with one number a sample
@@ -217,6 +217,7 @@ class Packed(Listing):
     def _arrays(self) -> dict[str, NDArray[Any]]:
         return {
             **super()._arrays(),
+            "classes": _joined(self.classes, "\0"),  # stored labels may be any text, a folder's name has no slash
             "files": _joined(self.files, "\0"),
             "file_sizes": self._file_sizes,
             "file_of": self._file_of.array,
@@ -233,7 +234,7 @@ class Packed(Listing):
                 raise ValueError(f"{file} has {now} bytes, and had {size} when its index was made: make a new index")
         return cls(
             root,
-            _split(arrays["classes"]),
+            _split(arrays["classes"], "\0"),
             arrays["labels"],
             arrays["names"],
             arrays["offsets"],

@@ -85,6 +85,8 @@ def make_classes(
     missing = int((labels < 0).sum())
     if missing:
         raise ValueError(f"{root}: {missing} of {len(labels)} pictures have no label: label all, or none")
+    if any("\0" in key for key in codes):
+        raise ValueError(f"{root} has labels with a NUL in them")
     keys = sorted(codes)
     if all(key.isascii() and key.isdecimal() for key in keys):
         keys.sort(key=int)

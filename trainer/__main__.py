@@ -105,13 +105,14 @@ def data_shard(
     src: DataPath,
     dest: Annotated[Path, typer.Argument(help="The new folder for the shards", metavar="DEST")],
     samples: Annotated[int, typer.Option(help="Most pictures in a shard", min=1)] = 10_000,
-    seed: Annotated[int, typer.Option(help="Of the order they are written in")] = 0,
+    shuffle: Annotated[bool, typer.Option(help="Write them in an order drawn from the seed, or in that of SRC")] = True,
+    seed: int = 0,
     threads: Threads = CORES,
 ) -> None:
-    """Write a data set into tar shards of equal size, shuffled, bytes as they are. Interrupted, it goes on there."""
+    """Write a data set into tar shards of equal size, bytes as they are. After an interruption it goes on."""
     from trainer.dataset import write_shards
 
-    print(write_shards(src, dest, samples, threads, seed))
+    print(write_shards(src, dest, samples, threads, seed if shuffle else None))
 
 
 @bench_app.callback()

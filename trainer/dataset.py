@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from data.arrow import ParquetFiles
 from data.folder import EXTENSIONS
 from data.index import Listing, Source, UnreadableImage, open_source
 from data.order import epoch_order
@@ -72,13 +73,13 @@ def verify(path: str, out: Path | None, threads: int) -> tuple[list[str], int]:
     return [line for _, line in bad], len(source)
 
 
-def write_shards(path: str, dest: Path, samples: int, threads: int, seed: int) -> str:
+def write_shards(path: str, dest: Path, samples: int, threads: int, seed: int | None) -> str:
     """Write the data set at `path` into the new folder `dest`: shards of at most `samples` pictures, equal but for one.
 
-    The pictures are shuffled by `seed` and their bytes copied as they are; labels are .cls members with the number of
-    the class, names are in classes.txt. All appears in `dest` at once at the end. What was interrupted goes on where it
-    was when the same is asked for again. Raises ValueError if `dest` exists, if DEST.partial is of something else or in
-    use, or if a picture cannot be read or is not encoded.
+    The pictures are shuffled by `seed`, or in the order of the source if it is None; their bytes are copied as they
+    are. Labels are .cls members with the number of the class, names are in classes.txt. `dest` appears at once at the
+    end. What was interrupted goes on where it was when the same is asked for again. Raises ValueError if `dest`
+    exists, if DEST.partial is of something else or in use, or if a picture cannot be read or is not encoded.
     """
     _refuse_existing(dest)
     source = open_source(path)
@@ -86,8 +87,12 @@ def write_shards(path: str, dest: Path, samples: int, threads: int, seed: int) -
         raise ValueError(f"{path} has classes with a line's end in their names: classes.txt cannot hold them")
     if not isinstance(source.read(0), bytes):
         raise ValueError(f"{path} stores pixels, not encoded pictures: there are no bytes to copy")
+    if isinstance(source, ParquetFiles) and seed is not None:
+        raise ValueError(
+            f"{path} is read in groups of rows, shuffled each picture would cost a group: give --no-shuffle"
+        )
     shards = -(-len(source) // samples)
-    order = epoch_order(len(source), seed, 0)
+    order = np.arange(len(source)) if seed is None else epoch_order(len(source), seed, 0)
     bounds = np.linspace(0, len(source), shards + 1).astype(np.int64)
     partial = dest.with_name(dest.name + ".partial")
     plan: dict[str, object] = {

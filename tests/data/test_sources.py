@@ -229,6 +229,18 @@ def test_index_of_shards(tmp_path: Path) -> None:
             open_source(path, cache)
 
 
+def test_index_with_labels_of_any_text(tmp_path: Path) -> None:
+    labels = ["a/b", "two\nlines", "é", "c"]
+    members = {f"{i}{end}": data for i, label in enumerate(labels) for end, data in
+               ((".png", png(i)), (".json", json.dumps({"label": label}).encode()))}  # fmt: skip
+    write_tar(tmp_path / "x.tar", members)
+    check(open_source(tmp_path / "x.tar", tmp_path / "index.npz"), [png(i) for i in range(4)], labels)
+    check(open_source(tmp_path / "index.npz"), [png(i) for i in range(4)], labels)
+    write_tar(tmp_path / "x.tar", {"0.png": png(0), "0.json": b'{"label": "a\\u0000b"}'})
+    with pytest.raises(ValueError, match="labels with a NUL"):
+        open_source(tmp_path / "x.tar")
+
+
 def test_index_of_a_folder_as_a_data_set(tmp_path: Path) -> None:
     folder = write_folder(tmp_path / "data", classes=2, per_class=3)
     open_source(folder, tmp_path / "index.npz")

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
@@ -124,6 +126,18 @@ def test_shards_of_shards_and_of_an_index(folder: Path, tmp_path: Path) -> None:
     run("shard", tmp_path / "a.npz", tmp_path / "b", "--samples", 5)
     assert content(open_source(tmp_path / "b")) == content(open_source(folder))
     assert len(list((tmp_path / "b").glob("*.tar"))) == 5
+
+
+def test_shards_in_the_order_of_the_source(tmp_path: Path) -> None:
+    rows = [cv2.imencode(".png", np.full((4, 4, 3), i, np.uint8))[1].tobytes() for i in range(9)]
+    pq.write_table(pa.table({"image": rows, "label": ["b", "a", "b"] * 3}), tmp_path / "x.parquet", row_group_size=2)
+    with pytest.raises(ValueError, match=r"is read in groups of rows.*give --no-shuffle"):
+        run("shard", tmp_path / "x.parquet", tmp_path / "out")
+    assert run("shard", tmp_path / "x.parquet", tmp_path / "out", "--no-shuffle", "--samples", 4)[0] == 0
+    source = open_source(tmp_path / "out")
+    assert [source.read(i) for i in range(9)] == rows
+    assert [source.classes[k] for k in source.labels] == ["b", "a", "b"] * 3
+    assert source.name(3) == "shard-000001.tar/x_parquet/1/1-3.png"
 
 
 def test_an_interrupted_writing_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

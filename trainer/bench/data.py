@@ -226,7 +226,7 @@ def _operations(source: Source, config: Config, place: Place, batch_size: int, r
                     config.data.prefetch, config.data.decoder,
                 )  # fmt: skip
                 next(batches)
-                made.append(timed(lambda x=batches: [next(x) for _ in range(4)], 4 * batch_size))  # type: ignore[misc]
+                made.append(timed(lambda x=batches: [next(x) for _ in range(2)], 2 * batch_size))  # type: ignore[misc]
             if name == "dali" and place.device.type == "cuda":
                 decoded = read
         stages = {"read": read, "decode": decoded - read, "crop, resize": made[0] - decoded}
@@ -247,7 +247,7 @@ def _appetite(config: Config, place: Place, source: Source) -> float:
     on_gpu = place.device.type == "cuda"
     batch = config.data.batch_size // place.world
     if not on_gpu:  # a step of 256 images of 224 pixels takes minutes there, and no longer per image than a small one
-        batch = min(batch, 32)
+        batch = min(batch, 16)
     bank = config.bank.model_copy(update={"init": "random"})
     data = config.data.model_copy(update={"batch_size": batch * place.world})
     config = config.model_copy(update={"bank": bank, "data": data})

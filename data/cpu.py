@@ -1,7 +1,7 @@
 """The plain CPU backend: applies `ViewParams` to one picture at a time.
 
 A view is: crop, resize, flip, colour matrix, Gaussian blur, solarize. What defines the picture, for other backends
-to agree with:
+to agree with (docs/data-backends.md says how far DALI's are):
 
 - resize: bilinear between pixel centres, with a triangle filter as wide as the shrinking along each axis
   (antialiasing; what Pillow, torchvision and DALI call linear with antialias). It reads only the crop.

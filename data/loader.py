@@ -38,8 +38,8 @@ class Decoder(BaseModel):
     hw_decoder_load: share of the pictures that the hardware decoder takes (A100 and later), the others go to the CUDA
     cores; the best share depends on `data.workers`. device_padding and host_padding: bytes of memory per thread that
     nvJPEG takes at the start, so that it need not grow later; width and height: the largest picture the hardware
-    decoder prepares for, in pixels, 0 for none. NVIDIA's own figures for ImageNet are 211025920, 140544512, 5980 and
-    6430: no allocation after the first step, for 0.35 GB a thread.
+    decoder prepares for, in pixels, 0 for none. NVIDIA's examples give 211025920, 140544512, 5980 and 6430 for
+    ImageNet: no allocation after the first step, for 0.2 GB of the GPU's memory a thread.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

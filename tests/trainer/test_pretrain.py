@@ -90,6 +90,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "lars, sync": {"optim": {"name": "lars", "lr": 200.0}, "method": {"bn": "sync"}},
     "bf16": {"run": {"precision": "bf16"}},
+    "dali": {"data": {"backend": "dali"}},
 }
 
 

@@ -6,6 +6,7 @@ two processes. It draws its own random numbers from the same distributions.
 
 import io
 import json
+import logging
 import multiprocessing
 import os
 import platform
@@ -34,9 +35,12 @@ from trainer import distributed
 from trainer.build import autocast_type, data_backend, data_workers, fill_bank, make_game
 from trainer.config import Config
 from trainer.distributed import Place
+from trainer.metrics import set_up_logging
 from trainer.optim import make_optimizer
 from trainer.run_dir import open_sources
 from trainer.step import Learner, Rates
+
+log = logging.getLogger(__name__)
 
 Backend = Literal["pil", "cpu", "dali"]
 BACKENDS: tuple[Backend, ...] = ("pil", "cpu", "dali")
@@ -60,6 +64,7 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
     configuration gets on this machine, but no fewer than pil has.
     """
     with distributed.started(config.run.device) as place:
+        set_up_logging(place.rank)
         source, _ = open_sources(config, folder)
         views = sum(view.size**2 for view in config.data.views)
         batch_size = min(config.data.batch_size, max(16, PIXELS // views), len(source))
@@ -69,6 +74,7 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
             for name in BACKENDS:
                 batches = _batches(name, source, config, batch_size, place, workers)
                 speeds[name].append(_speed(batches, place, batch_size, workers, seconds))
+                log.info("%s: %.0f images/s", name, speeds[name][-1])
         medians = {name: statistics.median(values) for name, values in speeds.items()}
         return {
             "data": config.data.train,
@@ -226,11 +232,12 @@ def _operations(source: Source, config: Config, place: Place, batch_size: int, r
                     config.data.prefetch, config.data.decoder,
                 )  # fmt: skip
                 next(batches)
-                made.append(timed(lambda x=batches: [next(x) for _ in range(4)], 4 * batch_size))  # type: ignore[misc]
+                made.append(timed(lambda x=batches: [next(x) for _ in range(2)], 2 * batch_size))  # type: ignore[misc]
             if name == "dali" and place.device.type == "cuda":
                 decoded = read
         stages = {"read": read, "decode": decoded - read, "crop, resize": made[0] - decoded}
         stages |= {key: after - before for key, before, after in zip(OPERATIONS, made[:-1], made[1:], strict=True)}
+        log.info("%s: %.2f ms an image in one process", name, made[-1] + normalised_here)
         costs[name] = {key: max(0.0, cost) for key, cost in (stages | {"normalise": normalised_here}).items()}
     return costs
 
@@ -247,7 +254,7 @@ def _appetite(config: Config, place: Place, source: Source) -> float:
     on_gpu = place.device.type == "cuda"
     batch = config.data.batch_size // place.world
     if not on_gpu:  # a step of 256 images of 224 pixels takes minutes there, and no longer per image than a small one
-        batch = min(batch, 32)
+        batch = min(batch, 16)
     bank = config.bank.model_copy(update={"init": "random"})
     data = config.data.model_copy(update={"batch_size": batch * place.world})
     config = config.model_copy(update={"bank": bank, "data": data})

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.files import retried
-from data.listing import Packed, Part
+from data.listing import Part
 from data.source import SharedArray, Source, UnreadableImage, make_classes
 
 # pyarrow is imported where it is used: most runs have no such files, and need not wait for it.
@@ -63,72 +63,69 @@ def labels_of(column: Any) -> tuple[list[str], NDArray[np.int64]]:
     """The distinct labels of an array as text, and for each row which; -1 where there is none (null, or -1)."""
     encoded = column.dictionary_encode()
     values = [str(value) for value in encoded.dictionary.to_pylist()]
-    keys = [value for value in values if value != "-1"]
-    place = np.array([keys.index(value) if value != "-1" else -1 for value in values] + [-1], np.int64)
-    return keys, place[encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)]
+    labelled = np.array([value != "-1" for value in values] + [False])
+    place = np.where(labelled, labelled.cumsum() - 1, -1)
+    return [value for value in values if value != "-1"], place[
+        encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    ]
 
 
-class ArrowFiles(Packed):
-    """Arrow files hold the encoded pictures as they are: listed once, then read by offset, as shards are."""
+def scan_arrow(file: Path) -> Part:
+    """The pictures in an Arrow file, which holds them as they are, so that they can be read by offset as from a tar.
 
-    @staticmethod
-    def _scan_file(file: Path) -> Part:
-        import pyarrow as pa
+    Raises ValueError if it is damaged or compressed, or has no pictures.
+    """
+    import pyarrow as pa
 
-        keys: list[str] = []
-        labels, starts, sizes = [], [], []
-        try:
-            with pa.memory_map(str(file)) as mapped:
-                base = mapped.read_buffer().address
-                mapped.seek(0)
-                for batch in _batches(mapped):
-                    columns = find_columns(batch.schema, file)
-                    images = image_bytes(batch.column(columns.image), file)
-                    if images.null_count:
-                        raise ValueError(
-                            f"{file}: {images.null_count} rows have no bytes: save it with the pictures in"
-                        )
-                    _, offsets, data = images.buffers()
-                    width = np.int64 if pa.types.is_large_binary(images.type) else np.int32
-                    bounds = np.frombuffer(offsets, width)[images.offset : images.offset + len(images) + 1]
-                    if not 0 <= data.address - base < mapped.size():
-                        raise ValueError(f"{file} is compressed: save it without compression")
-                    starts.append(bounds[:-1].astype(np.int64) + (data.address - base))
-                    sizes.append(np.diff(bounds).astype(np.int64))
-                    batch_keys: list[str] = []
-                    batch_labels = np.full(len(images), -1)
-                    if columns.label:
-                        batch_keys, batch_labels = labels_of(batch.column(columns.label))
-                    labels.append(np.where(batch_labels < 0, -1, batch_labels + len(keys)))
-                    keys += batch_keys
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file} is not an Arrow file, or damaged: {error}") from error
-        names = [str(row) for row in range(sum(map(len, starts)))]
-        none = np.empty(0, np.int64)
-        return Part(names, keys, *(np.concatenate([none, *parts]) for parts in (labels, starts, sizes)))
-
-    @staticmethod
-    def _class_names(files: list[Path]) -> list[str] | None:
-        import pyarrow as pa
-
-        with pa.memory_map(str(files[0])) as mapped:
-            return find_columns(_reader(mapped).schema, files[0]).classes
+    keys: list[str] = []
+    none = np.empty(0, np.int64)
+    labels, starts, sizes = [none], [none], [none]
+    try:
+        with pa.memory_map(str(file)) as mapped:
+            base = mapped.read_buffer().address
+            mapped.seek(0)
+            schema, batches = _opened(mapped)
+            columns = find_columns(schema, file)
+            for batch in batches:
+                images = image_bytes(batch.column(columns.image), file)
+                if images.null_count:
+                    raise ValueError(f"{file}: {images.null_count} rows have no bytes: save it with the pictures in")
+                _, offsets, data = images.buffers()
+                if not data:
+                    if len(images):
+                        raise ValueError(f"{file}: {len(images)} pictures of no bytes at all")
+                    continue
+                width = np.int64 if pa.types.is_large_binary(images.type) else np.int32
+                bounds = np.frombuffer(offsets, width)[images.offset : images.offset + len(images) + 1]
+                if not 0 <= data.address - base < mapped.size():
+                    raise ValueError(f"{file} is compressed: save it without compression")
+                starts.append(bounds[:-1].astype(np.int64) + (data.address - base))
+                sizes.append(np.diff(bounds).astype(np.int64))
+                batch_keys: list[str] = []
+                batch_labels = np.full(len(images), -1)
+                if columns.label:
+                    batch_keys, batch_labels = labels_of(batch.column(columns.label))
+                labels.append(np.where(batch_labels < 0, -1, batch_labels + len(keys)))
+                keys += batch_keys
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file} is not an Arrow file, or damaged: {error}") from error
+    names = [str(row) for row in range(sum(map(len, starts)))]
+    return Part(
+        names, keys, np.concatenate(labels), np.concatenate(starts), np.concatenate(sizes), classes=columns.classes
+    )
 
 
-def _reader(mapped: Any) -> Any:
-    """Of the streaming format, which `datasets` writes, or of the file format."""
+def _opened(mapped: Any) -> tuple[Any, Any]:
+    """Schema and record batches: of the streaming format, which `datasets` writes, or of the file format."""
     import pyarrow as pa
 
     magic = mapped.read(6)
     mapped.seek(0)
-    return pa.ipc.open_file(mapped) if magic == b"ARROW1" else pa.ipc.open_stream(mapped)
-
-
-def _batches(mapped: Any) -> Any:
-    reader = _reader(mapped)
-    if hasattr(reader, "num_record_batches"):
-        return (reader.get_batch(i) for i in range(reader.num_record_batches))
-    return reader
+    if magic != b"ARROW1":
+        stream = pa.ipc.open_stream(mapped)
+        return stream.schema, stream
+    file = pa.ipc.open_file(mapped)
+    return file.schema, map(file.get_batch, range(file.num_record_batches))
 
 
 class ParquetFiles(Source):

@@ -14,20 +14,21 @@ Several files are given as their folder or as a pattern: "train-*.tar", "train-{
 import glob
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
-from data.arrow import ArrowFiles, ParquetFiles
+from data.arrow import ParquetFiles, scan_arrow
 from data.cifar import TRAINING, CifarBinary
 from data.decode import decode
 from data.folder import EXTENSIONS, ImageFolder
 from data.idx import IdxImages
-from data.listing import Listing, Packed, read_index
+from data.listing import Listing, Packed, Part, read_index
 from data.source import Source, UnreadableImage
-from data.tar import TarShards
+from data.tar import scan_shard
 
 __all__ = ["IdxImages", "ImageFolder", "Listing", "Source", "UnreadableImage", "decode", "open_source"]
 
-PACKED: dict[str, type[Packed]] = {".tar": TarShards, ".arrow": ArrowFiles}
+PACKED: dict[str, Callable[[Path], Part]] = {".tar": scan_shard, ".arrow": scan_arrow}
 SHARDS = {".tar", ".arrow", ".parquet"}
 PICTURES = tuple(extension.decode() for extension in EXTENSIONS)
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -51,10 +52,10 @@ def open_source(path: str | Path, index: Path | None = None) -> Source:
         return CifarBinary(files)
     if suffix not in PACKED and not path.is_dir():
         return IdxImages(path)
-    kind = PACKED.get(suffix, ImageFolder)
+    kind = Packed if suffix in PACKED else ImageFolder
     listing = kind.load(index, path) if index else None
     if listing is None:
-        listing = PACKED[suffix].scan(path, files) if suffix in PACKED else ImageFolder.scan(path)
+        listing = Packed.scan(path, files, PACKED[suffix]) if suffix in PACKED else ImageFolder.scan(path)
         if index:
             listing.save(index)
     return listing

@@ -7,7 +7,7 @@ import logging
 import os
 import secrets
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -126,6 +126,7 @@ class Part(NamedTuple):
     labels: NDArray[np.int64]  # [n], indices into keys; -1: no label
     starts: NDArray[np.int64]  # [n] in bytes
     sizes: NDArray[np.int64]  # [n] in bytes
+    classes: list[str] | None = None  # what labels 0, 1, … are called, if the file says so
 
 
 class Packed(Listing):
@@ -159,17 +160,19 @@ class Packed(Listing):
         self._sizes = SharedArray(sizes)
 
     @classmethod
-    def scan(cls, root: Path, files: list[Path]) -> Self:
-        """Lists the pictures of `files`, which are what `root` stands for.
+    def scan(cls, root: Path, files: list[Path], scan_file: Callable[[Path], Part]) -> Self:
+        """Lists the pictures of `files`, which are what `root` stands for, by what `scan_file` says of each.
 
-        Classes are called as the labels or, if those are numbers, by the lines of a classes.txt beside the files.
-        Raises ValueError if a file is damaged, there are no pictures, or only some have a label.
+        Classes are called as the labels or, if those are numbers, as the first file says or by the lines of a
+        classes.txt beside it. Raises ValueError if there are no pictures, or only some have a label.
         """
+        classes = read_classes(files[0].with_name("classes.txt"))
         codes: dict[str, int] = {}
         blocks: list[bytes] = []
         columns: list[tuple[NDArray[np.int64], ...]] = []
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            for part in pool.map(cls._scan_file, files):
+            for part in pool.map(scan_file, files):
+                classes = part.classes or classes
                 code = np.array([codes.setdefault(key, len(codes)) for key in part.keys] + [-1])
                 encoded = [os.fsencode(name) for name in part.names]
                 blocks.append(b"".join(encoded))
@@ -177,7 +180,7 @@ class Packed(Listing):
                 columns.append((name_sizes, code[part.labels], part.starts, part.sizes))
         name_sizes, labels, starts, sizes = (np.concatenate(column) for column in zip(*columns, strict=True))
         file_of = np.repeat(np.arange(len(files), dtype=np.int32), [len(column[0]) for column in columns])
-        classes, labels = make_classes(root, codes, labels, cls._class_names(files))
+        classes, labels = make_classes(root, codes, labels, classes)
         return cls(
             root,
             classes,
@@ -190,15 +193,6 @@ class Packed(Listing):
             starts=starts,
             sizes=sizes,
         )
-
-    @staticmethod
-    def _scan_file(file: Path) -> Part:
-        raise NotImplementedError
-
-    @staticmethod
-    def _class_names(files: list[Path]) -> list[str] | None:
-        """What labels 0, 1, … are called."""
-        return read_classes(files[0].with_name("classes.txt"))
 
     def name(self, i: int) -> str:
         """The file of sample i and its name there."""

@@ -13,48 +13,45 @@ from pathlib import Path
 import numpy as np
 
 from data.folder import EXTENSIONS
-from data.listing import Packed, Part
+from data.listing import Part
 
 MAX_LABEL_BYTES = 1 << 20
 
 
-class TarShards(Packed):
-    """See the module."""
-
-    @staticmethod
-    def _scan_file(file: Path) -> Part:
-        names: list[str] = []
-        places: list[tuple[int, int]] = []
-        stored: dict[str, str] = {}  # label of a key, from .cls or .json
-        try:
-            with tarfile.open(file, "r:", errorlevel=2) as tar:
-                while (member := tar.next()) is not None:
-                    tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
-                    name = member.name.removeprefix("./")
-                    ending = os.path.splitext(name)[1].lower()
-                    if not member.isreg() or os.path.basename(name).startswith("."):
-                        continue
-                    if os.fsencode(ending) in EXTENSIONS:
-                        names.append(name)
-                        places.append((member.offset_data, member.size))
-                    elif ending in (".cls", ".json"):
-                        label = _label(tar, member, ending)
-                        if label is not None and (ending == ".cls" or _key(name) not in stored):
-                            stored[_key(name)] = label
-                _check_end(tar)
-        except tarfile.TarError as error:
-            raise ValueError(
-                f"{file} is damaged, cut short, or not an uncompressed tar ({error}): compressed shards cannot be read "
-                "by offset, unpack them with gunzip"
-            ) from error
-        keys: dict[str, int] = {}
-        labels = []
-        for name in names:
-            key = _key(name)
-            label = stored.get(key) or os.path.basename(os.path.dirname(key))
-            labels.append(keys.setdefault(label, len(keys)) if label else -1)
-        starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
-        return Part(names, list(keys), np.array(labels, np.int64), starts, sizes)
+def scan_shard(file: Path) -> Part:
+    """The pictures in a shard. Raises ValueError if it is damaged or compressed."""
+    names: list[str] = []
+    places: list[tuple[int, int]] = []
+    stored: dict[str, str] = {}  # label of a key, from .cls or .json
+    try:
+        with tarfile.open(file, "r:", errorlevel=2) as tar:
+            while (member := tar.next()) is not None:
+                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                name = member.name.removeprefix("./")
+                ending = os.path.splitext(name)[1].lower()
+                if not member.isreg() or os.path.basename(name).startswith("."):
+                    continue
+                if os.fsencode(ending) in EXTENSIONS:
+                    names.append(name)
+                    places.append((member.offset_data, member.size))
+                elif ending in (".cls", ".json"):
+                    label = _label(tar, member, ending)
+                    if label is not None and (ending == ".cls" or _key(name) not in stored):
+                        stored[_key(name)] = label
+            _check_end(tar)
+    except tarfile.TarError as error:
+        raise ValueError(
+            f"{file} is damaged, cut short, or not an uncompressed tar ({error}): compressed shards cannot be read "
+            "by offset, unpack them with gunzip"
+        ) from error
+    keys: dict[str, int] = {}
+    labels = []
+    for name in names:
+        key = _key(name)
+        label = stored.get(key) or os.path.basename(os.path.dirname(key))
+        labels.append(keys.setdefault(label, len(keys)) if label else -1)
+    starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
+    return Part(names, list(keys), np.array(labels, np.int64), starts, sizes)
 
 
 def _key(name: str) -> str:
@@ -63,20 +60,18 @@ def _key(name: str) -> str:
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> str | None:
-    """The label in a .cls or .json member. Raises TarError if it is no such thing."""
+    """The label in a .cls or .json member, None if it has none, or -1. Raises TarError if it is no such thing."""
     if member.size > MAX_LABEL_BYTES:
         return None
-    file = tar.extractfile(member)
-    assert file is not None  # it is a regular file
+    assert tar.fileobj is not None
+    tar.fileobj.seek(member.offset_data)
     try:
-        text = file.read().decode("utf-8")
-        if ending == ".cls":
-            return text.strip() or None
-        values = json.loads(text)
+        text = tar.fileobj.read(member.size).decode("utf-8")
+        values = {"label": text.strip()} if ending == ".cls" else json.loads(text)
     except ValueError as error:
         raise tarfile.ReadError(f"{member.name} is not {'text' if ending == '.cls' else 'JSON'}: {error}") from error
     label = values.get("label") if isinstance(values, dict) else None
-    return str(label) if isinstance(label, int | str) and label != "" else None
+    return str(label) if isinstance(label, int | str) and label not in ("", "-1", -1) else None
 
 
 def _check_end(tar: tarfile.TarFile) -> None:

@@ -67,7 +67,7 @@ def test_labels_of_a_shard(tmp_path: Path, name: str) -> None:
 def test_shards_without_labels_are_one_class(tmp_path: Path) -> None:
     write_tar(tmp_path / "x-0.tar", {"0.png": png(0), "1.png": png(1)})
     write_tar(tmp_path / "x-1.tar", {})
-    write_tar(tmp_path / "x-2.tar", {"0.png": png(2)})
+    write_tar(tmp_path / "x-2.tar", {"0.png": png(2), "0.cls": b"-1", "0.json": b'{"label": -1}'})
     source = open_source(tmp_path)
     check(source, [png(0), png(1), png(2)], [tmp_path.name] * 3)
     assert [source.name(i) for i in range(3)] == ["x-0.tar/0.png", "x-0.tar/1.png", "x-2.tar/0.png"]

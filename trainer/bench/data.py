@@ -75,6 +75,10 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
                 batches = _batches(name, source, config, batch_size, place, workers)
                 speeds[name].append(_speed(batches, place, batch_size, workers, seconds))
                 log.info("%s: %.0f images/s", name, speeds[name][-1])
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # as in a worker process
+        costs = _operations(source, config, place, batch_size, repeats)
+        torch.set_num_threads(threads)
         medians = {name: statistics.median(values) for name, values in speeds.items()}
         return {
             "data": config.data.train,
@@ -89,7 +93,7 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
             "turns": speeds,
             "images_per_second": medians,
             "times_pil": {name: medians[name] / medians["pil"] for name in BACKENDS},
-            "milliseconds": _operations(source, config, place, batch_size, repeats),
+            "milliseconds": costs,
             "backend": data_backend(config, place.device),
             "backbone": config.model.backbone,
             "network_images_per_second": _appetite(config, place, source),
@@ -139,7 +143,7 @@ def report(result: dict[str, Any], out: Path | None) -> None:
         else f"the network waits {100 * (1 - speed / eats):.0f} % of the time"
     )
     console.print(
-        f"{result['backbone']} eats {eats:,.0f} images/s on this device; "
+        f"{result['backbone']} eats {eats:,.{0 if eats > 10 else 2}f} images/s on this device; "
         f"data.backend {backend} makes {speed:,.0f}: {verdict}."
     )
     if out:

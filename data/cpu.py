@@ -1,7 +1,7 @@
 """The plain CPU backend: applies `ViewParams` to one picture at a time.
 
 A view is: crop, resize, flip, colour matrix, Gaussian blur, solarize. What defines the picture, for other backends
-to agree with:
+to agree with (docs/data-backends.md says how far DALI's are):
 
 - resize: bilinear between pixel centres, with a triangle filter as wide as the shrinking along each axis
   (antialiasing; what Pillow, torchvision and DALI call linear with antialias). It reads only the crop.
@@ -31,9 +31,11 @@ def resize(image: Image, height: int, width: int) -> Image:
         # Nothing shrinks, nothing to antialias; a torch call alone costs more than this on a small picture.
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
     # OpenCV does not antialias linear, and its area filter is three times slower than this one at 224 px.
-    batch = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None]
+    # The new axis goes in front before the permutation: only then does torch see channels-last strides, answer in
+    # them, and so give OpenCV an array that it need not copy before each of its operations.
+    batch = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     shrunk = torch.nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)
-    return shrunk[0].permute(1, 2, 0).numpy()
+    return shrunk.permute(0, 2, 3, 1)[0].numpy()
 
 
 def render(image: Image, params: ViewParams, i: int, size: int) -> Image:

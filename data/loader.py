@@ -5,21 +5,26 @@ never changes the result, and resuming at a step is starting there.
 """
 
 import multiprocessing
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.cpu import render, render_center
 from data.index import Source, UnreadableImage
 from data.order import Blocks, batch_samples, steps_per_epoch
-from data.views import Augment, View, draw
+from data.views import Augment, View, ViewParams, draw
 from data.watch import Watched
+
+T = TypeVar("T")
 
 MAX_REPLACEMENTS = 100
 
@@ -27,9 +32,31 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as every published recipe uses
 STD = (0.229, 0.224, 0.225)
 
 
+class Decoder(BaseModel):
+    """Of the DALI backend on a GPU, where JPEGs are decoded there. Ignored elsewhere.
+
+    hw_decoder_load: share of the pictures that the hardware decoder takes (A100 and later), the others go to the CUDA
+    cores; the best share depends on `data.workers`. device_padding and host_padding: bytes of memory per thread that
+    nvJPEG takes at the start, so that it need not grow later; width and height: the largest picture the hardware
+    decoder prepares for, in pixels, 0 for none. NVIDIA's examples give 211025920, 140544512, 5980 and 6430 for
+    ImageNet: no allocation after the first step, for 0.2 GB of the GPU's memory a thread.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    hw_decoder_load: float = Field(0.65, ge=0, le=1)
+    device_padding: int = Field(16 << 20, ge=0)
+    host_padding: int = Field(8 << 20, ge=0)
+    width: int = Field(0, ge=0)
+    height: int = Field(0, ge=0)
+
+
+CPU, DEFAULT_DECODER = torch.device("cpu"), Decoder()
+
+
 @dataclass
 class Batch:
-    """The local batch of one step, in host memory."""
+    """The local batch of one step, in host memory, or on the GPU that decoded it."""
 
     views: list[Tensor]  # one uint8 [B, size, size, 3] RGB per view
     samples: Tensor  # int64 [B], the samples shown (after replacement)
@@ -44,7 +71,9 @@ EvalBatch = tuple[Tensor, Tensor, list[tuple[int, str]]]
 
 
 @dataclass
-class _TrainSteps(Dataset[Batch]):
+class Steps(Dataset[Batch]):
+    """The local batches of `rank` by global step, made by the plain CPU backend; `batch_size` is the global one."""
+
     source: Source
     views: list[View]
     augment: Augment
@@ -54,28 +83,32 @@ class _TrainSteps(Dataset[Batch]):
     world: int
     blocks: Blocks | None = None
 
-    def __getitem__(self, step: int) -> Batch:
+    def plan(self, step: int) -> tuple[NDArray[np.int64], list[ViewParams]]:
+        """The samples of a step, int64 [B], and the parameters of each of their views."""
         epoch, samples = batch_samples(
             len(self.source), self.seed, step, self.batch_size, self.rank, self.world, self.blocks
         )
-        params = [draw(self.seed, epoch, samples, v, view, self.augment) for v, view in enumerate(self.views)]
+        return samples, [draw(self.seed, epoch, samples, v, view, self.augment) for v, view in enumerate(self.views)]
+
+    def __getitem__(self, step: int) -> Batch:
+        samples, params = self.plan(step)
         pixels = [np.empty((len(samples), view.size, view.size, 3), np.uint8) for view in self.views]
         shown = samples.copy()
         bad: list[tuple[int, str]] = []
         for slot, sample in enumerate(samples.tolist()):
-            image, shown[slot] = _readable(self.source, sample, bad)
+            image, shown[slot] = readable(self.source.image, len(self.source), sample, bad)
             for out, view, p in zip(pixels, self.views, params, strict=True):
                 out[slot] = render(image, p, slot, view.size)
         return Batch([torch.from_numpy(p) for p in pixels], torch.from_numpy(shown), bad)
 
 
-def _readable(source: Source, sample: int, bad: list[tuple[int, str]]) -> tuple[NDArray[np.uint8], int]:
-    """The picture of `sample`, or of the next readable one, and which it is; unreadable ones are added to `bad`."""
-    tries = min(MAX_REPLACEMENTS, len(source))
+def readable(load: Callable[[int], T], n: int, sample: int, bad: list[tuple[int, str]]) -> tuple[T, int]:
+    """`load(i)` of `sample`, or of the next of the `n` that can be read, and i; unreadable ones are added to `bad`."""
+    tries = min(MAX_REPLACEMENTS, n)
     for i in range(sample, sample + tries):
-        i %= len(source)
+        i %= n
         try:
-            return source.image(i), i
+            return load(i), i
         except UnreadableImage as error:
             bad.append((i, str(error)))
     raise ValueError(f"{tries} samples in a row cannot be read, the last is {bad[-1][1]}: check the data set")
@@ -102,7 +135,7 @@ class _EvalChunks(Dataset[EvalBatch]):
         return torch.from_numpy(pixels), torch.tensor(read, dtype=torch.int64), bad
 
 
-def _start(dataset: Dataset, items: range, workers: int, pin_memory: bool) -> Iterator:
+def _start(dataset: Dataset, items: range, workers: int, prefetch: int, pin_memory: bool) -> Iterator:
     """Iterates over `dataset[i] for i in items`, made by `workers` processes (0: by this one), in order."""
     context = None
     if workers:
@@ -117,11 +150,27 @@ def _start(dataset: Dataset, items: range, workers: int, pin_memory: bool) -> It
             batch_size=None,
             sampler=items,
             num_workers=workers,
+            prefetch_factor=prefetch if workers else None,
             pin_memory=pin_memory,
             multiprocessing_context=context,
             generator=torch.Generator(),  # else it takes its unused seed from torch's, which a resumed run would miss
         )
     )
+
+
+def default_backend(device: torch.device) -> Literal["cpu", "dali"]:
+    """What `data.backend: auto` stands for; docs/data-backends.md has the measurements."""
+    return "dali" if device.type == "cuda" else "cpu"
+
+
+def default_workers(device: torch.device, ranks: int) -> int:
+    """Worker processes of each of `ranks` ranks of a machine.
+
+    With a GPU, the cores that the ranks' own threads leave, up to 16; without one, the network uses all cores and one
+    process keeps ahead of it.
+    """
+    share = len(os.sched_getaffinity(0)) // ranks
+    return min(16, max(1, share - 1)) if device.type == "cuda" else 1
 
 
 def train_batches(
@@ -135,22 +184,33 @@ def train_batches(
     start_step: int,
     stop_step: int,
     workers: int,
-    pin_memory: bool,
+    device: torch.device = CPU,
+    backend: Literal["cpu", "dali"] = "cpu",
+    prefetch: int = 2,
+    decoder: Decoder = DEFAULT_DECODER,
     blocks: Blocks | None = None,
 ) -> Iterator[Batch]:
     """The local batches of global steps start_step..stop_step - 1 of `rank` of `world`.
 
     `batch_size` is the global one. A sample that cannot be read is replaced by the next one that can, under the
-    first one's view parameters, and listed in `bad`. `workers` processes, each of one thread, make whole batches;
-    with 0 they are made here. Raises ValueError if the data do not fill a batch, or `world` does not divide it;
-    while iterating, if 100 samples in a row, or all of fewer, cannot be read. `blocks`: of the order, None for global.
+    first one's view parameters, and listed in `bad`. `workers` processes, each of one thread, make whole batches,
+    `prefetch` of them ahead; with 0 they are made here. The CPU backend's batches are in host memory, pinned if
+    `device` is a GPU; DALI's are on `device`. Raises ValueError if the data do not fill a batch, or `world` does not
+    divide it; while iterating, if 100 samples in a row, or all of fewer, cannot be read. `blocks`: of the order,
+    None for global.
     """
     steps_per_epoch(len(source), batch_size)
     if batch_size % world:
         raise ValueError(f"batch_size {batch_size} does not divide evenly among {world} ranks")
     watched = Watched(source)
-    dataset = _TrainSteps(watched, list(views), augment, seed, batch_size, rank, world, blocks)
-    return watched.batches(_start(dataset, range(start_step, stop_step), workers, pin_memory))
+    steps = Steps(watched, list(views), augment, seed, batch_size, rank, world, blocks)
+    if backend == "dali":
+        from data import dali  # takes a second
+
+        return watched.batches(dali.batches(steps, start_step, stop_step, workers, prefetch, device, decoder))
+    return watched.batches(
+        _start(steps, range(start_step, stop_step), workers, prefetch, pin_memory=device.type == "cuda")
+    )
 
 
 def eval_batches(
@@ -165,7 +225,7 @@ def eval_batches(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     watched = Watched(source)
     dataset = _EvalChunks(watched, np.asarray(samples, np.int64), size, batch_size)
-    return watched.batches(_start(dataset, range(-(-len(samples) // batch_size)), workers, pin_memory=False))
+    return watched.batches(_start(dataset, range(-(-len(samples) // batch_size)), workers, 2, pin_memory=False))
 
 
 @lru_cache(maxsize=8)

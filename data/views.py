@@ -36,7 +36,8 @@ ATTEMPTS = 10  # crops tried before the central one, as torchvision's RandomResi
 
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
-LUMA_RED, LUMA_GREEN, LUMA_BLUE = RGB_TO_YIQ[0].tolist()
+LUMA = RGB_TO_YIQ[0]
+LUMA_RED, LUMA_GREEN, LUMA_BLUE = LUMA.tolist()
 
 Range = tuple[float, float]
 

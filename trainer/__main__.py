@@ -230,6 +230,25 @@ def bench_traffic(
     traffic.report(traffic.run(rows, negatives, dim, ranks), out)
 
 
+@bench_app.command("data")
+def bench_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(help="Length of one turn of a backend")] = 5.0,
+    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many turns")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Processes of cpu and dali")] = None,
+    out: OutPath = None,
+) -> None:
+    """Images/s of each data backend, what each operation costs, and how many images/s the network eats."""
+    import tempfile
+
+    from trainer.bench import data
+    from trainer.config import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        data.report(data.run(load(config, overrides), Path(folder), seconds, repeats, workers), out)
+
+
 def main() -> None:
     """One line and exit code 1 for what a user can mend; TRAINER_TRACEBACK=1 shows where it came from."""
     try:

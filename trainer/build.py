@@ -1,6 +1,8 @@
 """From a configuration to the objects that it describes."""
 
+import os
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.index import Source
-from data.loader import normalize, train_batches
+from data.loader import default_backend, default_workers, normalize, train_batches
 from data.random import BANK, hash_counters
 from kernels import implementation
 from models.adco import AdCo
@@ -105,6 +107,18 @@ def whole_student(game: AdCo, engine: Engine, config: Config, place: Place) -> E
     return student
 
 
+def data_backend(config: Config, device: torch.device) -> Literal["cpu", "dali"]:
+    """What makes the batches on `device`."""
+    return default_backend(device) if config.data.backend == "auto" else config.data.backend
+
+
+def data_workers(config: Config, device: torch.device) -> int:
+    """How many processes make them, per rank."""
+    if config.data.workers is not None:
+        return config.data.workers
+    return default_workers(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
 def autocast_type(config: Config, device: torch.device) -> torch.dtype:
     """That of run.precision; for auto bfloat16 where the device is made for it. float32 stands for no autocast."""
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -146,9 +160,9 @@ def _key_rows(config: Config, device: torch.device, source: Source, chunks: rang
     # method.bn says: ranks make different numbers of chunks.
     encoder = make_encoder(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     data, seed = config.data, int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
-    start, stop, workers = chunks.start, chunks.stop, config.data.workers
+    start, stop, workers = chunks.start, chunks.stop, data_workers(config, device)
     batches = train_batches(
-        source, [data.views[0]], data.augment, seed, size, 0, 1, start, stop, workers, False, blocks=data.blocks
+        source, [data.views[0]], data.augment, seed, size, 0, 1, start, stop, workers, blocks=data.blocks
     )
     for batch in batches:
         yield encoder([normalize(batch.views[0].to(device), torch.float32)])

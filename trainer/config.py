@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from data.loader import Decoder
 from data.order import Blocks
 from data.views import Augment, View
 from kernels import check_temperature
@@ -51,7 +52,10 @@ class Data(Section):
     train: str
     val: str | None = None
     batch_size: int = Field(256, ge=1)
-    workers: int = Field(4, ge=0)  # processes per rank that make batches
+    backend: Literal["auto", "cpu", "dali"] = "auto"  # auto: DALI on a GPU, else the plain one (docs/data-backends.md)
+    workers: int | None = Field(None, ge=0)  # processes per rank that make batches; None: by the machine's cores
+    prefetch: int = Field(2, ge=1)  # batches made ahead: by each process, or by DALI
+    decoder: Decoder = Decoder()
     order: Literal["global", "block"] = "global"
     block_size: int = Field(1024, ge=1)  # consecutive samples of a block
     block_window: int = Field(16, ge=1)  # blocks whose samples are shuffled together

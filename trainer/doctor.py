@@ -106,7 +106,7 @@ def _needs(config: Config) -> list[Check]:
     if config.run.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         checks.append(Check("run.precision", "missing", "bf16, which this GPU does not have"))
     cores = len(os.sched_getaffinity(0))
-    if config.data.workers > cores:
+    if config.data.workers is not None and config.data.workers > cores:
         checks.append(Check("data.workers", "absent", f"{config.data.workers} processes a rank for {cores} cores"))
     checks.append(_disk(Path(config.run.dir))._replace(name="run.dir"))
     return checks

@@ -16,7 +16,7 @@ from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
 from models.adco import AdCo
 from trainer import checkpoint, distributed
-from trainer.build import autocast_type, fill_bank, make_engine, make_game, whole_student
+from trainer.build import autocast_type, data_backend, data_workers, fill_bank, make_engine, make_game, whole_student
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.evaluate import knn
@@ -106,9 +106,10 @@ def _steps(
     epoch_steps = steps // run.epochs
     averages = Averages()
     unreadable = Unreadable(Path(run.dir), place.rank)
+    workers, backend = data_workers(config, place.device), data_backend(config, place.device)
     batches = train_batches(
-        train, list(data.views), data.augment, run.seed, data.batch_size, place.rank, place.world,
-        start, steps, data.workers, pin_memory=place.device.type == "cuda", blocks=data.blocks,
+        train, list(data.views), data.augment, run.seed, data.batch_size, place.rank, place.world, start, steps,
+        workers, place.device, backend, data.prefetch, data.decoder, data.blocks,
     )  # fmt: skip
     first, seconds, waited = start, 0.0, 0.0  # since the last row; what is done between steps does not count
     for step in range(start + 1, steps + 1):
@@ -172,6 +173,7 @@ def _introduce(
         place.device.type,
     )
     log.info("learning rate %g for a batch of %d (%g for 256)", scaled_lr(optim.lr, batch), batch, optim.lr)
+    log.info("data by %s, %d workers a rank", data_backend(config, place.device), data_workers(config, place.device))
     log.info(
         "%d negatives, %s over %d ranks, %s kernels",
         game.bank.size,

@@ -6,7 +6,7 @@ The table of docs/data.md.
 import io
 import zlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import cv2
 import numpy as np
@@ -139,14 +139,15 @@ def test_refused_by_both(name: str) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_all_of_them_in_an_epoch(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_all_of_them_in_an_epoch(tmp_path: Path, backend: Literal["cpu", "dali"], workers: int) -> None:
     (tmp_path / "c").mkdir()
     for name, data in {**AS_PILLOW, **REFUSED}.items():
         (tmp_path / "c" / name).write_bytes(data)
     source = open_source(tmp_path)
     count = len(AS_PILLOW) + len(REFUSED)
     views = [View(size=32), View(size=16, scale=(0.05, 0.14))]
-    (batch,) = train_batches(source, views, Augment(), 0, count, 0, 1, 0, 1, workers, pin_memory=False)
+    (batch,) = train_batches(source, views, Augment(), 0, count, 0, 1, 0, 1, workers, backend=backend)
     assert [v.shape for v in batch.views] == [(count, 32, 32, 3), (count, 16, 16, 3)]
     assert {source.name(i) for i, _ in batch.bad} == {f"c/{name}" for name in REFUSED}
     assert {source.name(i) for i in batch.samples.tolist()} == {f"c/{name}" for name in AS_PILLOW}

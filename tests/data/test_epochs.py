@@ -1,5 +1,7 @@
 """Steps of an epoch and the samples in them, counted through the loader."""
 
+from typing import Literal
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from data.views import Augment, View
 from tests.data.pictures import write_folder
 
 BLOCKS = pytest.mark.parametrize("blocks", [None, Blocks(5, 3)], ids=["global", "block"])
+BACKENDS = pytest.mark.parametrize("backend", ["cpu", "dali"])
 BATCH, SEED = 12, 4
 
 
@@ -19,20 +22,23 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
     return open_source(write_folder(tmp_path_factory.mktemp("data"), classes=4, per_class=16, size=12))
 
 
-def batches(source: Source, blocks: Blocks | None, start: int, stop: int, rank: int, world: int) -> list[Batch]:
+def batches(
+    source: Source, backend: Literal["cpu", "dali"], blocks: Blocks | None, start: int, stop: int, rank: int, world: int
+) -> list[Batch]:
     views = [View(size=8), View(size=8)]
     return list(
         train_batches(
-            source, views, Augment(), SEED, BATCH, rank, world, start, stop, workers=0, pin_memory=False, blocks=blocks
+            source, views, Augment(), SEED, BATCH, rank, world, start, stop, workers=0, backend=backend, blocks=blocks
         )
     )
 
 
+@BACKENDS
 @BLOCKS
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_five_epochs(source: Source, blocks: Blocks | None, world: int) -> None:
+def test_five_epochs(source: Source, backend: Literal["cpu", "dali"], blocks: Blocks | None, world: int) -> None:
     assert steps_per_epoch(len(source), BATCH) == 5
-    ranks = [batches(source, blocks, 0, 25, rank, world) for rank in range(world)]
+    ranks = [batches(source, backend, blocks, 0, 25, rank, world) for rank in range(world)]
     assert [len(steps) for steps in ranks] == [25] * world
     epochs = []
     for epoch in range(5):
@@ -42,11 +48,14 @@ def test_five_epochs(source: Source, blocks: Blocks | None, world: int) -> None:
     assert len(set(epochs)) > 1  # not always the same 4 are left out
 
 
+@BACKENDS
 @BLOCKS
-def test_the_next_ten_batches_after_a_stop(source: Source, blocks: Blocks | None) -> None:
-    straight = batches(source, blocks, 0, 23, 0, 1)[13:]
+def test_the_next_ten_batches_after_a_stop(
+    source: Source, backend: Literal["cpu", "dali"], blocks: Blocks | None
+) -> None:
+    straight = batches(source, backend, blocks, 0, 23, 0, 1)[13:]
     for world in (1, 2, 3):
-        ranks = [batches(source, blocks, 13, 23, rank, world) for rank in range(world)]
+        ranks = [batches(source, backend, blocks, 13, 23, rank, world) for rank in range(world)]
         for whole, *parts in zip(straight, *ranks, strict=True):
             assert torch.equal(whole.samples, torch.cat([part.samples for part in parts]))
             for v, view in enumerate(whole.views):

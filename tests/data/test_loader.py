@@ -71,9 +71,7 @@ def train(
     seed: int = 3,
     views: list[View] = VIEWS,
 ) -> Iterator[Batch]:
-    return train_batches(
-        source, views, Augment(solarize=0.2), seed, batch_size, rank, world, start, stop, workers, pin_memory=False
-    )
+    return train_batches(source, views, Augment(solarize=0.2), seed, batch_size, rank, world, start, stop, workers)
 
 
 def assert_same(a: list[Batch], b: list[Batch]) -> None:

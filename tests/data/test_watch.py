@@ -41,7 +41,7 @@ def test_the_file_that_a_worker_is_reading_is_named(
 ) -> None:
     monkeypatch.setattr(watch, "PATIENCE", 0.3)
     caplog.set_level(logging.WARNING)
-    batches = train_batches(slow, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 2, workers, pin_memory=False)
+    batches = train_batches(slow, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 2, workers)
     assert len(list(batches)) == 2
     named = [line for line in lines(caplog) if "c0/0.png" in line]
     assert named
@@ -121,7 +121,7 @@ def test_a_workers_refusal_is_one_line(tmp_path: Path) -> None:
     for path in root.rglob("*.png"):
         path.unlink()
     for workers in (0, 1):
-        batches = train_batches(source, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 2, workers, pin_memory=False)
+        batches = train_batches(source, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 2, workers)
         with pytest.raises(
             ValueError, match=r"\A4 samples in a row cannot be read, the last is c0/\d\.png: No such[^\n]*\Z"
         ):

@@ -1,11 +1,14 @@
 """Configurations: files, overrides, limits, and what the messages about mistakes say."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from trainer.build import data_backend, data_workers
 from trainer.config import Config, check_world, dump, load
 
 BASE: dict[str, Any] = {"run": {"dir": "runs/x", "epochs": 2}, "data": {"train": "pictures"}}
@@ -251,3 +254,14 @@ def test_every_rank_needs_a_negative(size: int, shards: int, fits: bool) -> None
         with pytest.raises(ValueError, match=rf"bank\.size: {size} negatives .* each of {shards} ranks"):
             check_world(config(size=size), shards, shards)
     check_world(config(size=size), shards, 1)
+
+
+def test_the_machine_decides_what_makes_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", 0)
+    assert (data_backend(config(), cpu), data_backend(config(), gpu)) == ("cpu", "dali")
+    assert data_backend(changed(config(), data={"backend": "dali"}), cpu) == "dali"
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(64))
+    assert (data_workers(config(), cpu), data_workers(config(), gpu)) == (1, 16)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    assert data_workers(config(), gpu) == 7
+    assert data_workers(changed(config(), data={"workers": 0}), gpu) == 0

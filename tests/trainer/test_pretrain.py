@@ -96,6 +96,7 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "model": {**RESNET, "small_images": True},
         "optim": {"clip": 1.0},
     },
+    "dali": {"data": {"backend": "dali"}},
 }
 
 

@@ -92,7 +92,7 @@ def _prepare(config: Config, place: Place, train: Source) -> tuple[Learner, Lear
     fill_bank(learners[0].game.bank, config, place, train)
     data = config.data
     world, rank = place.world, place.rank
-    batches = train_batches(train, list(data.views), data.augment, 0, data.batch_size, rank, world, 0, 1, 0, False)
+    batches = train_batches(train, list(data.views), data.augment, 0, data.batch_size, rank, world, 0, 1, 0)
     views = [normalize(view.to(place.device), torch.float32) for view in next(batches).views]
     return learners[0], learners[1], views
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data.index import Source
 from data.loader import eval_batches, normalize
 from models.encoder import Encoder
-from trainer.build import autocast_type
+from trainer.build import autocast_type, data_workers
 from trainer.config import Config
 from trainer.distributed import agree
 
@@ -46,7 +46,7 @@ def embed(
     xs, shown, bad = [], [], []
     size = config.eval.size or config.data.views[0].size
     precision = autocast_type(config, device)
-    batches = eval_batches(source, samples, size, config.eval.batch_size, config.data.workers)
+    batches = eval_batches(source, samples, size, config.eval.batch_size, data_workers(config, device))
     with frozen(encoder), torch.autocast(device.type, precision, enabled=precision != torch.float32):
         for images, numbers, unreadable in batches:
             bad += unreadable

@@ -1,0 +1,294 @@
+"""The DALI backend on the CPU, the same graph as on a GPU: pictures, order, resuming, and what cannot be read."""
+
+import io
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from data import dali
+from data.index import ImageFolder, Source, open_source
+from data.loader import Batch, Decoder, Steps, train_batches
+from data.order import batch_samples
+from data.views import Augment, View
+from tests.data.photos import FOLDER, jpeg, write_photos
+from tests.data.pictures import photograph, write_folder
+from tests.data.test_loader import Broken, assert_same, joined
+
+NOTHING = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0}
+JITTER = NOTHING | {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0}
+MULTI_CROP = [View(size=112), View(size=112), View(size=48, scale=(0.05, 0.14)), View(size=72, scale=(0.1, 0.4))]
+
+
+def made(
+    source: Source,
+    views: list[View],
+    augment: Augment,
+    backend: str = "dali",
+    start: int = 0,
+    stop: int = 4,
+    rank: int = 0,
+    world: int = 1,
+    workers: int = 0,
+    batch_size: int = 8,
+) -> list[Batch]:
+    """The batches of a backend. Without worker processes DALI's reader runs in this one."""
+    assert backend in ("cpu", "dali")
+    return list(
+        train_batches(
+            source,
+            views,
+            augment,
+            3,
+            batch_size,
+            rank,
+            world,
+            start,
+            stop,
+            workers,
+            backend=backend,  # type: ignore[arg-type]
+        )
+    )
+
+
+def distances(
+    source: Source, views: list[View], augment: Augment, batches: int, batch_size: int
+) -> NDArray[np.float64]:
+    """Mean absolute difference of each view that DALI made from that of the CPU backend, in grey levels."""
+    pairs = zip(
+        *(made(source, views, augment, b, stop=batches, batch_size=batch_size) for b in ("dali", "cpu")), strict=True
+    )
+    found = []
+    for ours, theirs in pairs:
+        assert ours.samples.tolist() == theirs.samples.tolist()
+        assert ours.bad == theirs.bad == []
+        for a, b in zip(ours.views, theirs.views, strict=True):
+            assert a.dtype == torch.uint8
+            assert a.shape == b.shape
+            found.append((a.float() - b.float()).abs().mean((1, 2, 3)))
+    return torch.cat(found).double().numpy()
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """40 JPEG photographs; grey and turned ones among them."""
+    return open_source(write_photos(tmp_path_factory.mktemp("photos")))
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """24 small PNGs, which the reader decodes."""
+    return open_source(write_folder(tmp_path_factory.mktemp("small")))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("crop", NOTHING),
+        ("flip", NOTHING | {"flip": 1}),
+        ("brightness", JITTER | {"brightness": 0.4}),
+        ("contrast", JITTER | {"contrast": 0.4}),
+        ("saturation", JITTER | {"saturation": 0.4}),
+        ("hue", JITTER | {"hue": 0.1}),
+        ("gray", NOTHING | {"gray": 1}),
+        ("blur", NOTHING | {"blur": 1}),
+        ("solarize", NOTHING | {"solarize": 1}),
+    ],
+)
+def test_one_operation_is_the_cpu_backends(photos: Source, name: str, settings: dict[str, float]) -> None:
+    found = distances(photos, [View(size=96), View(size=96)], Augment(**settings), batches=4, batch_size=40)
+    assert len(found) == 320
+    assert found.max() <= 2, name  # what is promised
+    assert np.median(found) <= 0.5, name  # what is measured: rounding, and one pixel along the crop's edge
+
+
+def test_the_chain_is_the_cpu_backends_in_multi_crop(photos: Source) -> None:
+    found = distances(photos, MULTI_CROP, Augment(solarize=0.2), batches=3, batch_size=40)
+    assert len(found) == 480
+    assert found.max() <= 4
+    assert np.median(found) <= 0.5
+
+
+@pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no photographs in {FOLDER}")
+def test_the_chain_on_other_photographs() -> None:
+    source = open_source(FOLDER)
+    batch = min(100, len(source))
+    found = distances(source, [View(size=224), View(size=224), MULTI_CROP[2]], Augment(solarize=0.2), 2, batch)
+    assert found.max() <= 4
+    assert np.median(found) <= 0.5
+
+
+def test_pictures_that_the_reader_decodes(small: Source) -> None:
+    assert distances(small, MULTI_CROP, Augment(solarize=0.2), batches=3, batch_size=8).max() <= 2
+
+
+def test_pixels_are_not_decoded(tmp_path: Path) -> None:
+    images = np.stack([photograph(28, 28, seed)[..., 0] for seed in range(16)])
+    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in images.shape)
+    (tmp_path / "x-images-idx3-ubyte").write_bytes(header + images.tobytes())
+    (tmp_path / "x-labels-idx1-ubyte").write_bytes(bytes([0, 0, 8, 1, 0, 0, 0, 16]) + bytes(16))
+    source = open_source(tmp_path / "x-images-idx3-ubyte")
+    assert distances(source, [View(size=28)] * 2, Augment(), batches=3, batch_size=8).max() <= 2
+
+
+# Order, resuming, ranks
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_the_next_ten_batches_after_a_resume_are_the_same(small: Source, backend: str) -> None:
+    views, augment = MULTI_CROP[:3], Augment(solarize=0.2)
+    straight = made(small, views, augment, backend, stop=17)
+    assert_same(made(small, views, augment, backend, start=7, stop=17), straight[7:])
+
+
+def test_workers_make_the_same_batches(small: Source, photos: Source) -> None:
+    for source in (small, photos):
+        views, augment = MULTI_CROP[:3], Augment(solarize=0.2)
+        with_workers = made(source, views, augment, stop=6, workers=2)
+        assert_same(with_workers, made(source, views, augment, stop=6))
+        if source is small:
+            assert_same(made(source, views, augment, start=2, stop=6, workers=1), with_workers[2:])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_each_epoch_has_each_sample_once(small: Source, backend: str, world: int) -> None:
+    # 24 samples in batches of 6 are 4 steps; in batches of 9, 2 steps, and 6 samples are dropped, others each time.
+    for batch_size, steps in ((6, 4), (9, 2)):
+        if batch_size % world:
+            continue
+        ranks = [
+            made(small, [View(size=8)], Augment(blur=0), backend, 0, 5 * steps, rank, world, batch_size=batch_size)
+            for rank in range(world)
+        ]
+        assert [len(batches) for batches in ranks] == [5 * steps] * world
+        whole = [joined(parts) for parts in zip(*ranks, strict=True)]
+        dropped = set()
+        for epoch in range(5):
+            shown = torch.cat([batch.samples for batch in whole[epoch * steps : (epoch + 1) * steps]]).tolist()
+            assert len(set(shown)) == len(shown) == batch_size * steps
+            order = [batch_samples(24, 3, epoch * steps + step, batch_size, 0, 1)[1] for step in range(steps)]
+            assert shown == np.concatenate(order).tolist()
+            dropped |= set(range(24)) - set(shown)
+        assert bool(dropped) == (batch_size == 9)
+
+
+def test_ranks_together_make_the_same_global_batch(small: Source) -> None:
+    ranks = [made(small, [View(size=16)] * 2, Augment(), rank=rank, world=2) for rank in range(2)]
+    assert_same([joined(parts) for parts in zip(*ranks, strict=True)], made(small, [View(size=16)] * 2, Augment()))
+
+
+def test_batches_stay_as_they_are(small: Source) -> None:
+    # They share memory with DALI.
+    batches: Iterator[Batch] = train_batches(small, [View(size=16)], Augment(), 3, 8, 0, 1, 0, 9, 0, backend="dali")
+    first = next(batches)
+    before = first.views[0].clone()
+    later = list(batches)
+    assert torch.equal(first.views[0], before)
+    assert not torch.equal(later[-1].views[0], before)
+
+
+# What cannot be read
+
+
+def png16(picture: NDArray[np.uint8]) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(picture[..., 0].astype(np.uint16) * 257).save(file, "PNG")
+    return file.getvalue()
+
+
+def test_odd_files_are_as_with_the_cpu_backend(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    picture = photograph(60, 90)
+    whole = jpeg(picture)
+    middle = len(whole) // 2
+    files = {
+        "cut.jpg": whole[:middle],
+        "empty.jpg": b"",
+        "text.jpg": b"no picture",
+        "cmyk.jpg": jpeg(picture, "CMYK"),
+        "16bit.png": png16(picture),
+        "png.jpg": png16(picture),
+        "zeros.jpg": whole[:middle] + bytes(100) + whole[middle + 100 :],
+        "trailer.jpg": whole + b"\0\0",
+        "one.jpg": jpeg(picture[:1, :1]),
+        "wide.jpg": jpeg(np.tile(picture[:20], (1, 50, 1))),
+        "exif.jpg": whole[:2] + b"\xff\xe1\x00\x10Exif\0\0brokenxx" + whole[2:],
+        "good.jpg": whole,
+    }
+    (tmp_path / "c").mkdir()
+    for name, data in files.items():
+        (tmp_path / "c" / name).write_bytes(data)
+    source = ImageFolder.scan(tmp_path)
+    views, augment = [View(size=32)], Augment(blur=0)
+    ours, theirs = (made(source, views, augment, b, stop=4, batch_size=12) for b in ("dali", "cpu"))
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.samples.tolist() == b.samples.tolist()
+        assert a.bad == b.bad
+        # A thin picture is nearly all edge, and of the one with zeros the decoders make different things.
+        odd = {source.name(i) for i in a.samples[(a.views[0].float() - b.views[0].float()).abs().mean((1, 2, 3)) > 2]}
+        assert odd <= {"c/zeros.jpg"}
+    assert {source.name(i) for i, _ in ours[0].bad} >= {"c/cut.jpg", "c/empty.jpg", "c/text.jpg"}
+
+
+def test_a_picture_that_breaks_the_pipeline_costs_one_batch(
+    small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_photos(tmp_path / "photos", count=12)
+    source = ImageFolder.scan(root)
+    (root / source.name(5)).write_bytes(b"\xff\xd8\xff nothing \xff\xd9")
+    # As if the headers had been good, the size a guess.
+    header = dali.jpeg_size
+    monkeypatch.setattr(dali, "jpeg_size", lambda data: (50, 50) if b"nothing" in data else header(data))
+    views, augment = [View(size=32)], Augment()
+    with caplog.at_level(logging.WARNING):
+        ours = made(source, views, augment, stop=6, batch_size=4)
+    assert sum("DALI failed" in line for line in caplog.messages) == 2  # once an epoch
+    theirs = made(source, views, augment, "cpu", stop=6, batch_size=4)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.samples.tolist() == b.samples.tolist()
+        assert a.bad == b.bad
+        assert (a.views[0].float() - b.views[0].float()).abs().mean() < 1
+
+
+def test_a_pipeline_that_always_breaks_is_an_error(small: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(self: object, stream: object) -> None:
+        raise RuntimeError("encountered: no memory")
+
+    monkeypatch.setattr(dali.Pipeline, "run", fails)
+    with pytest.raises(RuntimeError, match="no memory"):
+        made(small, [View(size=8)], Augment(), stop=30)
+
+
+def test_nothing_readable() -> None:
+    with pytest.raises(ValueError, match="5 samples in a row cannot be read"):
+        made(Broken(5, good=-1), [View(size=8)], Augment(), batch_size=2)
+
+
+def test_jpeg_size() -> None:
+    picture = photograph(30, 50)
+    for orientation in range(1, 9):
+        assert dali.jpeg_size(jpeg(picture, orientation=orientation)) == ((50, 30) if orientation > 4 else (30, 50))
+    assert dali.jpeg_size(jpeg(picture, "L")) == (30, 50)
+    assert dali.jpeg_size(jpeg(picture, orientation=9)) is None
+    for data in (b"", b"\xff\xd8\xff\xd9", jpeg(picture, "CMYK"), jpeg(picture)[:-1], png16(picture)):
+        assert dali.jpeg_size(data) is None
+
+
+def test_the_graph_for_a_gpu_can_be_put_together(small: Source) -> None:
+    """Without a GPU it cannot run; but each operation is asked for where it should be, and exists there."""
+    steps = Steps(small, MULTI_CROP, Augment(), 3, 8, 0, 1)
+    pipeline = dali._pipeline(steps, 0, 4, 0, 2, torch.device("cuda", 0), Decoder())
+    pipeline._build_graph()
+    devices: dict[str, set[str]] = {}
+    for op in pipeline._ops:
+        for node in op.outputs:
+            devices.setdefault(op.name.strip("_").rpartition("_")[0], set()).add(node.device)
+    assert devices.pop("ExternalSource") == {"cpu"}
+    assert devices.pop("Split") == devices.pop("ArithmeticGenericOp") == {"cpu", "gpu"}
+    assert len(devices) >= 9
+    assert all(where == {"gpu"} for where in devices.values()), devices

@@ -40,4 +40,6 @@ def ema_update(
         else:
             target.copy_(source)
     assert len(targets) == len(sources)
-    torch._foreach_lerp_(targets, sources, 1 - momentum)
+    for device in {target.device for target in targets}:  # two where parameters are offloaded and buffers are not
+        here = [i for i, target in enumerate(targets) if target.device == device]
+        torch._foreach_lerp_([targets[i] for i in here], [sources[i] for i in here], 1 - momentum)

@@ -4,7 +4,6 @@ See docs/engines.md for what each does and when to take which.
 """
 
 import functools
-import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -168,12 +167,13 @@ def lay_out_rows(network: nn.Module) -> None:
 
 def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     """Sum of squares over tensors, fp32 on the device."""
-    norms = [norm.to(device, torch.float32) for norm in torch._foreach_norm(tensors)] if tensors else []
-    return torch.stack(norms).square().sum() if norms else torch.zeros((), device=device)
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.stack(torch._foreach_norm(tensors)).to(device, torch.float32).square().sum()
 
 
 def shrink(grads: list[Tensor], norm: float, clip: float | None, scale: float) -> None:
     """Divide gradients by the loss scale and cut their length, known to be `norm` without that scale, to `clip`."""
     factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / scale
-    if factor != 1.0 and math.isfinite(norm):
+    if grads and factor != 1.0:
         torch._foreach_mul_(grads, factor)

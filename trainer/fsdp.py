@@ -73,7 +73,8 @@ class FSDP:
         dist.all_reduce(squares, group=shard_group(sharded[0]))
         norm = math.sqrt(float(squares + squared_norm(whole_grads, self.device))) / scale
         if math.isfinite(norm):
-            shrink([*sharded_grads, *whole_grads], norm, self.clip, scale)
+            for grads in (sharded_grads, whole_grads):  # if offloaded, the former are on the host
+                shrink(grads, norm, self.clip, scale)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
             self.optimizer.step()

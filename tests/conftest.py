@@ -1,9 +1,22 @@
 """What holds for all tests."""
 
 import logging
+import multiprocessing
 from collections.abc import Iterator
+from multiprocessing import forkserver
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_fork_server() -> None:
+    """Ranks and workers of all tests start from a server that has imported what they need.
+
+    There is one in a process, and who starts it decides what it imports: a loader's would have the ranks of later
+    tests import torch and timm each for itself, for seconds.
+    """
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["trainer.pretrain", "timm"])
+    forkserver.ensure_running()
 
 
 @pytest.fixture(autouse=True)

@@ -50,14 +50,14 @@ def writing(folder: Path) -> bool:
 def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Metrics but for timings, and SHA-256 of all tensors of the last checkpoint."""
     rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
-    manifest = json.loads((folder / "checkpoints/step-00000090/manifest.json").read_text())
+    manifest = json.loads((folder / "checkpoints/step-00000054/manifest.json").read_text())
     tensors = {name: entry["sha256"] for name, entry in manifest.items() if name.endswith((".distcp", ".safetensors"))}
     assert tensors
     return rows, tensors
 
 
-@pytest.mark.parametrize(("engine", "ranks"), [("ddp", 1), ("fsdp", 2)])
-def test_twenty_kills(tmp_path: Path, engine: str, ranks: int) -> None:
+@pytest.mark.parametrize(("engine", "ranks", "times"), [("ddp", 1, 12), ("fsdp", 2, 8)])
+def test_twenty_kills(tmp_path: Path, engine: str, ranks: int, times: int) -> None:
     images = write_images(tmp_path / "images")
     configs = [
         small_config(
@@ -65,7 +65,7 @@ def test_twenty_kills(tmp_path: Path, engine: str, ranks: int) -> None:
             images,
             run={
                 "dir": str(tmp_path / name),
-                "epochs": 15,
+                "epochs": 9,
                 "device": "cpu",
                 "log_every": 1,
                 "save_every": 2,
@@ -86,7 +86,7 @@ def test_twenty_kills(tmp_path: Path, engine: str, ranks: int) -> None:
     while not (tmp_path / "killed/results.json").exists():
         processes = start(configs[1], ranks)
         rows = log.read_text().count("\n") if log.exists() else 0
-        go_on = rows + chance.randint(1, 3) if kills < 20 else 1000
+        go_on = rows + chance.randint(1, 3) if kills < times else 1000
         while all(p.is_alive() for p in processes):
             done = log.read_text().count("\n") if log.exists() else 0
             if done >= go_on:
@@ -103,6 +103,6 @@ def test_twenty_kills(tmp_path: Path, engine: str, ranks: int) -> None:
             time.sleep(0.001)
         for process in processes:
             process.join()
-    assert kills >= 20
-    assert saving >= 3, "the checkpoints are to be hit, too"
+    assert kills >= times
+    assert saving >= times // 4, "the checkpoints are to be hit, too"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.trainer.small import RESNET, small_config, write_images
 from trainer.config import Config
@@ -39,6 +40,7 @@ def start(config: Config, ranks: int) -> list[BaseProcess]:
 def rank_of(config: Config, rank: int, ranks: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)  # ranks share the cores
     pretrain(config)
 
 

@@ -54,7 +54,7 @@ lint: venv ## Check format, style, types and shell scripts
 	@$(BIN)/ruff check .
 	@$(BIN)/mypy
 	@for script in $(SCRIPTS); do bash -n "$$script" || exit 1; done
-	@if command -v shellcheck >/dev/null; then shellcheck $(SCRIPTS); fi
+	@if command -v shellcheck >/dev/null; then shellcheck -x $(SCRIPTS); fi
 
 format: venv ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .

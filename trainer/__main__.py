@@ -76,13 +76,46 @@ def report(run: RunPath) -> None:
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="Check that this machine has what it needs")] = None,
     overrides: Overrides = None,
+    bad_nodes: Annotated[
+        Path | None, typer.Option(help="Under torchrun: write the names of nodes at fault here")
+    ] = None,
 ) -> None:
-    """Tell what this machine has for training, and what a configuration needs and lacks."""
-    from trainer.config import load
-    from trainer.doctor import examine, show
+    """Tell what this machine has for training, and what a configuration needs and lacks.
 
-    if not show(examine(load(config, overrides) if config else None)):
+    Under torchrun it compares all machines, and exits with 1 if one lacks something, differs, or is slow.
+    """
+    from trainer.config import load
+
+    settings = load(config, overrides) if config else None
+    if "GROUP_RANK" in os.environ:
+        from trainer.nodes import compare
+
+        fit = compare(settings, bad_nodes)
+    else:
+        from trainer.doctor import examine, show
+
+        fit = show(examine(settings))
+    if not fit:
         raise typer.Exit(1)
+
+
+@app.command("config")
+def show_config(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    get: Annotated[str | None, typer.Option(help="Only this value, such as run.dir")] = None,
+) -> None:
+    """Print the resolved configuration, with everything that CONFIG leaves to the defaults."""
+    from trainer.config import dump, flatten, load
+
+    resolved = load(config, overrides)
+    if get is None:
+        print(dump(resolved), end="")
+        return
+    values = flatten(resolved.model_dump(mode="json"))
+    if get not in values:
+        raise ValueError(f"--get {get}: no such value; python -m trainer config {config} lists them")
+    print(values[get])
 
 
 @data_app.command("index")

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from data.index import open_source
 from trainer.config import Config
+from trainer.run_dir import existing_parent
 
 
 class Check(NamedTuple):
@@ -83,8 +84,7 @@ def _slurm() -> Check:
 
 
 def _disk(folder: Path) -> Check:
-    while not folder.exists():
-        folder = folder.parent
+    folder = existing_parent(folder)
     free = shutil.disk_usage(folder).free / 2**30
     writable = os.access(folder, os.W_OK)
     detail = f"{free:.1f} GiB free at {folder}" + ("" if writable else ", but it cannot be written")

@@ -55,6 +55,13 @@ FREE = (
 )
 
 
+def existing_parent(folder: Path) -> Path:
+    """`folder`, or the nearest one above it that exists."""
+    while not folder.exists():
+        folder = folder.parent
+    return folder
+
+
 def write_atomically(path: Path, text: str) -> None:
     """`path` has the old content or the new one, never half of it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -1,0 +1,20 @@
+#!/usr/bin/env bash
+# AdCo, ResNet-50, 200 epochs of ImageNet (or CONFIG=another.yaml):
+#   sbatch --nodes=1 --partition=gpu slurm/adco_200ep.sh data.train=/data/imagenet/train data.val=/data/imagenet/val
+# Options on the sbatch line win over those below. docs/slurm.md has all of them, slurm/env.sh what your site needs.
+#SBATCH --job-name=adco_200ep
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+set -euo pipefail
+cd "${SLURM_SUBMIT_DIR:-$(dirname "$0")/..}"
+export CONFIG=${CONFIG:-configs/adco_r50_200ep.yaml}
+# shellcheck source=slurm/job.sh
+source slurm/job.sh

@@ -1,0 +1,35 @@
+#!/usr/bin/env bash
+# Sourced by adco_800ep.sh and the like: takes a snapshot of code and configuration once, then runs the snapshot.
+#
+#   sbatch [OPTIONS] slurm/adco_800ep.sh [section.key=value …]   snapshot when the job first starts
+#   slurm/adco_800ep.sh [OPTIONS] [section.key=value …]          snapshot now, then the same sbatch
+#
+# All nodes, all restarts and all tasks of an array use the snapshot in runs/slurm/JOB/code. What is edited after it
+# counts for the next job.
+set -euo pipefail
+
+snapshot() { # into runs/slurm/$1
+    local new=runs/slurm/.$1.$$
+    [[ -f $CONFIG ]] || { echo "error: CONFIG=$CONFIG: no such file in $PWD" >&2 && exit 1; }
+    mkdir -p "$new/configs"
+    cp -rp trainer models data kernels slurm "$new"
+    cp -p "$(dirname "$CONFIG")"/*.yaml "$new/configs" # all: a file may extend another
+    if [[ -n ${SWEEP:-} ]]; then cp "$SWEEP" "$new/sweep"; fi
+    mkdir -p "runs/slurm/$1"
+    mv -T "$new" "runs/slurm/$1/code" 2>/dev/null || rm -rf "$new" # another task of the array was first
+}
+
+if [[ -z ${SLURM_JOB_ID:-} ]]; then
+    options=()
+    while (($#)) && [[ ! $1 =~ ^[a-z_]+\.[a-z_.]+= ]]; do options+=("$1") && shift; done
+    id=$(sbatch --parsable --hold "${options[@]}" "$0" "$@")
+    id=${id%%;*}
+    snapshot "$id" || { scancel "$id" && exit 1; }
+    scontrol release "$id"
+    echo "Submitted batch job $id, code and configuration as they are now"
+    exit
+fi
+
+id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
+[[ -d runs/slurm/$id/code ]] || snapshot "$id"
+exec bash "runs/slurm/$id/code/slurm/run.sh" "runs/slurm/$id" "$@"

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# One start of a job: preflight on all nodes, training, and what follows from how it ended. Runs in the batch shell on
+# the first node, from the snapshot that job.sh took.
+#
+#   finished              exit 0
+#   asked to stop (USR1 before the time limit, TERM of a preemption): checkpoint, requeue
+#   `stop` file of a user: checkpoint, exit 0
+#   failed                requeue; MAX_FAILURES times in a row without a new checkpoint: exit 1
+#   node lost             SLURM requeues by itself
+set -euo pipefail
+job=$1
+shift
+restarts=${SLURM_RESTART_COUNT:-0}
+MAX_FAILURES=${MAX_FAILURES:-3}
+STOP_SECONDS=${STOP_SECONDS:-240} # after which a job that was asked to stop and has not is requeued as it is
+
+export PYTHONPATH=$PWD/$job/code PYTHONSAFEPATH=1 # the snapshot, not the working directory
+# shellcheck source=slurm/env.sh
+source "$job/code/slurm/env.sh"
+
+config=$job/code/configs/${CONFIG##*/}
+ranks=${SLURM_GPUS_ON_NODE:-1} # per node
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > ranks ? SRUN_CPUS_PER_TASK / ranks : 1))}
+port=$((10000 + (SLURM_JOB_ID + 8191 * restarts) % 20000))
+
+say() { echo "$(date '+%F %T') slurm: $*"; }
+
+launch() { # VERB ARGUMENT…: python -m trainer on every rank
+    srun --kill-on-bad-exit=1 "${srun_options[@]}" "${container[@]}" \
+        torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --rdzv-backend=c10d \
+        --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID-$restarts-$1" \
+        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=600 -m trainer "$@"
+}
+
+await() { # COMMAND…: as it stands, but signals are handled meanwhile
+    "$@" &
+    local pid=$! status=0
+    while kill -0 "$pid" 2>/dev/null; do
+        status=0
+        wait "$pid" || status=$?
+    done
+    return "$status"
+}
+
+requeue() { # REASON
+    trap '' TERM USR1 # requeueing ends this shell
+    if scontrol requeue "$SLURM_JOB_ID"; then say "requeued: $1"; else say "not requeued: $1" && exit 1; fi
+    if [[ -s $state/excluded ]]; then
+        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(sort -u "$state/excluded" | paste -sd,)"
+    fi
+    exit 0
+}
+
+ask_to_stop() { # SIGNAL
+    asked=$1
+    say "$1: asking all ranks to save and stop"
+    mkdir -p "$run_dir" && echo "job $SLURM_JOB_ID" >"$run_dir/stop"
+    { sleep "$STOP_SECONDS" && scontrol requeue "$SLURM_JOB_ID"; } &
+}
+
+newest_step() { # of the checkpoints, 0 if there is none
+    local step=0 path
+    for path in "$run_dir"/checkpoints/step-*; do [[ ! -d $path ]] || step=$((10#${path##*-})); done
+    echo "$step"
+}
+
+failed() { # WHAT
+    local step failures=0 at=0
+    step=$(newest_step)
+    if [[ -f $state/failures ]]; then read -r failures at <"$state/failures"; fi
+    if ((step > at)); then failures=0; fi
+    failures=$((failures + 1))
+    echo "$failures $step" >"$state/failures"
+    if ((failures >= MAX_FAILURES)); then
+        say "giving up: $1; $failures starts in a row without a new checkpoint (newest: step $step)"
+        exit 1
+    fi
+    requeue "$1, $failures of $MAX_FAILURES without a new checkpoint (newest: step $step)"
+}
+
+# Each task of an array has its own seed, or its own line of the file SWEEP, and its own run directory.
+task=${SLURM_ARRAY_TASK_ID:-}
+state=$job/${task:+task-$task}
+mkdir -p "$state"
+settings=("$@")
+if [[ -n $task && -f $job/code/sweep ]]; then
+    mapfile -t -s $((task - 1)) -n 1 line <"$job/code/sweep"
+    read -ra line <<<"${line[0]:?SWEEP has no line $task}"
+    settings+=("${line[@]}")
+elif [[ -n $task ]]; then
+    settings+=("run.seed=$task")
+fi
+run_dir=$(srun --nodes=1 --ntasks=1 "${srun_options[@]}" "${container[@]}" \
+    python -m trainer config "$config" "${settings[@]}" --get run.dir) || {
+    ((restarts)) && failed "the configuration cannot be read"
+    say "the configuration cannot be read: not started" && exit 1
+}
+run_dir=$run_dir${task:+-$task}
+settings+=("run.dir=$run_dir")
+
+say "start $restarts of job $SLURM_JOB_ID: $SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $ranks ranks, $run_dir"
+say "code and configuration of $(date -r "$job/code" '+%F %T'), in $job/code"
+asked=
+if grep -qs '^job ' "$run_dir/stop"; then rm "$run_dir/stop"; fi # of an earlier start
+rm -f "$run_dir/stopped.json" "$state/bad-nodes"
+trap 'ask_to_stop USR1' USR1
+trap 'ask_to_stop TERM' TERM
+
+if declare -F stage >/dev/null; then
+    export -f stage
+    await srun --kill-on-bad-exit=1 bash -c stage || failed "staging the data failed"
+fi
+if [[ ${PREFLIGHT:-1} == 1 ]]; then
+    if ! await launch doctor "$config" "${settings[@]}" --bad-nodes "$state/bad-nodes"; then
+        bad=$(paste -sd, "$state/bad-nodes" 2>/dev/null) || bad=
+        if [[ ${EXCLUDE_BAD_NODES:-0} == 1 ]]; then cat "$state/bad-nodes" >>"$state/excluded" 2>/dev/null || true; fi
+        failed "the preflight found what is wrong${bad:+, on $bad}"
+    fi
+fi
+[[ -z $asked ]] || requeue "asked to stop by $asked before training"
+status=0
+await launch pretrain "$config" "${settings[@]}" || status=$?
+
+if [[ -f $run_dir/results.json ]]; then
+    say "finished: $run_dir"
+elif [[ -f $run_dir/stopped.json ]]; then
+    reason=$(sed -n 's/.*"reason": "\(.*\)".*/\1/p' "$run_dir/stopped.json")
+    if [[ -z $asked && $reason == "asked by file" ]]; then
+        say "stopped by the file $run_dir/stop; the same sbatch goes on from step $(newest_step)"
+    else
+        requeue "stopped in good order at step $(newest_step) (${asked:-$reason})"
+    fi
+else
+    failed "training failed with exit code $status"
+fi

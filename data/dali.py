@@ -221,7 +221,7 @@ def _pipeline(
 ) -> Pipeline:
     # The fork server for the reason in data.loader. DALI's own documentation names fork and spawn only, but passes the
     # name on to multiprocessing, whose pickling lets the workers share the index rather than copy it.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["data.dali"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["data.fork_server", "data.dali"])
     return _graph(
         Reader(steps, start, stop),
         [view.size for view in steps.views],

@@ -143,7 +143,7 @@ def _start(dataset: Dataset, items: range, workers: int, prefetch: int, pin_memo
         # state they are, and is not safe with some network drivers. Not spawn: each worker would import torch for
         # seconds. The fork server imports once, in a clean process, and forks from there.
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["data.loader"])
+        context.set_forkserver_preload(["data.fork_server", "data.loader"])
     return iter(
         DataLoader(
             dataset,

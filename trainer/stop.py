@@ -36,9 +36,9 @@ class Stop:
                 if stop.at_boundary():
                     break
 
-    Asked for by SIGTERM, SIGUSR1 or SIGINT (a second one ends the process as it always does) to any rank, by a file
-    `stop` in the run's folder, or when `deadline`, in seconds of the epoch, is `margin` seconds ahead: time for
-    the checkpoint.
+    Asked for by SIGTERM, SIGUSR1 or SIGINT (a second SIGINT ends the process as it always does; of the others several
+    may come for one request, from SLURM and from torchrun) to any rank, by a file `stop` in the run's folder, or when
+    `deadline`, in seconds of the epoch, is `margin` seconds ahead: time for the checkpoint.
     """
 
     def __init__(self, folder: Path, deadline: float | None = None, margin: float = 120.0) -> None:
@@ -95,7 +95,8 @@ class Stop:
         raise Stopped(f"stopped after step {step} ({reason}): the same command goes on from there")
 
     def _asked(self, number: int, frame: FrameType | None) -> None:
-        signal.signal(number, self.handlers[number])
+        if number == signal.SIGINT:
+            signal.signal(number, self.handlers[number])
         self.reason = signal.Signals(number).name
 
     def _look(self) -> None:

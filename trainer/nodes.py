@@ -39,6 +39,7 @@ from trainer.watchdog import Watchdog
 
 CLOCK_SECONDS = 5.0  # that clocks may differ
 SLOW = 3  # times slower than the median node is a fault, not noise
+_SHOWN = 5  # differences of a node
 _WAIT = 180.0  # seconds for any step that needs all nodes
 _CONNECT = 10.0  # seconds for a connection
 _REPEATS = 5  # the best counts
@@ -71,14 +72,7 @@ class Fault(NamedTuple):
 def judge(nodes: list[Node]) -> list[Fault]:
     """What is wrong with which node."""
     faults = [Fault(node.name, text) for node in nodes for text in node.problems]
-    for key in sorted({key for node in nodes for key in node.same}):
-        values = {node.name: node.same.get(key, "absent") for node in nodes}
-        usual, count = Counter(values.values()).most_common(1)[0]
-        if 2 * count > len(nodes):
-            others = f"{count} of {len(nodes)} nodes have {usual}"
-            faults += [Fault(name, f"{key}: {value}; {others}") for name, value in values.items() if value != usual]
-        else:
-            faults.append(Fault(None, f"{key}: " + ", ".join(f"{name} has {value}" for name, value in values.items())))
+    faults += _differences(nodes)
     middle = statistics.median_low(node.clock for node in nodes)
     for node in nodes:
         if abs(node.clock - middle) > CLOCK_SECONDS:
@@ -99,6 +93,25 @@ def judge(nodes: list[Node]) -> list[Fault]:
             if (speed := node.speeds.get(key, median)) < median / SLOW:
                 faults.append(Fault(node.name, f"{key}: {speed:.3g}, the median of the nodes is {median:.3g}"))
     return faults
+
+
+def _differences(nodes: list[Node]) -> list[Fault]:
+    """What of `same` is not, one line a node."""
+    unlike: dict[str | None, list[str]] = {}
+    for key in sorted({key for node in nodes for key in node.same}):
+        values = [node.same.get(key, "absent") for node in nodes]
+        usual, count = Counter(values).most_common(1)[0]
+        if 2 * count > len(nodes):
+            for node, value in zip(nodes, values, strict=True):
+                if value != usual:
+                    unlike.setdefault(node.name, []).append(
+                        f"{key} {value}, but {usual} on {count} of {len(nodes)} nodes"
+                    )
+        else:
+            shown = ", ".join(f"{value} on {node.name}" for node, value in zip(nodes, values, strict=True))
+            unlike.setdefault(None, []).append(f"{key} {shown}")
+    more = {name: f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else "" for name, texts in unlike.items()}
+    return [Fault(name, "; ".join(texts[:_SHOWN]) + more[name]) for name, texts in unlike.items()]
 
 
 def compare(config: Config | None, bad_nodes: Path | None) -> bool:
@@ -152,7 +165,11 @@ class _Exchange:
 def _introduce(exchange: _Exchange, config: Config | None) -> list[Node]:
     """All nodes, without speeds."""
     with closing(socket.create_server(("", 0), backlog=1024)) as server:
-        names = exchange.all("name", lambda: [_name(), *_address(), server.getsockname()[1]])
+        names: list[tuple[str, str, int]] = exchange.all(
+            "name", lambda: [_name(), *_address(), server.getsockname()[1]]
+        )
+        taken = Counter(name for name, _, _ in names)
+        names = [(f"{n}#{i}" if taken[n] > 1 else n, address, port) for i, (n, address, port) in enumerate(names)]
         clocks = exchange.all("clock", time.time)  # all were waiting for the last name
         facts = exchange.all("facts", lambda: [_same(), _problems(config), _free_memory()])
         reach = exchange.all("connections", lambda: _unreachable(names))

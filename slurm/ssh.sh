@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# A cluster without SLURM: torchrun on every host over ssh.
+#   slurm/ssh.sh HOSTS CONFIG [section.key=value …]
+# HOSTS: a file, one host a line; the others reach the first by this name. All see this folder, under the same path, and
+# you can log in to each without a password. RANKS: per host, its GPUs if not given. Ctrl-C makes all ranks save and stop;
+# the same command goes on.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+mapfile -t hosts < <(grep -v '^ *$' "$1")
+shift
+# shellcheck source=slurm/env.sh
+source slurm/env.sh
+run_dir=$(python -m trainer config "$@" --get run.dir)
+port=$((10000 + RANDOM % 20000))
+
+everywhere() { # VERB ARGUMENT…: python -m trainer on all hosts; the first to fail ends the others
+    local host command pids=()
+    printf -v command '%q ' torchrun --nnodes="${#hosts[@]}" --nproc-per-node="${RANKS:-gpu}" --rdzv-backend=c10d \
+        --rdzv-endpoint="${hosts[0]}:$port" --rdzv-id="$port-$1" --shutdown-timeout=600 -m trainer "$@"
+    for host in "${hosts[@]}"; do
+        # -tt: when ssh ends, what it started gets a hangup.
+        ssh -tt -o BatchMode=yes "$host" "cd ${PWD@Q} && source slurm/env.sh && $command" </dev/null &
+        pids+=("$!")
+    done
+    while (($(jobs -r | wc -l))); do
+        wait -n || if [[ -z $asked ]]; then
+            kill "${pids[@]}" 2>/dev/null || true
+            echo "error: $1 has failed" >&2 && exit 1
+        fi
+    done
+}
+
+asked=
+trap 'asked=1; mkdir -p "$run_dir" && touch "$run_dir/stop"' INT TERM
+everywhere doctor "$@"
+[[ -n $asked ]] || everywhere pretrain "$@"

@@ -1,0 +1,257 @@
+"""The shipped scripts, as they are, in a real SLURM: every way a job can end, and that training goes on as if it had
+not.
+"""
+
+import json
+import os
+import re
+import signal
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.cluster import Cluster, check_out, lacking
+from tests.trainer.small import small_config, write_images
+from trainer.config import dump
+
+pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
+
+SMALL = ("--gpus-per-node=1", "--cpus-per-task=1")
+STEPS = 180
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    with tempfile.TemporaryDirectory(prefix="slurm-", ignore_cleanup_errors=True) as folder:
+        cluster = Cluster(Path(folder))
+        try:
+            yield cluster
+        finally:
+            cluster.stop()
+
+
+@pytest.fixture(scope="module")
+def make_site(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
+    """Makes a user's copy of the project, with a configuration for two ranks and some seconds."""
+    images = write_images(tmp_path_factory.mktemp("pictures") / "images")
+    run = {"dir": "runs/small", "epochs": 30, "device": "cpu", "log_every": 10, "save_every": 10, "keep": 2}
+    config = small_config(Path("runs"), images, run=run, data={"val": None}, eval={"knn_every": 0})
+    return lambda: check_out(tmp_path_factory.mktemp("site"), dump(config))
+
+
+@pytest.fixture(scope="module")
+def site(make_site: Callable[[], Path]) -> Path:
+    return make_site()
+
+
+class Job:
+    """A job of `script`, submitted with these options and settings; two nodes of one rank if not told otherwise."""
+
+    def __init__(
+        self, cluster: Cluster, site: Path, *options: str, script: str = "slurm/adco_800ep.sh", **environment: str
+    ) -> None:
+        self.cluster, self.site = cluster, site
+        split = next((i for i, option in enumerate(options) if not option.startswith("-")), len(options))
+        order = ["sbatch", "--nodes=2", *SMALL, *options[:split], script, *options[split:]]
+        said = cluster(*order, cwd=site, env={"CONFIG": "configs/small.yaml", "PREFLIGHT": "0"} | environment)
+        self.id = re.findall(r"job (\d+)", said)[0]
+
+    @property
+    def log(self) -> str:
+        return "".join(path.read_text() for path in self.site.glob(f"adco_?00ep-{self.id}.log"))
+
+    def says(self, text: str, times: int = 1, seconds: float = 120) -> None:
+        try:
+            self.cluster.until(lambda: self.log.count(text) >= times, f"{text!r} in the log of {self.id}", seconds)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{self.log}") from None
+
+    def ends(self, state: str = "COMPLETED") -> None:
+        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+        self.cluster.until(lambda: self.cluster.state(self.id) in final, f"the end of {self.id}")
+        assert self.cluster.state(self.id) == state, self.log
+
+    def in_progress(self, run: Path, step: int = 20) -> int:
+        """Wait until `step` is saved and hold the ranks there; the newest step that is."""
+        self.cluster.until(lambda: newest(run) >= step, f"step {step} of {run}")
+        self.send(signal.SIGSTOP)
+        assert newest(run) < STEPS, "too fast to be interrupted"
+        return newest(run)
+
+    def send(self, number: int) -> None:
+        """To all ranks."""
+        for rank in range(2):
+            for pid in self.cluster.processes(f"SLURM_JOB_ID={self.id}", f"RANK={rank}"):
+                os.kill(pid, number)
+
+
+def newest(run: Path) -> int:
+    return max((int(path.name[5:]) for path in run.glob("checkpoints/step-*")), default=0)
+
+
+def weights(run: Path) -> dict[str, str]:
+    """SHA-256 of all that the last checkpoint has."""
+    manifest = json.loads((run / f"checkpoints/step-{STEPS:08d}/manifest.json").read_text())
+    assert (run / "results.json").exists()
+    tensors = {name: entry["sha256"] for name, entry in manifest.items() if name != ".metadata"}
+    assert len(tensors) == 3  # of two ranks, and the whole networks
+    return tensors
+
+
+def began_at(log: str) -> list[int]:
+    """The steps at which its starts went on."""
+    return [int(step) for step in re.findall(r"continuing from .*step-(\d+)", log)]
+
+
+def time_limit(cluster: Cluster, site: Path) -> tuple[Job, Path]:
+    """USR1 comes between 31 and 1 seconds before the end of the minute; until then the ranks are held."""
+    run = site / "runs" / "limited"
+    job = Job(cluster, site, "--time=1", "--signal=B:USR1@1", f"run.dir={run}")
+    job.in_progress(run)
+    job.says("USR1: asking all ranks to save and stop", seconds=100)
+    job.send(signal.SIGCONT)
+    job.says("slurm: start 1")
+    job.ends()
+    return job, run
+
+
+@pytest.fixture(scope="module")
+def limited(cluster: Cluster, site: Path) -> Iterator[Future[tuple[Job, Path]]]:
+    """It takes more than a minute of waiting: beside the other tests."""
+    with ThreadPoolExecutor(1) as pool:
+        yield pool.submit(time_limit, cluster, site)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, site: Path, limited: object) -> dict[str, str]:
+    """The weights of a job that nothing happens to, with its preflight."""
+    job = Job(cluster, site, "run.dir=runs/undisturbed", PREFLIGHT="1")
+    job.ends()
+    assert "2 nodes, 2 ranks; GPUs none" in job.log
+    assert "preflight: all nodes are fit" in job.log
+    assert "slurm: finished: runs/undisturbed" in job.log
+    assert "requeue" not in job.log
+    return weights(site / "runs" / "undisturbed")
+
+
+def test_a_signal_saves_and_requeues(
+    cluster: Cluster, make_site: Callable[[], Path], undisturbed: dict[str, str]
+) -> None:
+    """And the restart runs the code and configuration of the submission."""
+    site = make_site()
+    run = site / "runs" / "small"
+    job = Job(cluster, site)
+    step = job.in_progress(run)
+    (site / "trainer" / "pretrain.py").write_text("raise SystemExit('edited')")
+    (site / "slurm" / "run.sh").write_text("exit 1")
+    (site / "configs" / "small.yaml").unlink()
+    cluster("scancel", "--signal=USR1", job.id)
+    job.send(signal.SIGCONT)
+    job.says("requeued: stopped in good order")
+    job.ends()
+    (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(SIGUSR1\)", job.log))
+    assert step <= stopped <= step + 20
+    assert began_at(job.log) == [stopped]
+    assert weights(run) == undisturbed
+
+
+def test_a_lost_node_requeues(cluster: Cluster, site: Path, undisturbed: dict[str, str]) -> None:
+    """The first one, with the batch shell, so that only SLURM itself can."""
+    run = site / "runs" / "lost"
+    job = Job(cluster, site, f"run.dir={run}", "run.step_timeout=30")
+    step = job.in_progress(run)
+    first = re.findall(r"\(n\[?(\d)", job.log)[0]
+    cluster.kill_node(f"n{first}")
+    job.send(signal.SIGCONT)
+    job.says("slurm: start 1")
+    cluster.start_node(f"n{first}")
+    job.ends()
+    assert began_at(job.log) == [step]
+    assert weights(run) == undisturbed
+    cluster.until(lambda: cluster("sinfo", "-h", "-t", "idle,mixed,allocated", "-o", "%D") != "", "the node back")
+
+
+def test_a_crash_at_every_start_ends_with_the_reason(cluster: Cluster, site: Path) -> None:
+    job = Job(cluster, site, "--nodes=1", "run.dir=runs/crash", "data.train=/nowhere", MAX_FAILURES="2")
+    job.ends("FAILED")
+    assert job.log.count("error: data: /nowhere does not exist") == 2
+    assert "requeued: training failed with exit code 1, 1 of 2 without a new checkpoint (newest: step 0)" in job.log
+    assert job.log.endswith(
+        "slurm: giving up: training failed with exit code 1; 2 starts in a row without a new checkpoint "
+        "(newest: step 0)\n"
+    )
+
+
+def test_a_bad_configuration_is_not_started(cluster: Cluster, site: Path) -> None:
+    job = Job(cluster, site, "--nodes=1", "run.epoch=3")
+    job.ends("FAILED")
+    assert "error: runs/slurm" in job.log
+    assert "run.epoch: unknown key, did you mean run.epochs?" in job.log
+    assert "requeued" not in job.log
+
+
+def test_an_array_has_a_seed_and_a_folder_for_each_task(cluster: Cluster, site: Path) -> None:
+    """Both at once on one host: their ports do not collide."""
+    job = Job(cluster, site, "--nodes=1", "--array=1-2", "--nodelist=n4", "run.dir=runs/seeds", "run.epochs=6")
+    runs = [site / "runs" / f"seeds-{seed}" for seed in (1, 2)]
+    cluster.until(lambda: all((run / "results.json").exists() for run in runs), "the end of both")
+    assert ["seed: 1" in (run / "config.yaml").read_text() for run in runs] == [True, False]
+    manifests = [(run / "checkpoints/step-00000036/manifest.json").read_text() for run in runs]
+    assert manifests[0] != manifests[1]
+
+
+def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path) -> None:
+    run = site / "runs" / "cancelled"
+    job = Job(cluster, site, f"run.dir={run}", "run.epochs=3000")
+    job.in_progress(run)
+    cluster("scancel", job.id)
+    job.send(signal.SIGCONT)
+    job.ends("CANCELLED")
+    time.sleep(3)
+    assert cluster.state(job.id) == "CANCELLED"
+    assert cluster("squeue", "-h", "-j", job.id, "-o", "%T") == ""
+
+
+def test_a_file_stops_for_good(cluster: Cluster, site: Path) -> None:
+    run = site / "runs" / "asked"
+    job = Job(cluster, site, f"run.dir={run}", "run.epochs=3000")
+    job.in_progress(run)
+    (run / "stop").touch()
+    job.send(signal.SIGCONT)
+    job.ends()
+    assert f"stopped by the file {run}/stop; the same sbatch goes on from step {newest(run)}" in job.log
+
+
+def test_a_bad_node_is_named_and_left_out(cluster: Cluster, make_site: Callable[[], Path]) -> None:
+    """One of three has another version of a package."""
+    site = make_site()
+    prefix = site / "as_on_n2.sh"
+    package = site / "old" / "timm-0.1.dist-info"
+    package.mkdir(parents=True)
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.1\n")
+    prefix.write_text(
+        f'[[ $SLURMD_NODENAME != n2 ]] || export PYTHONPATH={site}/old:$PYTHONPATH\nexec "$@"\n', encoding="utf-8"
+    )
+    environment = site / "slurm" / "env.sh"
+    environment.write_text(environment.read_text().replace("container=()", f"container=(bash {prefix})"))
+    job = Job(cluster, site, "--nodes=3", "run.dir=runs/bad", "run.epochs=1", PREFLIGHT="1", EXCLUDE_BAD_NODES="1")
+    job.ends()
+
+
+@pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh"])
+def test_dry_run(cluster: Cluster, site: Path, script: str) -> None:
+    """With nothing on the sbatch line but the number of nodes, and with a larger one than there is."""
+    cluster("sbatch", "--test-only", "--nodes=4", f"slurm/{script}", cwd=site)
+    with pytest.raises(AssertionError, match="Requested node configuration is not available"):
+        cluster("sbatch", "--test-only", "--nodes=5", f"slurm/{script}", cwd=site)
+
+
+def test_the_time_limit_saves_and_requeues(limited: "Future[tuple[Job, Path]]", undisturbed: dict[str, str]) -> None:
+    job, run = limited.result()
+    (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(USR1\)", job.log))
+    assert began_at(job.log) == [stopped]
+    assert weights(run) == undisturbed

@@ -18,6 +18,7 @@ export PYTHONPATH=$PWD/$job/code PYTHONSAFEPATH=1 # the snapshot, not the workin
 # shellcheck source=slurm/env.sh
 source "$job/code/slurm/env.sh"
 
+# shellcheck disable=SC2153 # from the script that was submitted
 config=$job/code/configs/${CONFIG##*/}
 ranks=${SLURM_GPUS_ON_NODE:-1} # per node
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
@@ -43,9 +44,13 @@ await() { # COMMAND…: as it stands, but signals are handled meanwhile
     return "$status"
 }
 
+back_to_queue() { # a job that was cancelled meanwhile is not running any more, and requeueing would bring it back
+    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] && scontrol requeue "$SLURM_JOB_ID"
+}
+
 requeue() { # REASON
     trap '' TERM USR1 # requeueing ends this shell
-    if scontrol requeue "$SLURM_JOB_ID"; then say "requeued: $1"; else say "not requeued: $1" && exit 1; fi
+    if back_to_queue; then say "requeued: $1"; else say "not requeued: $1" && exit 1; fi
     if [[ -s $state/excluded ]]; then
         scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(sort -u "$state/excluded" | paste -sd,)"
     fi
@@ -56,7 +61,7 @@ ask_to_stop() { # SIGNAL
     asked=$1
     say "$1: asking all ranks to save and stop"
     mkdir -p "$run_dir" && echo "job $SLURM_JOB_ID" >"$run_dir/stop"
-    { sleep "$STOP_SECONDS" && scontrol requeue "$SLURM_JOB_ID"; } &
+    { sleep "$STOP_SECONDS" && back_to_queue; } &
 }
 
 newest_step() { # of the checkpoints, 0 if there is none

@@ -17,7 +17,7 @@ import struct
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
@@ -280,38 +280,34 @@ def _touch(path: Path) -> None:
 
 
 def _speeds(place: Place, index: int, count: int) -> tuple[list[dict[str, float]], tuple[float, int]]:
-    """Of each node the speed of its slowest rank, and GB/s and MB of the all-reduce over all ranks."""
+    """Of each node the speed of its slowest rank, and GB/s and MiB of the all-reduce over all ranks."""
     cuda = place.device.type == "cuda"
     size = 2**28 if cuda else 2**22
     data = torch.ones(size // 4, device=place.device)
 
-    def all_reduce(ranks: Iterable[int], group: dist.ProcessGroup | None) -> float:
-        """Bus bandwidth in GB/s, as nccl-tests define it."""
-        members = len(list(ranks))
+    def all_reduce(first: int, last: int) -> float:
+        """Bus bandwidth in GB/s, as nccl-tests define it, among these nodes; only they call it."""
+        ranks = range(first * place.local_world, (last + 1) * place.local_world)
+        group = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
         seconds = _best(lambda: dist.all_reduce(data, dist.ReduceOp.MAX, group=group), place.device)
-        return 2 * (members - 1) / members * size / seconds / 1e9
+        return 2 * (len(ranks) - 1) / len(ranks) * size / seconds / 1e9
 
     side = 8192 if cuda else 256
     a = torch.ones(side, side, device=place.device, dtype=torch.bfloat16 if cuda else torch.float32)
     mine = {"matmul TFLOP/s": 2 * side**3 / _best(lambda: a @ a, place.device) / 1e12}
-    per_node = [range(i * place.local_world, (i + 1) * place.local_world) for i in range(count)]
-    groups = [dist.new_group(list(ranks)) for ranks in per_node]
     if place.local_world > 1:
-        mine["all-reduce in the node GB/s"] = all_reduce(per_node[index], groups[index])
-    # Pairs of nodes at a time; each node counts with the better of its two neighbours.
-    beside = 0.0
-    for first in (0, 1) if count > 2 else ():
-        for i in range(first, count - 1, 2):
-            ranks = [*per_node[i], *per_node[i + 1]]
-            pair = dist.new_group(ranks)
-            if index in (i, i + 1):
-                beside = max(beside, all_reduce(ranks, pair))
-    if beside:
-        mine["all-reduce with a neighbour GB/s"] = beside
-    over_all = all_reduce(range(place.world), None) if place.world > 1 else 0.0
+        mine["all-reduce in the node GB/s"] = all_reduce(index, index)
+    # Nodes 0 and 1, 2 and 3, … at a time, then 1 and 2, 3 and 4, …; each counts with the better of its neighbours.
+    partners = [p for p in (index ^ 1, ((index + 1) ^ 1) - 1) if 0 <= p < count and count > 2]
+    if partners:
+        beside = [all_reduce(min(index, partner), max(index, partner)) for partner in partners]
+        mine["all-reduce with a neighbour GB/s"] = max(beside)
+    over_all = all_reduce(0, count - 1) if place.world > 1 else 0.0
     every: list[dict[str, float]] = [{}] * place.world
     dist.all_gather_object(every, mine)
-    slowest = [{key: min(every[r][key] for r in ranks) for key in every[ranks[0]]} for ranks in per_node]
+    of_node = [every[i * place.local_world : (i + 1) * place.local_world] for i in range(count)]
+    slowest = [{key: min(rank[key] for rank in ranks) for key in ranks[0]} for ranks in of_node]
     return slowest, (over_all, size // 2**20)
 
 

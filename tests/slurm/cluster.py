@@ -3,6 +3,7 @@
 Each node has 8 GPUs and 64 cores, on paper.
 """
 
+import contextlib
 import os
 import re
 import shutil
@@ -176,7 +177,5 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _kill(pid: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        pass

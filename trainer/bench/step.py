@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from data.index import Source
 from data.loader import normalize, train_batches
@@ -21,8 +20,6 @@ from trainer.config import Config
 from trainer.distributed import Place
 from trainer.run_dir import open_sources
 from trainer.step import Learner, Rates
-
-PHASES = ("teacher", "student", "contrast", "backward", "adversary", "optimizer", "ema")
 
 
 def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
@@ -45,11 +42,10 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
                 seconds = _timed(action, place.device)
                 if i >= 3:  # the first ones choose algorithms and allocate
                     times[name].append(seconds)
+            if i == 2:
+                learner.phases.take()
+        phases = learner.phases.take()
         step, alone = (statistics.median(times[name]) for name in ("step", "bare"))
-        with profile(activities=[ProfilerActivity.CPU, *_gpu_activities(place)]) as profiler:
-            for i in range(repeats):
-                learner.step(views, i, rates)
-        spans = {e.key: max(e.device_time_total, e.cpu_time_total) for e in profiler.key_averages() if e.key in PHASES}
         return {
             "backbone": config.model.backbone,
             "batch_size": config.data.batch_size,
@@ -60,7 +56,7 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
             "step_seconds": step,
             "bare_seconds": alone,
             "overhead": step / alone - 1,
-            "phases": {name: spans.get(name, 0.0) / sum(spans.values()) for name in PHASES},
+            "phases": {name: seconds / sum(phases.values()) for name, seconds in phases.items()},
         }
 
 
@@ -120,7 +116,3 @@ def _timed(action: Callable[[], object], device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - began
-
-
-def _gpu_activities(place: Place) -> list[ProfilerActivity]:
-    return [ProfilerActivity.CUDA] if place.device.type == "cuda" else []

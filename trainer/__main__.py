@@ -53,6 +53,18 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def replay(run: RunPath) -> None:
+    """Do the step again whose loss or gradient was not finite, and say which modules gave it first.
+
+    On as many ranks as the run had: torchrun …; TRAINER_DEBUG=1 checks more.
+    """
+    from trainer.replay import replay
+
+    if text := replay(run):
+        print(text)
+
+
+@app.command()
 def knn(run: RunPath, overrides: Overrides = None) -> None:
     """Evaluate a run's newest checkpoint by weighted k nearest neighbours.
 

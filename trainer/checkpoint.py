@@ -39,11 +39,11 @@ class Saver:
     """Saves checkpoints beside training, one at a time; made and called by all ranks.
 
     The state is copied to host memory, and a thread with a process group of its own writes the copy. keep: how many
-    of the newest stay.
+    of the newest stay. stays: whether that of a step stays for good besides.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
+        self.folder, self.keep, self.stays = folder, keep, stays
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
@@ -55,7 +55,7 @@ class Saver:
         self.wait()
         weights = _whole_weights(state)
         copy = BlockingAsyncStager().stage(state)
-        self.pending = self.thread.submit(_save, self.folder, step, copy, weights, self.keep, self.group)
+        self.pending = self.thread.submit(_save, self.folder, step, copy, weights, self.keep, self.group, self.stays)
 
     def wait(self) -> bool:
         """Until what was begun is written. False, on all ranks, if it could not be: see `save`."""
@@ -71,7 +71,15 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
     return _save(folder, step, state, _whole_weights(state), keep, dist.group.WORLD)
 
 
-def _save(folder: Path, step: int, state: State, weights: State, keep: int, group: dist.ProcessGroup | None) -> bool:
+def _save(
+    folder: Path,
+    step: int,
+    state: State,
+    weights: State,
+    keep: int,
+    group: dist.ProcessGroup | None,
+    stays: Callable[[int], bool] = lambda step: False,
+) -> bool:
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     failure = None
     files: dict[str, Any] = {}
@@ -113,7 +121,8 @@ def _save(folder: Path, step: int, state: State, weights: State, keep: int, grou
     if rank == 0:
         # Later ones than this were found damaged, or the run would have gone on from them: they count for nothing.
         for old in [path for path in _list(folder) if step_of(path) <= step][keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+            if not stays(step_of(old)):
+                shutil.rmtree(old, ignore_errors=True)
     return True
 
 

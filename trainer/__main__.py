@@ -226,6 +226,23 @@ def bench_step(
         step.report(step.run(load(config, overrides), Path(folder), repeats), out)
 
 
+@bench_app.command("save")
+def bench_save(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write; the system's temporary folder if not given")
+    ] = None,
+    saves: Annotated[int, typer.Option(help="Checkpoints to write", min=1)] = 3,
+    out: OutPath = None,
+) -> None:
+    """What a checkpoint of CONFIG costs: the copy that training waits for, and the steps beside which it is written."""
+    from trainer.bench import save
+    from trainer.config import load
+
+    save.report(save.run(load(config, overrides), folder, saves), out)
+
+
 @bench_app.command("traffic")
 def bench_traffic(
     rows: Annotated[int, typer.Option(help="Queries N over all ranks, and as many keys")] = 4096,

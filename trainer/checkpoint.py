@@ -57,6 +57,10 @@ class Saver:
         copy = BlockingAsyncStager().stage(state)
         self.pending = self.thread.submit(_save, self.folder, step, copy, weights, self.keep, self.group, self.stays)
 
+    def done(self) -> bool:
+        """Whether this rank has written what was begun."""
+        return self.pending is None or self.pending.done()
+
     def wait(self) -> bool:
         """Until what was begun is written. False, on all ranks, if it could not be: see `save`."""
         pending, self.pending = self.pending, None

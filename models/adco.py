@@ -7,6 +7,7 @@ B images of this rank, V views, D dimensions.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,8 @@ from models.bank import Bank, Rows
 from models.contrast import contrast
 from models.encoder import Encoder
 from models.shuffle_bn import plan, shuffle, unshuffle
+
+Phase = Callable[[str], AbstractContextManager[object]]  # what surrounds a phase of a step, by its name
 
 
 class Play(NamedTuple):
@@ -56,19 +59,25 @@ class AdCo:
         self.temperature, self.symmetric, self.batch_keys = temperature, symmetric, batch_keys
         self.crops, self.bn = crops, bn
 
-    def play(self, student: Callable[[list[Tensor]], Tensor], views: list[Tensor], seed: int) -> Play:
+    def play(
+        self,
+        student: Callable[[list[Tensor]], Tensor],
+        views: list[Tensor],
+        seed: int,
+        phase: Phase = record_function,
+    ) -> Play:
         """The loss of one batch: V images tensors [B, 3, S_v, S_v].
 
         student: what to call for queries, `self.student` or a wrapper that averages gradients over ranks.
-        seed: of the shuffle, the same on all ranks.
+        seed: of the shuffle, the same on all ranks. phase: what times the phases teacher, student and score.
         """
         key_views = [0, 1] if self.symmetric else [0]
-        with record_function("teacher"):
+        with phase("teacher"):
             keys = {j: self.keys(views[j], seed + j) for j in key_views}
         query_views = [i for i in range(len(views)) if key_views != [i]]
-        with record_function("student"):
+        with phase("student"):
             queries_ND = student([views[i] for i in query_views])
-        with record_function("contrast"), torch.autocast(queries_ND.device.type, enabled=False):
+        with phase("score"), torch.autocast(queries_ND.device.type, enabled=False):
             return self._contrast(dict(zip(query_views, queries_ND.chunk(len(query_views)), strict=True)), keys)
 
     @torch.no_grad()

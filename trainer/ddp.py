@@ -13,7 +13,7 @@ from models.encoder import Encoder
 from models.teacher import ema_update
 from trainer.config import Config
 from trainer.distributed import Place
-from trainer.engine import LossScale, State, named_state, prepare_blocks, set_named_state, shrink, squared_norm
+from trainer.engine import LossScale, State, named_state, prepare_blocks, set_named_state, squared_norm, update
 from trainer.optim import make_optimizer
 
 
@@ -55,14 +55,7 @@ class DDP:
         scale = self.scale.value if self.scale else 1.0
         grads = [p.grad for p in self.plain.parameters() if p.grad is not None]
         norm = math.sqrt(float(squared_norm(grads, self.device))) / scale
-        if math.isfinite(norm):
-            shrink(grads, norm, self.clip, scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.scale:
-            self.scale.update(math.isfinite(norm))
+        update(self.optimizer, [grads], norm, self.clip, self.scale, lr)
         return norm
 
     def follow(self, momentum: float) -> None:

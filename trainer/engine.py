@@ -4,6 +4,7 @@ See docs/engines.md for what each does and when to take which.
 """
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
@@ -172,8 +173,27 @@ def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).to(device, torch.float32).square().sum()
 
 
-def shrink(grads: list[Tensor], norm: float, clip: float | None, scale: float) -> None:
-    """Divide gradients by the loss scale and cut their length, known to be `norm` without that scale, to `clip`."""
-    factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / scale
-    if grads and factor != 1.0:
-        torch._foreach_mul_(grads, factor)
+def update(
+    optimizer: torch.optim.Optimizer,
+    grads: list[list[Tensor]],
+    norm: float,
+    clip: float | None,
+    scale: LossScale | None,
+    lr: float,
+) -> None:
+    """One step, unless `norm` is not finite; gradients are gone afterwards.
+
+    grads: what the optimizer's parameters have, a list for each device. norm: length of the whole gradient, without
+    the loss scale that is still in `grads`; it is cut to `clip`.
+    """
+    if math.isfinite(norm):
+        factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / (scale.value if scale else 1.0)
+        for tensors in grads:
+            if tensors and factor != 1.0:
+                torch._foreach_mul_(tensors, factor)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    optimizer.zero_grad()
+    if scale:
+        scale.update(math.isfinite(norm))

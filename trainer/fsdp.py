@@ -28,8 +28,8 @@ from trainer.engine import (
     named_state,
     prepare_blocks,
     set_named_state,
-    shrink,
     squared_norm,
+    update,
 )
 from trainer.optim import local, make_optimizer, shard_group
 
@@ -72,15 +72,8 @@ class FSDP:
         squares = squared_norm(sharded_grads, self.device)
         dist.all_reduce(squares, group=shard_group(sharded[0]))
         norm = math.sqrt(float(squares + squared_norm(whole_grads, self.device))) / scale
-        if math.isfinite(norm):
-            for grads in (sharded_grads, whole_grads):  # if offloaded, the former are on the host
-                shrink(grads, norm, self.clip, scale)
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        if self.scale:
-            self.scale.update(math.isfinite(norm))
+        # Offloaded, the former are on the host.
+        update(self.optimizer, [sharded_grads, whole_grads], norm, self.clip, self.scale, lr)
         return norm
 
     def follow(self, momentum: float) -> None:

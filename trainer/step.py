@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 
 from kernels import AdversaryStats
 from models.adco import AdCo
@@ -15,6 +14,7 @@ from models.bank import Rows
 from trainer import checkpoint
 from trainer.distributed import Place
 from trainer.engine import Engine
+from trainer.phases import Phases
 
 
 class Rates(NamedTuple):
@@ -23,6 +23,15 @@ class Rates(NamedTuple):
     lr: float
     bank_lr: float
     teacher_momentum: float
+
+
+class NotFinite(ValueError):
+    """A loss, on `ranks`, or the gradient is not finite; nothing was updated."""
+
+    def __init__(self, ranks: list[int], norm: float) -> None:
+        where = f"the loss on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}, " if ranks else ""
+        super().__init__(f"not finite: {where}gradient norm {norm}; nothing was updated")
+        self.ranks = ranks
 
 
 class Learner:
@@ -35,13 +44,13 @@ class Learner:
         self, game: AdCo, engine: Engine, place: Place, accumulate: int = 1, precision: torch.dtype = torch.float32
     ) -> None:
         self.game, self.engine, self.accumulate, self.precision = game, engine, accumulate, precision
-        self.place = place
+        self.place, self.phases = place, Phases(place.device)
 
     def step(self, views: list[Tensor], seed: int, rates: Rates) -> tuple[dict[str, Tensor], AdversaryStats]:
         """views: V normalised images [B, 3, S_v, S_v] on the device. Gives this rank's metrics and shard's statistics.
 
         Everything random in the networks is a function of `seed`, the same on all ranks, and the rank.
-        Raises ValueError, on all ranks and before anything is updated, where the loss or the gradient is not finite;
+        Raises NotFinite, on all ranks and before anything is updated, where the loss or the gradient is not finite;
         in fp16 a gradient that overflows makes the student miss this step instead.
         """
         torch.manual_seed(seed + self.place.rank)
@@ -50,33 +59,37 @@ class Learner:
         for part, part_views in enumerate(zip(*(view.chunk(self.accumulate) for view in views), strict=True)):
             with self.engine.part(last=part == self.accumulate - 1):
                 with torch.autocast(self.place.device.type, self.precision, enabled=self.precision != torch.float32):
-                    play = self.game.play(self.engine.student, list(part_views), seed + part)
-                with record_function("backward"):
+                    play = self.game.play(self.engine.student, list(part_views), seed + part, self.phases)
+                with self.phases("backward"):
                     self.engine.backward(play.loss / self.accumulate)
             rows += [Rows(r.q_ND, r.coef_N / self.accumulate) for r in play.rows]
             for name, value in play.metrics.items():
                 total[name] = total[name] + value / self.accumulate if part else value / self.accumulate
-        with record_function("optimizer"):
+        with self.phases("optimizer"):
             scale = self.engine.scale.value if self.engine.scale else None
             norm = self.engine.step(rates.lr)
             if not math.isfinite(norm):
                 self._refuse(total["loss"], norm)
-        total["grad_norm"] = torch.tensor(norm if math.isfinite(norm) else 0.0, device=self.place.device)
+        total["grad_norm"] = self._scalar(norm if math.isfinite(norm) else 0.0)
         if scale is not None:
-            total["loss_scale"] = torch.tensor(scale, device=self.place.device)
-            total["skipped"] = torch.tensor(float(not math.isfinite(norm)), device=self.place.device)
-        with record_function("adversary"):  # before the teacher moves, from the queries of this step
+            total["loss_scale"] = self._scalar(scale)
+            total["skipped"] = self._scalar(float(not math.isfinite(norm)))
+        with self.phases("adversary"):  # before the teacher moves, from the queries of this step
             stats = self.game.bank.step(rows, rates.bank_lr, seed)
-        with record_function("ema"):
+        with self.phases("ema"):
             self.engine.follow(rates.teacher_momentum)
         return total, stats
 
+    def _scalar(self, value: float) -> Tensor:
+        return torch.full((), value, device=self.place.device)  # no copy from the host, as torch.tensor makes
+
     def _refuse(self, loss: Tensor, norm: float) -> None:
-        """Raise ValueError unless a smaller loss scale can mend it, which it cannot where a loss is not finite."""
-        bad = (~loss.isfinite()).float()
-        dist.all_reduce(bad)
+        """Raise NotFinite unless a smaller loss scale can mend it, which it cannot where a loss is not finite."""
+        ranks = [torch.zeros((), device=self.place.device) for _ in range(self.place.world)]
+        dist.all_gather(ranks, (~loss.isfinite()).float())
+        bad = [rank for rank, flag in enumerate(ranks) if flag]
         if self.engine.scale is None or bad:
-            raise ValueError(f"not finite: loss on {int(bad)} ranks, gradient norm {norm}; nothing was updated")
+            raise NotFinite(bad, norm)
 
     def state(self, step: int) -> dict[str, Any]:
         """All tensors that a run after `step` steps goes on from, by names that no engine changes."""

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _ASK_FILE, _LEFT_FILE = "stop", "stopped.json"
+_LOOK = 0.2  # seconds
 
 
 class Stopped(Exception):
@@ -51,6 +52,7 @@ class Stop:
         self.vote: torch.Tensor | None = None
         self.work: Any = None
         self.handlers: dict[int, Any] = {}
+        self.next_look = 0.0
 
     def __enter__(self) -> "Stop":
         if self.first:
@@ -102,8 +104,10 @@ class Stop:
     def _look(self) -> None:
         if self.latest is not None and time.time() > self.latest:
             self.reason = "out of time"
-        if self.first and (self.folder / _ASK_FILE).exists():
-            self.reason = "asked by file"
+        if self.first and time.monotonic() > self.next_look:  # at most so often: the folder may be far away
+            self.next_look = time.monotonic() + _LOOK
+            if (self.folder / _ASK_FILE).exists():
+                self.reason = "asked by file"
 
 
 def deadline(max_minutes: float | None, started: float) -> float | None:

@@ -26,7 +26,7 @@ def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
                     os.kill(os.getpid(), getattr(signal, ask))
                 if ask == "file":
                     (folder / "stop").touch()
-            if ask == "clock":
+            if ask in ("clock", "file"):
                 time.sleep(0.02)
             if end.at_boundary():
                 break

@@ -42,14 +42,10 @@ import kernels
 from models.bank import Bank, gather, make_mesh
 from models.contrast import contrast
 from trainer.bench.collectives import Collective, CollectiveTrace
+from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY
 
 FORMULATIONS = ("published", "replicated", "sharded")
 DTYPES = (torch.float32, torch.bfloat16)
-TEMPERATURE = 0.12
-ADVERSARY_TEMPERATURE = 0.02
-LR = 3.0
-MOMENTUM = 0.9
-WEIGHT_DECAY = 1e-4
 
 _MOST_PROCESSES = 8
 

@@ -16,7 +16,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, check_out, lacking
 from tests.trainer.small import small_config, write_images
-from trainer.config import dump
+from trainer.config import dump, load
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 
@@ -49,14 +49,13 @@ def site(make_site: Callable[[], Path]) -> Path:
 
 
 class Job:
-    """A job of `script`, submitted with these options and settings; two nodes of one rank if not told otherwise."""
+    """A job with these options and settings; two nodes of one rank if not told otherwise."""
 
-    def __init__(
-        self, cluster: Cluster, site: Path, *options: str, script: str = "slurm/adco_800ep.sh", **environment: str
-    ) -> None:
+    def __init__(self, cluster: Cluster, site: Path, *options: str, by_hand: bool = False, **environment: str) -> None:
         self.cluster, self.site = cluster, site
         split = next((i for i, option in enumerate(options) if not option.startswith("-")), len(options))
-        order = ["sbatch", "--nodes=2", *SMALL, *options[:split], script, *options[split:]]
+        script, before, after = "slurm/adco_800ep.sh", ["--nodes=2", *SMALL, *options[:split]], options[split:]
+        order = [script, *before, *after] if by_hand else ["sbatch", *before, script, *after]
         said = cluster(*order, cwd=site, env={"CONFIG": "configs/small.yaml", "PREFLIGHT": "0"} | environment)
         self.id = re.findall(r"job (\d+)", said)[0]
 
@@ -147,11 +146,11 @@ def test_a_signal_saves_and_requeues(
     """And the restart runs the code and configuration of the submission."""
     site = make_site()
     run = site / "runs" / "small"
-    job = Job(cluster, site)
-    step = job.in_progress(run)
+    job = Job(cluster, site, by_hand=True)
     (site / "trainer" / "pretrain.py").write_text("raise SystemExit('edited')")
     (site / "slurm" / "run.sh").write_text("exit 1")
     (site / "configs" / "small.yaml").unlink()
+    step = job.in_progress(run)
     cluster("scancel", "--signal=USR1", job.id)
     job.send(signal.SIGCONT)
     job.says("requeued: stopped in good order")
@@ -228,20 +227,43 @@ def test_a_file_stops_for_good(cluster: Cluster, site: Path) -> None:
     assert f"stopped by the file {run}/stop; the same sbatch goes on from step {newest(run)}" in job.log
 
 
+def test_a_sweep_takes_a_line_for_each_task(cluster: Cluster, site: Path) -> None:
+    (site / "sweep").write_text("optim.lr=0.1\noptim.lr=0.2 run.seed=7\n")
+    Job(cluster, site, "--nodes=1", "--array=2", "run.dir=runs/sweep", "run.epochs=1", SWEEP="sweep")
+    run = site / "runs" / "sweep-2"
+    cluster.until(lambda: (run / "results.json").exists(), "the end")
+    config = load(run / "config.yaml")
+    assert (config.optim.lr, config.run.seed) == (0.2, 7)
+
+
 def test_a_bad_node_is_named_and_left_out(cluster: Cluster, make_site: Callable[[], Path]) -> None:
-    """One of three has another version of a package."""
+    """One of three has another version of a package. And data are staged on each."""
     site = make_site()
-    prefix = site / "as_on_n2.sh"
     package = site / "old" / "timm-0.1.dist-info"
     package.mkdir(parents=True)
     (package / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.1\n")
-    prefix.write_text(
-        f'[[ $SLURMD_NODENAME != n2 ]] || export PYTHONPATH={site}/old:$PYTHONPATH\nexec "$@"\n', encoding="utf-8"
+    (site / "run_in").write_text(
+        f"[[ ${{SLURM_RESTART_COUNT:-0}} != 0 || $SLURM_NODEID != 1 ]] || export PYTHONPATH={site}/old:$PYTHONPATH\n"
+        'exec "$@"\n'
     )
-    environment = site / "slurm" / "env.sh"
-    environment.write_text(environment.read_text().replace("container=()", f"container=(bash {prefix})"))
+    settings = site / "slurm" / "env.sh"
+    text = settings.read_text().replace("container=()", f"container=(bash {site}/run_in)")
+    settings.write_text(text + 'stage() { touch "staged-$SLURMD_NODENAME"; }\n')
     job = Job(cluster, site, "--nodes=3", "run.dir=runs/bad", "run.epochs=1", PREFLIGHT="1", EXCLUDE_BAD_NODES="1")
     job.ends()
+    (bad,) = re.findall(r"(n\d): package timm 0\.1, but [\d.]+ on 2 of 3 nodes", job.log)
+    assert f"requeued: the preflight found what is wrong, on {bad}, 1 of 3" in job.log
+    first, second = (_nodes(text) for text in re.findall(r"3 nodes \((.*?)\) x 1 ranks", job.log))
+    assert bad in first
+    assert bad not in second
+    assert {path.name for path in site.glob("staged-*")} == {f"staged-{node}" for node in first | second}
+    assert "slurm: finished: runs/bad" in job.log
+
+
+def _nodes(text: str) -> set[str]:
+    """n[1,3-4] as names."""
+    parts = [part.split("-") for part in re.sub(r"[n\[\]]", "", text).split(",")]
+    return {f"n{i}" for part in parts for i in range(int(part[0]), int(part[-1]) + 1)}
 
 
 @pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh"])

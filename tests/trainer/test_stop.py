@@ -74,6 +74,20 @@ def test_a_second_interrupt_is_not_swallowed(tmp_path: Path) -> None:
     assert run_ranks(1, second_signal, tmp_path) == ["interrupted"]
 
 
+def several_signals(folder: Path) -> str:
+    with Stop(folder) as end:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        end.at_boundary()
+        return "stops" if end.at_boundary() else "goes on"
+
+
+def test_one_request_may_come_as_several_signals(tmp_path: Path) -> None:
+    """SLURM signals the rank, and torchrun hands on what it gets itself."""
+    assert run_ranks(1, several_signals, tmp_path) == ["stops"]
+
+
 def test_the_earlier_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_END_TIME", raising=False)
     assert deadline(None, 1000.0) is None

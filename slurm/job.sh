@@ -22,7 +22,7 @@ snapshot() { # into runs/slurm/$1
 if [[ -z ${SLURM_JOB_ID:-} ]]; then
     options=()
     while (($#)) && [[ ! $1 =~ ^[a-z_]+\.[a-z_.]+= ]]; do options+=("$1") && shift; done
-    id=$(sbatch --parsable --hold "${options[@]}" "$0" "$@")
+    id=$(sbatch --parsable --hold "${options[@]}" "slurm/${0##*/}" "$@")
     id=${id%%;*}
     snapshot "$id" || { scancel "$id" && exit 1; }
     scontrol release "$id"

@@ -60,7 +60,7 @@ requeue() { # REASON
 ask_to_stop() { # SIGNAL
     asked=$1
     say "$1: asking all ranks to save and stop"
-    mkdir -p "$run_dir" && echo "job $SLURM_JOB_ID" >"$run_dir/stop"
+    if [[ -n $run_dir ]]; then mkdir -p "$run_dir" && echo "job $SLURM_JOB_ID" >"$run_dir/stop"; fi
     { sleep "$STOP_SECONDS" && back_to_queue; } &
 }
 
@@ -72,6 +72,7 @@ newest_step() { # of the checkpoints, 0 if there is none
 
 failed() { # WHAT
     local step failures=0 at=0
+    [[ -z $asked ]] || requeue "$1, after $asked asked to stop"
     step=$(newest_step)
     if [[ -f $state/failures ]]; then read -r failures at <"$state/failures"; fi
     if ((step > at)); then failures=0; fi
@@ -83,6 +84,11 @@ failed() { # WHAT
     fi
     requeue "$1, $failures of $MAX_FAILURES without a new checkpoint (newest: step $step)"
 }
+
+asked=
+run_dir=
+trap 'ask_to_stop USR1' USR1
+trap 'ask_to_stop TERM' TERM
 
 # Each task of an array has its own seed, or its own line of the file SWEEP, and its own run directory.
 task=${SLURM_ARRAY_TASK_ID:-}
@@ -106,11 +112,8 @@ settings+=("run.dir=$run_dir")
 
 say "start $restarts of job $SLURM_JOB_ID: $SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $ranks ranks, $run_dir"
 say "code and configuration of $(date -r "$job/code" '+%F %T'), in $job/code"
-asked=
 if grep -qs '^job ' "$run_dir/stop"; then rm "$run_dir/stop"; fi # of an earlier start
 rm -f "$run_dir/stopped.json" "$state/bad-nodes"
-trap 'ask_to_stop USR1' USR1
-trap 'ask_to_stop TERM' TERM
 
 if declare -F stage >/dev/null; then
     export -f stage

@@ -7,6 +7,7 @@ network between nodes does, until each has reached each other by a plain connect
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -38,7 +39,7 @@ from trainer.run_dir import existing_parent
 from trainer.watchdog import Watchdog
 
 CLOCK_SECONDS = 5.0  # that clocks may differ
-SLOW = 3  # times slower than the median node is a fault, not noise
+SLOW = 3.0  # times slower than the median node is a fault, not noise
 _SHOWN = 5  # differences of a node
 _WAIT = 180.0  # seconds for any step that needs all nodes
 _CONNECT = 10.0  # seconds for a connection
@@ -69,8 +70,8 @@ class Fault(NamedTuple):
     text: str
 
 
-def judge(nodes: list[Node]) -> list[Fault]:
-    """What is wrong with which node."""
+def judge(nodes: list[Node], slow: float = SLOW) -> list[Fault]:
+    """What is wrong with which node; one that is `slow` times slower than the median is."""
     faults = [Fault(node.name, text) for node in nodes for text in node.problems]
     faults += _differences(nodes)
     middle = statistics.median_low(node.clock for node in nodes)
@@ -90,7 +91,7 @@ def judge(nodes: list[Node]) -> list[Fault]:
     for key in sorted({key for node in nodes for key in node.speeds}):
         median = statistics.median(node.speeds[key] for node in nodes if key in node.speeds)
         for node in nodes:
-            if (speed := node.speeds.get(key, median)) < median / SLOW:
+            if (speed := node.speeds.get(key, median)) < median / slow:
                 faults.append(Fault(node.name, f"{key}: {speed:.3g}, the median of the nodes is {median:.3g}"))
     return faults
 
@@ -135,7 +136,8 @@ def compare(config: Config | None, bad_nodes: Path | None) -> bool:
             nodes = [node._replace(speeds=speeds[i]) for i, node in enumerate(nodes)]
     if rank != 0:
         return True
-    faults = judge(nodes)
+    # Cores are shared with other programs, so what they do in a second says little.
+    faults = judge(nodes, math.inf if nodes[0].same["GPUs"] == "none" else SLOW)
     _show(nodes, faults, world, over_all)
     bad = sorted({fault.node for fault in faults if fault.node is not None})
     if bad_nodes and 0 < len(bad) < count:  # what all have is not a node's fault
@@ -210,7 +212,9 @@ def _unreachable(names: list[tuple[str, str, int]]) -> list[str]:
 
 def _same() -> dict[str, str]:
     """What must be equal on all nodes, by name."""
-    packages = {f"package {d.metadata['Name']}": d.version for d in importlib.metadata.distributions()}
+    packages: dict[str, str] = {}
+    for found in importlib.metadata.distributions():
+        packages.setdefault(f"package {found.metadata['Name']}", found.version)  # the first on the path is imported
     code = hashlib.sha256()
     root = Path(__file__).parents[1]
     for folder in ("trainer", "models", "data", "kernels"):
@@ -285,25 +289,29 @@ def _speeds(place: Place, index: int, count: int) -> tuple[list[dict[str, float]
     size = 2**28 if cuda else 2**22
     data = torch.ones(size // 4, device=place.device)
 
-    def all_reduce(first: int, last: int) -> float:
-        """Bus bandwidth in GB/s, as nccl-tests define it, among these nodes; only they call it."""
-        ranks = range(first * place.local_world, (last + 1) * place.local_world)
-        group = dist.new_group(list(ranks), use_local_synchronization=True)
-        assert isinstance(group, dist.ProcessGroup)
+    def all_reduce(members: int, group: dist.ProcessGroup | None) -> float:
+        """Bus bandwidth in GB/s, as nccl-tests define it."""
         seconds = _best(lambda: dist.all_reduce(data, dist.ReduceOp.MAX, group=group), place.device)
-        return 2 * (len(ranks) - 1) / len(ranks) * size / seconds / 1e9
+        return 2 * (members - 1) / members * size / seconds / 1e9
 
     side = 8192 if cuda else 256
     a = torch.ones(side, side, device=place.device, dtype=torch.bfloat16 if cuda else torch.float32)
     mine = {"matmul TFLOP/s": 2 * side**3 / _best(lambda: a @ a, place.device) / 1e12}
-    if place.local_world > 1:
-        mine["all-reduce in the node GB/s"] = all_reduce(index, index)
-    # Nodes 0 and 1, 2 and 3, … at a time, then 1 and 2, 3 and 4, …; each counts with the better of its neighbours.
-    partners = [p for p in (index ^ 1, ((index + 1) ^ 1) - 1) if 0 <= p < count and count > 2]
-    if partners:
-        beside = [all_reduce(min(index, partner), max(index, partner)) for partner in partners]
-        mine["all-reduce with a neighbour GB/s"] = max(beside)
-    over_all = all_reduce(0, count - 1) if place.world > 1 else 0.0
+    # Each node, then nodes 0 and 1, 2 and 3, … at a time, then 1 and 2, 3 and 4, …; the better neighbour counts. All
+    # ranks make all groups: torch numbers them. One that is not in a group goes on at once.
+    spans = [(i, i) for i in range(count) if place.local_world > 1]
+    if count > 2:
+        spans += [(i, i + 1) for first in (0, 1) for i in range(first, count - 1, 2)]
+    groups = []
+    for first, last in spans:
+        ranks = list(range(first * place.local_world, (last + 1) * place.local_world))
+        group = dist.new_group(ranks)
+        if isinstance(group, dist.ProcessGroup):
+            groups.append((first, last, len(ranks), group))
+    for first, last, members, group in groups:
+        name = "all-reduce in the node GB/s" if first == last else "all-reduce with a neighbour GB/s"
+        mine[name] = max(mine.get(name, 0.0), all_reduce(members, group))
+    over_all = all_reduce(place.world, None) if place.world > 1 else 0.0
     every: list[dict[str, float]] = [{}] * place.world
     dist.all_gather_object(every, mine)
     of_node = [every[i * place.local_world : (i + 1) * place.local_world] for i in range(count)]

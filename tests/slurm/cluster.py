@@ -125,7 +125,7 @@ class Cluster:
                 pass  # it has ended
         return found
 
-    def until(self, true: Callable[[], bool], what: str, seconds: float = 120) -> None:
+    def until(self, true: Callable[[], bool], what: str, seconds: float = 240) -> None:
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"{what}: not within {seconds} s\n{self.logs()}"

@@ -63,7 +63,7 @@ class Job:
     def log(self) -> str:
         return "".join(path.read_text() for path in self.site.glob(f"adco_?00ep-{self.id}.log"))
 
-    def says(self, text: str, times: int = 1, seconds: float = 120) -> None:
+    def says(self, text: str, times: int = 1, seconds: float = 240) -> None:
         try:
             self.cluster.until(lambda: self.log.count(text) >= times, f"{text!r} in the log of {self.id}", seconds)
         except AssertionError as error:

@@ -20,7 +20,8 @@ source "$job/code/slurm/env.sh"
 
 # shellcheck disable=SC2153 # from the script that was submitted
 config=$job/code/configs/${CONFIG##*/}
-ranks=${SLURM_GPUS_ON_NODE:-1} # per node
+ranks=${SLURM_GPUS_ON_NODE:-0} # per node
+ranks=$((ranks > 0 ? ranks : 1))
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > ranks ? SRUN_CPUS_PER_TASK / ranks : 1))}
 port=$((10000 + (SLURM_JOB_ID + 8191 * restarts) % 20000))

@@ -229,7 +229,16 @@ def test_a_file_stops_for_good(cluster: Cluster, site: Path) -> None:
 
 def test_a_sweep_takes_a_line_for_each_task(cluster: Cluster, site: Path) -> None:
     (site / "sweep").write_text("optim.lr=0.1\noptim.lr=0.2 run.seed=7\n")
-    Job(cluster, site, "--nodes=1", "--array=2", "run.dir=runs/sweep", "run.epochs=1", SWEEP="sweep")
+    Job(
+        cluster,
+        site,
+        "--nodes=1",
+        "--gpus-per-node=0",
+        "--array=2",
+        "run.dir=runs/sweep",
+        "run.epochs=1",
+        SWEEP="sweep",
+    )
     run = site / "runs" / "sweep-2"
     cluster.until(lambda: (run / "results.json").exists(), "the end")
     config = load(run / "config.yaml")

@@ -20,9 +20,10 @@ PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 NODES = ("n1", "n2", "n3", "n4")
 
 # cred_expire: seconds for which a requeued job is held back, 5 at least, else 120. proctrack/pgid signals what
-# proctrack/cgroup does: the task, not its children.
+# proctrack/cgroup does: the task, not its children. Ports come from job numbers, which no other cluster here may have.
 CONF = """
 ClusterName=test
+FirstJobId={job}
 SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={port}
 AuthInfo=socket={folder}/munge/socket,cred_expire=5
@@ -45,7 +46,10 @@ OverTimeLimit=1
 GresTypes=gpu
 SchedulerParameters=batch_sched_delay=1,sched_interval=2,bf_interval=2
 NodeName=n[1-4] NodeHostname=localhost NodeAddr=127.0.0.1 Port=[{first}-{last}] CPUs=64 RealMemory=65536 Gres=gpu:8
-PartitionName=all Nodes=ALL Default=YES
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=all Nodes=ALL Default=YES PriorityTier=2 PreemptMode=OFF
+PartitionName=low Nodes=ALL PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 """
 
 
@@ -78,7 +82,7 @@ class Cluster:
         ports = _free_ports(1 + len(NODES))
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         values = {"host": socket.gethostname(), "folder": folder, "user": user}
-        values |= {"port": ports[0], "first": ports[1], "last": ports[-1]}
+        values |= {"job": 8 * os.getpid(), "port": ports[0], "first": ports[1], "last": ports[-1]}
         (folder / "slurm.conf").write_text(CONF.format(**values))
         paths = [f"--{name}={folder}/munge/{name}" for name in ("socket", "pid-file", "seed-file", "log-file")]
         self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}", *paths)

@@ -161,6 +161,19 @@ def test_a_signal_saves_and_requeues(
     assert weights(run) == undisturbed
 
 
+def test_preemption_saves_and_requeues(cluster: Cluster, site: Path) -> None:
+    run = site / "runs" / "low"
+    job = Job(cluster, site, "--nodes=1", "--partition=low", "--nodelist=n4", f"run.dir={run}")
+    job.in_progress(run)
+    cluster("sbatch", "--nodelist=n4", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    job.send(signal.SIGCONT)
+    job.says("requeued: stopped in good order")
+    job.ends()
+    (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(SIGTERM\)", job.log))
+    assert began_at(job.log) == [stopped]
+    assert (run / "results.json").exists()
+
+
 def test_a_lost_node_requeues(cluster: Cluster, site: Path, undisturbed: dict[str, str]) -> None:
     """The first one, with the batch shell, so that only SLURM itself can."""
     run = site / "runs" / "lost"

@@ -226,6 +226,38 @@ def bench_step(
         step.report(step.run(load(config, overrides), Path(folder), repeats), out)
 
 
+@bench_app.command("throughput")
+def bench_throughput(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    mode: Annotated[
+        Literal["all", "full", "synthetic", "data"],
+        typer.Option(help="full: as in training; synthetic: without the loader; data: the loader alone"),
+    ] = "all",
+    steps: Annotated[int, typer.Option(help="Each time is the median of so many steps", min=2)] = 50,
+    warmup: Annotated[int, typer.Option(help="Steps before them", min=1)] = 10,
+    out: OutPath = None,
+) -> None:
+    """Images/s of training CONFIG on this machine, or under torchrun on many; time by phase, memory, MFU."""
+    from trainer.bench import throughput
+    from trainer.config import load
+
+    result = throughput.run(load(config, overrides), throughput.MODES if mode == "all" else (mode,), steps, warmup)
+    if int(os.environ.get("RANK", 0)) == 0:
+        throughput.report(result, out)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A file of bench throughput --out", metavar="BEFORE.json")],
+    after: Annotated[Path, typer.Argument(help="Another", metavar="AFTER.json")],
+) -> None:
+    """Two results of bench throughput side by side."""
+    from trainer.bench import throughput
+
+    throughput.compare(before, after)
+
+
 @bench_app.command("save")
 def bench_save(
     config: ConfigPath,

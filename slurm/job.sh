@@ -32,4 +32,4 @@ fi
 
 id=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}
 [[ -d runs/slurm/$id/code ]] || snapshot "$id"
-exec bash "runs/slurm/$id/code/slurm/run.sh" "runs/slurm/$id" "$@"
+exec bash "runs/slurm/$id/code/slurm/${RUN:-run.sh}" "runs/slurm/$id" "$@"

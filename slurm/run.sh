@@ -10,30 +10,11 @@
 set -euo pipefail
 job=$1
 shift
-restarts=${SLURM_RESTART_COUNT:-0}
 MAX_FAILURES=${MAX_FAILURES:-3}
 STOP_SECONDS=${STOP_SECONDS:-240} # after which a job that was asked to stop and has not is requeued as it is
 
-export PYTHONPATH=$PWD/$job/code PYTHONSAFEPATH=1 # the snapshot, not the working directory
-# shellcheck source=slurm/env.sh
-source "$job/code/slurm/env.sh"
-
-# shellcheck disable=SC2153 # from the script that was submitted
-config=$job/code/configs/${CONFIG##*/}
-ranks=${SLURM_GPUS_ON_NODE:-0} # per node
-ranks=$((ranks > 0 ? ranks : 1))
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > ranks ? SRUN_CPUS_PER_TASK / ranks : 1))}
-port=$((10000 + (SLURM_JOB_ID + 8191 * restarts) % 20000))
-
-say() { echo "$(date '+%F %T') slurm: $*"; }
-
-launch() { # VERB ARGUMENT…: python -m trainer on every rank
-    srun --kill-on-bad-exit=1 "${srun_options[@]}" "${container[@]}" \
-        torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --rdzv-backend=c10d \
-        --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID-$restarts-$1" \
-        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=600 -m trainer "$@"
-}
+# shellcheck source=slurm/launch.sh
+source "$job/code/slurm/launch.sh"
 
 await() { # COMMAND…: as it stands, but signals are handled meanwhile
     "$@" &

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, check_out, lacking
-from tests.trainer.small import small_config, write_images
+from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.config import dump, load
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 
 SMALL = ("--gpus-per-node=1", "--cpus-per-task=1")
 STEPS = 180
+FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +71,7 @@ class Job:
             raise AssertionError(f"{error}\n{self.log}") from None
 
     def ends(self, state: str = "COMPLETED") -> None:
-        final = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
-        self.cluster.until(lambda: self.cluster.state(self.id) in final, f"the end of {self.id}")
+        self.cluster.until(lambda: self.cluster.state(self.id) in FINAL, f"the end of {self.id}")
         assert self.cluster.state(self.id) == state, self.log
 
     def in_progress(self, run: Path, step: int = 20) -> int:
@@ -288,7 +288,20 @@ def _nodes(text: str) -> set[str]:
     return {f"n{i}" for part in parts for i in range(int(part[0]), int(part[-1]) + 1)}
 
 
-@pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh"])
+def test_a_scaling_study_submits_its_sizes(cluster: Cluster, site: Path) -> None:
+    study = [PYTHON, "-m", "trainer", "scale"]
+    options = ["--sizes", "1,2", "--kind", "strong", "--steps", "2", "--warmup", "1", "--sbatch", " ".join(SMALL)]
+    said = cluster(*study, "submit", "configs/small.yaml", "study", *options, cwd=site)
+    jobs = re.findall(r"job (\d+): ", said)
+    assert len(jobs) == 2
+    for job in jobs:
+        cluster.until(lambda job=job: cluster.state(job) in FINAL, f"the end of {job}")  # type: ignore[misc]
+        assert cluster.state(job) == "COMPLETED", (site / f"scaling_study-{job}.log").read_text()
+    table = cluster(*study, "collect", "study", cwd=site)
+    assert [float(x) for x in re.findall(r"strong +(\d)", table)] == [1, 2], table
+
+
+@pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh", "scaling_study.sh"])
 def test_dry_run(cluster: Cluster, site: Path, script: str) -> None:
     """With nothing on the sbatch line but the number of nodes, and with a larger one than there is."""
     cluster("sbatch", "--test-only", "--nodes=4", f"slurm/{script}", cwd=site)

@@ -150,6 +150,7 @@ class _Exchange:
 
     def __init__(self, store: dist.Store, index: int, count: int, speaks: bool) -> None:
         self.store, self.index, self.count, self.speaks = store, index, count, speaks
+        self.names = [f"number {i}" for i in range(count)]  # until they have told them
 
     def all(self, name: str, say: Callable[[], Any]) -> list[Any]:
         """The answers of all nodes. Raises ValueError that tells which are missing after the time is up."""
@@ -159,8 +160,11 @@ class _Exchange:
         try:
             self.store.wait(keys, timedelta(seconds=_WAIT / 2))
         except dist.DistStoreError as error:
-            missing = [i for i, key in enumerate(keys) if not self.store.check([key])]
-            raise ValueError(f"nodes {missing} of {self.count} have not told their {name}") from error
+            missing = [who for who, key in zip(self.names, keys, strict=True) if not self.store.check([key])]
+            seconds = f"in {_WAIT / 2:g} s"
+            raise ValueError(
+                f"of {self.count} nodes these have not told their {name} {seconds}: {', '.join(missing)}"
+            ) from error
         return [json.loads(value) for value in self.store.multi_get(keys)]
 
 
@@ -172,6 +176,7 @@ def _introduce(exchange: _Exchange, config: Config | None) -> list[Node]:
         )
         taken = Counter(name for name, _, _ in names)
         names = [(f"{n}#{i}" if taken[n] > 1 else n, address, port) for i, (n, address, port) in enumerate(names)]
+        exchange.names = [n for n, _, _ in names]
         clocks = exchange.all("clock", time.time)  # all were waiting for the last name
         facts = exchange.all("facts", lambda: [_same(), _problems(config), _free_memory()])
         reach = exchange.all("connections", lambda: _unreachable(names))

@@ -1,16 +1,19 @@
 """Nodes that are compared before a job trains: what is found, and who is blamed."""
 
 import os
+import socket
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.config import dump
-from trainer.nodes import Fault, Node, judge
+from trainer.nodes import Fault, Node, _Exchange, _unreachable, judge
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +65,21 @@ def test_many_differences_take_one_line() -> None:
     same = {f"package p{i}": "1" for i in range(40)}
     (fault,) = judge([node("n1", same=same), node("n2", same={}), node("n3", same=same)])
     assert fault.text.endswith("; and 35 more")
+
+
+def test_a_node_that_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.nodes._WAIT", 0.4)
+    exchange = _Exchange(dist.HashStore(), 0, 2, True)
+    exchange.names = ["n1", "n2"]
+    with pytest.raises(ValueError, match=r"of 2 nodes these have not told their facts in 0\.2 s: n2"):
+        exchange.all("facts", lambda: 1)
+
+
+def test_nodes_that_cannot_be_reached() -> None:
+    with closing(socket.create_server(("127.0.0.1", 0))) as there, closing(socket.create_server(("", 0))) as gone:
+        closed = gone.getsockname()[1]
+        gone.close()
+        assert _unreachable([("n1", "127.0.0.1", there.getsockname()[1]), ("n2", "127.0.0.1", closed)]) == ["n2"]
 
 
 @pytest.fixture

@@ -117,6 +117,6 @@ def test_synchronised_batchnorm_evaluates_as_plain() -> None:
         assert torch.equal(plain, synchronised)
 
 
-def test_only_batchnorm_over_images_is_synchronised_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match=r"sync on a CPU needs nn\.BatchNorm2d, got BatchNorm1d"):
-        synchronise_bn(nn.Sequential(nn.BatchNorm1d(4)), torch.device("cpu"))
+def test_other_batchnorms_are_not_synchronised_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"sync on a CPU needs nn\.BatchNorm1d or nn\.BatchNorm2d, got BatchNorm3d"):
+        synchronise_bn(nn.Sequential(nn.BatchNorm3d(4)), torch.device("cpu"))

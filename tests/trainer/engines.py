@@ -84,7 +84,7 @@ def train(
         if spoil == dist.get_rank():
             views[1][0] = torch.nan
         rates = Rates(config.optim.lr, config.bank.lr, config.method.teacher_momentum)
-        metrics, _ = learner.step(views, step, rates)
+        metrics = learner.step(views, step, rates)
         loss = metrics["loss"].clone()
         dist.all_reduce(loss)
         losses.append(float(loss) / dist.get_world_size())

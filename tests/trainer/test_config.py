@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from models import adco
 from trainer.build import data_backend, data_workers
 from trainer.config import Config, check_world, dump, load
 
@@ -49,6 +50,7 @@ def test_what_is_dumped_loads_as_the_same(tmp_path: Path) -> None:
 
 def test_defaults_are_the_papers(tmp_path: Path) -> None:
     config = load(write(tmp_path / "a.yaml", BASE))
+    assert isinstance(config.method, adco.Settings)
     assert (config.method.temperature, config.bank.temperature, config.bank.lr) == (0.12, 0.02, 3.0)
     assert (config.bank.size, config.data.batch_size, config.optim.lr) == (65536, 256, 0.03)
 
@@ -94,6 +96,7 @@ def test_overrides_come_last_and_keep_their_neighbours(tmp_path: Path) -> None:
     assert (config.run.epochs, config.run.dir) == (7, "a=b")
     assert config.data.train == "pictures"
     assert config.data.val is None
+    assert isinstance(config.method, adco.Settings)
     assert config.method.symmetric
     assert [view.size for view in config.data.views] == [28, 12]
     assert config.model.backbone_args == {"channels": [4, 8]}

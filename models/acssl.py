@@ -80,7 +80,7 @@ class ACSSL(Method):
     """
 
     def __init__(self, student: Encoder, negatives: Bank | Queue | None, settings: Settings, kernels: str) -> None:
-        super().__init__(student, settings, negatives=negatives)
+        super().__init__(student, settings, negatives)
         self.settings, self.kernels = settings, kernels
 
     def loss(self, queries: Views, keys: Views) -> Play:

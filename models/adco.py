@@ -37,6 +37,10 @@ class Settings(method.Settings):
     def negatives(self) -> Literal["bank", "queue", "none"]:
         return "bank"
 
+    @property
+    def key_views(self) -> tuple[int, ...]:
+        return (0, 1) if self.symmetric else (0,)
+
     def check(self, batch_size: int, views: int, negatives: int, bank_temperature: float) -> None:
         columns = negatives + (batch_size if self.batch_keys else 1)
         method.check("method.temperature", self.temperature, columns)
@@ -51,7 +55,7 @@ class AdCo(Method):
     """The game; `bank` steps by itself, from the queries of the step."""
 
     def __init__(self, student: Encoder, bank: Bank, settings: Settings) -> None:
-        super().__init__(student, settings, (0, 1) if settings.symmetric else (0,), bank)
+        super().__init__(student, settings, bank)
         self.settings = settings
 
     def loss(self, queries: Views, keys: Views) -> Play:

@@ -47,6 +47,15 @@ class Settings(BaseModel):
         """What the configuration's section `bank` is of: learned negatives, a queue of keys, or nothing."""
         return "none"
 
+    @property
+    def key_views(self) -> tuple[int, ...]:
+        """Numbers of the views that the teacher makes keys of; without any there is no teacher."""
+        return (0, 1)
+
+    def query_views(self, views: int) -> list[int]:
+        """Numbers of the views that the student sees: the others, or all if there are several key views."""
+        return [i for i in range(views) if self.key_views != (i,)]
+
     def check(self, batch_size: int, views: int, negatives: int, bank_temperature: float) -> None:
         """Raise ValueError where these settings do not fit the batch of all ranks, the views or the bank."""
 
@@ -71,19 +80,12 @@ class Method:
     """`student` learns by gradient, `teacher` follows it by moving average, bank or queue step in `after`.
 
     Adding a method is overriding `loss`; one that remembers something else overrides `after` and `state_dict`, too.
-    key_views: numbers of the views that the teacher makes keys of; without any there is no teacher. The other views
-    are queries, and all are if there are several key views.
     """
 
-    def __init__(
-        self,
-        student: Encoder,
-        settings: Settings,
-        key_views: tuple[int, ...] = (0, 1),
-        negatives: Bank | Queue | None = None,
-    ) -> None:
-        self.student, self.bn, self.key_views = student, settings.bn, key_views
-        self.teacher = make_teacher(student) if key_views else None
+    def __init__(self, student: Encoder, settings: Settings, negatives: Bank | Queue | None = None) -> None:
+        self.student, self.bn = student, settings.bn
+        self.key_views, self.query_views = settings.key_views, settings.query_views
+        self.teacher = make_teacher(student) if self.key_views else None
         self.bank = negatives if isinstance(negatives, Bank) else None
         self.queue = negatives if isinstance(negatives, Queue) else None
         self.stats: AdversaryStats | None = None  # of the bank's last step
@@ -118,10 +120,6 @@ class Method:
         """For the log, of the last step; waits for the device. Called by all ranks."""
         assert self.queries_ND is not None
         return spread(self.queries_ND) | (self.bank.metrics(self.stats) if self.bank and self.stats else {})
-
-    def query_views(self, views: int) -> list[int]:
-        """Numbers of the views that the student sees."""
-        return [i for i in range(views) if self.key_views != (i,)]
 
     def play(
         self,

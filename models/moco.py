@@ -29,6 +29,10 @@ class Settings(method.Settings):
     def negatives(self) -> Literal["bank", "queue", "none"]:
         return "queue"
 
+    @property
+    def key_views(self) -> tuple[int, ...]:
+        return (0, 1) if self.symmetric else (0,)
+
     def check(self, batch_size: int, views: int, negatives: int, bank_temperature: float) -> None:
         method.check("method.temperature", self.temperature, negatives + 1)
         method.check_queue(negatives, batch_size * (2 if self.symmetric else 1))
@@ -45,7 +49,7 @@ class MoCo(Method):
     """
 
     def __init__(self, student: Encoder, queue: Queue, settings: Settings) -> None:
-        super().__init__(student, settings, (0, 1) if settings.symmetric else (0,), queue)
+        super().__init__(student, settings, queue)
         self.temperature = settings.temperature
 
     def loss(self, queries: Views, keys: Views) -> Play:

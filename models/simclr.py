@@ -26,6 +26,10 @@ class Settings(method.Settings):
     temperature: float = Field(0.1, gt=0)
     bn: Literal["sync", "local"] = "sync"
 
+    @property
+    def key_views(self) -> tuple[int, ...]:
+        return ()
+
     def check(self, batch_size: int, views: int, negatives: int, bank_temperature: float) -> None:
         method.check("method.temperature", self.temperature, 2 * batch_size)
         if views != 2:
@@ -39,7 +43,7 @@ class SimCLR(Method):
     """NT-Xent (eq. 1): each of the 2 B R views is told from all others but itself, its partner being the answer."""
 
     def __init__(self, student: Encoder, settings: Settings) -> None:
-        super().__init__(student, settings, key_views=())
+        super().__init__(student, settings)
         self.temperature = settings.temperature
 
     def loss(self, queries: Views, keys: Views) -> Play:

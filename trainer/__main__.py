@@ -53,6 +53,18 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def replay(run: RunPath) -> None:
+    """Do the step again whose loss or gradient was not finite, and say which modules gave it first.
+
+    On as many ranks as the run had: torchrun …; TRAINER_DEBUG=1 checks more.
+    """
+    from trainer.replay import replay
+
+    if text := replay(run):
+        print(text)
+
+
+@app.command()
 def knn(run: RunPath, overrides: Overrides = None) -> None:
     """Evaluate a run's newest checkpoint by weighted k nearest neighbours.
 
@@ -212,6 +224,23 @@ def bench_step(
 
     with tempfile.TemporaryDirectory() as folder:
         step.report(step.run(load(config, overrides), Path(folder), repeats), out)
+
+
+@bench_app.command("save")
+def bench_save(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write; the system's temporary folder if not given")
+    ] = None,
+    saves: Annotated[int, typer.Option(help="Checkpoints to write", min=1)] = 3,
+    out: OutPath = None,
+) -> None:
+    """What a checkpoint of CONFIG costs: the copy that training waits for, and the steps beside which it is written."""
+    from trainer.bench import save
+    from trainer.config import load
+
+    save.report(save.run(load(config, overrides), folder, saves), out)
 
 
 @bench_app.command("traffic")

@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -39,15 +40,15 @@ class Saver:
     """Saves checkpoints beside training, one at a time; made and called by all ranks.
 
     The state is copied to host memory, and a thread with a process group of its own writes the copy. keep: how many
-    of the newest stay.
+    of the newest stay. stays: whether that of a step stays for good besides.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder, self.keep = folder, keep
+    def __init__(self, folder: Path, keep: int, stays: Callable[[int], bool] = lambda step: False) -> None:
+        self.folder, self.keep, self.stays = folder, keep, stays
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.thread = ThreadPoolExecutor(1, "checkpoint", _give_way)
         self.pending: Future[bool] | None = None
 
     def start(self, step: int, state: State) -> None:
@@ -55,7 +56,11 @@ class Saver:
         self.wait()
         weights = _whole_weights(state)
         copy = BlockingAsyncStager().stage(state)
-        self.pending = self.thread.submit(_save, self.folder, step, copy, weights, self.keep, self.group)
+        self.pending = self.thread.submit(_save, self.folder, step, copy, weights, self.keep, self.group, self.stays)
+
+    def done(self) -> bool:
+        """Whether this rank has written what was begun."""
+        return self.pending is None or self.pending.done()
 
     def wait(self) -> bool:
         """Until what was begun is written. False, on all ranks, if it could not be: see `save`."""
@@ -71,7 +76,15 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
     return _save(folder, step, state, _whole_weights(state), keep, dist.group.WORLD)
 
 
-def _save(folder: Path, step: int, state: State, weights: State, keep: int, group: dist.ProcessGroup | None) -> bool:
+def _save(
+    folder: Path,
+    step: int,
+    state: State,
+    weights: State,
+    keep: int,
+    group: dist.ProcessGroup | None,
+    stays: Callable[[int], bool] = lambda step: False,
+) -> bool:
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     failure = None
     files: dict[str, Any] = {}
@@ -113,7 +126,8 @@ def _save(folder: Path, step: int, state: State, weights: State, keep: int, grou
     if rank == 0:
         # Later ones than this were found damaged, or the run would have gone on from them: they count for nothing.
         for old in [path for path in _list(folder) if step_of(path) <= step][keep:]:
-            shutil.rmtree(old, ignore_errors=True)
+            if not stays(step_of(old)):
+                shutil.rmtree(old, ignore_errors=True)
     return True
 
 
@@ -207,6 +221,11 @@ _INDEX_CLASSES = {
         )
     ),
 }
+
+
+def _give_way() -> None:
+    """Take the cores that training leaves: writing and checksums would slow down a network that runs on all of them."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux of this thread only
 
 
 def _list(folder: Path) -> list[Path]:

@@ -28,7 +28,8 @@ class Section(BaseModel):
 
 
 class Run(Section):
-    """Where and how long. log_every and save_every in steps; keep: checkpoints that stay.
+    """Where and how long. log_every and save_every in steps; keep: checkpoints that stay. keep_every: in epochs; those
+    that are saved then stay for good. profile: steps to trace, on rank 0, from the tenth after the start on.
 
     max_minutes: after which training saves and stops, as it does before a SLURM job's end. step_timeout: seconds in
     which a step must end, or the process ends itself; long_timeout: likewise for the first step and evaluations.
@@ -42,6 +43,8 @@ class Run(Section):
     log_every: int = Field(50, ge=1)
     save_every: int = Field(1000, ge=1)
     keep: int = Field(2, ge=1)
+    keep_every: int | None = Field(None, ge=1)
+    profile: int = Field(0, ge=0)
     max_minutes: float | None = Field(None, gt=0)
     step_timeout: float = Field(600, gt=0)
     long_timeout: float = Field(3600, gt=0)

@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer.config import flatten
 from trainer.run_dir import Row, read_rows, write_atomically
 
 log = logging.getLogger(__name__)
@@ -47,11 +48,14 @@ class Averages:
         return dict(zip(self.names, (means / dist.get_world_size()).tolist(), strict=True))
 
 
-def peak_memory_gib(device: torch.device) -> float:
-    """The most memory this process has held: on the GPU if it uses one, else of the process."""
+def memory(device: torch.device) -> Row:
+    """memory_gib: the most that tensors have taken on the GPU, reserved_gib: that torch has taken for them; without a
+    GPU memory_gib is the most that the process has taken.
+    """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts in KiB
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux counts in KiB
 
 
 class Recorder:
@@ -136,9 +140,9 @@ class Recorder:
             log.warning("metrics of step %d not written: %s", row["step"], error)
         if self.tensorboard:
             try:
-                for name, value in row.items():
+                for name, value in flatten(row).items():
                     if name != "step":
-                        self.tensorboard.add_scalar(name, value, row["step"])
+                        self.tensorboard.add_scalar(name.replace(".", "/"), value, row["step"])
             except OSError as error:
                 log.warning("no more TensorBoard files until the next start: %s", error)
                 self.tensorboard = None  # its writer does not recover

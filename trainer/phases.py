@@ -1,16 +1,16 @@
-"""How long each phase of a step takes on each rank, and who is slowest."""
+"""How long each phase of a step takes on each rank, who is slowest, and a trace for a closer look."""
 
-import logging
+import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch.profiler import record_function
-
-log = logging.getLogger(__name__)
+from torch.profiler import profile, record_function, schedule
 
 STRAGGLES = 0.1  # of a step's time that a rank is behind the median one
 
@@ -92,3 +92,22 @@ def straggler(phases: dict[str, Spread], hosts: list[str]) -> str | None:
 def as_row(phases: dict[str, Spread]) -> dict[str, Any]:
     """For a row of metrics: seconds, and the slowest rank's where there are several."""
     return {name: {"seconds": s.mean, "slowest": s.slowest, "rank": s.rank} for name, s in phases.items()}
+
+
+def host_names() -> list[str]:
+    """The machine of each rank. Called by all ranks."""
+    names = [""] * dist.get_world_size()
+    dist.all_gather_object(names, platform.node())
+    return names
+
+
+@contextmanager
+def traced(path: Path, steps: int) -> Iterator[profile | None]:
+    """Writes a Chrome trace of `steps` steps, from the tenth on, to path; its `step` is to end each. None for 0."""
+    if not steps:
+        yield None
+        return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # to it a machine without a GPU is an error
+    plan = schedule(skip_first=8, wait=0, warmup=1, active=steps, repeat=1)
+    with profile(schedule=plan, on_trace_ready=lambda tracer: tracer.export_chrome_trace(str(path))) as tracer:
+        yield tracer

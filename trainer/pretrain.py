@@ -16,15 +16,17 @@ from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
 from models.collapse import collapse
 from models.method import Method
-from trainer import checkpoint, distributed
+from trainer import checkpoint, distributed, replay
 from trainer.build import autocast_type, data_backend, data_workers, fill_bank, make_engine, make_game, whole_student
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.evaluate import knn
-from trainer.metrics import Averages, Recorder, peak_memory_gib, set_up_logging
+from trainer.flops import peak, step_flops
+from trainer.metrics import Averages, Recorder, memory, set_up_logging
 from trainer.optim import cosine, scaled_lr
-from trainer.run_dir import Unreadable, claim, open_sources, read_rows, write_json
-from trainer.step import Learner, Rates
+from trainer.phases import Spread, as_row, host_names, spread, straggler, traced
+from trainer.run_dir import Row, Unreadable, claim, open_sources, read_rows, write_json
+from trainer.step import Learner, NotFinite, Rates
 from trainer.stop import Stop, deadline
 from trainer.watchdog import Watchdog
 
@@ -62,7 +64,9 @@ def _pretrain(config: Config, place: Place, folder: Path, started: float) -> Non
         fill_bank(game.bank, config, place, train)
     _introduce(config, place, game, parameters, train, epoch_steps, saved)
 
-    saver = checkpoint.Saver(folder / "checkpoints", config.run.keep)
+    run, keep_steps = config.run, (config.run.keep_every or 0) * epoch_steps
+    stays = lambda step: bool(keep_steps) and step % keep_steps == 0  # noqa: E731
+    saver = checkpoint.Saver(folder / "checkpoints", run.keep, stays)
     with (
         Recorder(folder, start, steps, active=place.rank == 0) as recorder,
         Stop(folder, deadline(config.run.max_minutes, started)) as stop,
@@ -72,9 +76,10 @@ def _pretrain(config: Config, place: Place, folder: Path, started: float) -> Non
             epoch = step / epoch_steps
             stopping = step > start and stop.at_boundary()
             watchdog.expect(f"what follows step {step}", config.run.long_timeout)
-            if step > start and (step % config.run.save_every == 0 or step == steps or stopping):
-                game.average_buffers()
-                saver.start(step, learner.state(step))
+            if step > start and (step % run.save_every == 0 or step == steps or stays(step) or stopping):
+                with learner.phases("save"):
+                    game.average_buffers()
+                    saver.start(step, learner.state(step))
             if stopping and step < steps:
                 saver.wait()
                 stop.leave(step)
@@ -112,42 +117,69 @@ def _steps(
         train, list(data.views), data.augment, run.seed, data.batch_size, place.rank, place.world, start, steps,
         workers, place.device, backend, data.prefetch, data.decoder, data.blocks,
     )  # fmt: skip
+    hosts, flops = host_names(), step_flops(config)
     collapsed: str | None = None  # said once
-    first, seconds, waited = start, 0.0, 0.0  # since the last row; what is done between steps does not count
-    for step in range(start + 1, steps + 1):
-        watchdog.expect(f"step {step}", run.long_timeout if step == start + 1 else run.step_timeout)
-        before = time.perf_counter()
-        batch = next(batches)
-        waited += time.perf_counter() - before
-        unreadable.note(batch.bad)
-        views = [normalize(view.to(place.device, non_blocking=True), torch.float32) for view in batch.views]
-        rates = rates_at(config, step - 1, steps)
-        seed = int(hash_counters(run.seed, NETWORK, step)[0] >> np.uint64(2))
-        try:
-            metrics = learner.step(views, seed, rates)
-        except ValueError as error:
-            raise ValueError(f"step {step}: {error}; checkpoints stay as they are") from error
-        averages.add(metrics)
-        recorder.advance(step)
-        if step % run.log_every == 0 or step % run.save_every == 0 or step == steps:
-            row = averages.take()
-            seconds += time.perf_counter() - before
-            if not all(map(math.isfinite, row.values())):
-                raise ValueError(f"step {step}: not finite: {row}; checkpoints stay as they are")
-            row |= learner.game.metrics()
-            if not collapsed and (collapsed := collapse(row)) and place.rank == 0:
-                log.warning("step %d: %s", step, collapsed)
-            images = step * data.batch_size
-            speed = (step - first) * data.batch_size / seconds
-            row |= {"teacher_momentum": rates.teacher_momentum, "lr": rates.lr, "bank_lr": rates.bank_lr}
-            row |= {"images_per_second": speed, "data_wait": waited / seconds}
-            row |= {"memory_gib": peak_memory_gib(place.device), "unreadable": unreadable.total()}
-            recorder.row({"step": step, "epoch": step / epoch_steps, "images": images, **row})
-            unreadable.check(min((step - start) * data.batch_size, len(train)), data.max_unreadable)
-            first, seconds, waited = step, 0.0, 0.0
-        else:
-            seconds += time.perf_counter() - before
-        yield step
+    first, seconds = start, 0.0  # since the last row; what is done between steps does not count
+    with traced(Path(run.dir) / "trace.json.gz", run.profile if place.rank == 0 else 0) as tracer:
+        for step in range(start + 1, steps + 1):
+            watchdog.expect(f"step {step}", run.long_timeout if step == start + 1 else run.step_timeout)
+            before = time.perf_counter()
+            with learner.phases("data"):
+                batch = next(batches)
+            unreadable.note(batch.bad)
+            with learner.phases("normalize"):
+                views = [normalize(view.to(place.device, non_blocking=True), torch.float32) for view in batch.views]
+            rates = rates_at(config, step - 1, steps)
+            seed = int(hash_counters(run.seed, NETWORK, step)[0] >> np.uint64(2))
+            try:
+                metrics = learner.step(views, seed, rates)
+            except NotFinite as error:
+                watchdog.expect(f"the dump of step {step}", run.long_timeout)
+                told = replay.dump(Path(run.dir), step, learner, views, batch.samples, seed, rates, error)
+                raise ValueError(f"step {step}: {error}; checkpoints stay as they are; {told}") from error
+            averages.add(metrics)
+            recorder.advance(step)
+            if tracer:
+                tracer.step()
+            if step % run.log_every == 0 or step % run.save_every == 0 or step == steps:
+                row = averages.take()
+                seconds += time.perf_counter() - before
+                if not all(map(math.isfinite, row.values())):
+                    raise ValueError(f"step {step}: not finite: {row}; checkpoints stay as they are")
+                row |= learner.game.metrics()
+                if not collapsed and (collapsed := collapse(row)) and place.rank == 0:
+                    log.warning("step %d: %s", step, collapsed)
+                row |= rates._asdict()
+                images = step * data.batch_size
+                row |= _speed(
+                    spread(learner.phases.take(), step - first),
+                    step - first,
+                    seconds,
+                    data.batch_size,
+                    flops,
+                    place,
+                    hosts,
+                )
+                row |= {**memory(place.device), "unreadable": unreadable.total()}
+                recorder.row({"step": step, "epoch": step / epoch_steps, "images": images, **row})
+                unreadable.check(min((step - start) * data.batch_size, len(train)), data.max_unreadable)
+                first, seconds = step, 0.0
+            else:
+                seconds += time.perf_counter() - before
+            yield step
+
+
+def _speed(
+    phases: dict[str, Spread], steps: int, seconds: float, images: int, flops: float, place: Place, hosts: list[str]
+) -> Row:
+    """What `steps` steps of `images` images and `flops` FLOPs each took; says so if a rank holds the others up."""
+    if late := straggler(phases, hosts):
+        log.warning("%s", late)
+    row: Row = {"images_per_second": steps * images / seconds, "data_wait": steps * phases["data"].mean / seconds}
+    row["teraflops"] = steps * flops / seconds / place.world / 1e12
+    if most := peak(place.device):
+        row["mfu"] = row["teraflops"] * 1e12 / most
+    return {**row, "phases": as_row(phases)}
 
 
 def rates_at(config: Config, step: int, steps: int) -> Rates:

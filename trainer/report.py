@@ -126,7 +126,21 @@ CHARTS = (
         percent=(2,),
         from_zero=(1, 2),
     ),
-    Chart(SPEED, "Memory", "Peak memory, GiB.", (Line("memory_gib", "GiB"),), from_zero=(1,)),
+    Chart(
+        SPEED,
+        "Model FLOPs",
+        "What the step asks for, in TFLOP/s of each rank, and as a share of what the GPU is sold for.",
+        (Line("teraflops", "TFLOP/s"), Line("mfu", "MFU", axis=2)),
+        percent=(2,),
+        from_zero=(1, 2),
+    ),
+    Chart(
+        SPEED,
+        "Memory",
+        "Peak memory, GiB: of tensors, and on a GPU what torch has reserved for them.",
+        (Line("memory_gib", "GiB"), Line("reserved_gib", "reserved")),
+        from_zero=(1,),
+    ),
 )
 
 POSITION_KEYS = {"step", "epoch", "images", "seconds"}  # where a row was written: never charted themselves
@@ -171,6 +185,7 @@ def render(
             for name in (LEARNING, NEGATIVES, SCHEDULES, SPEED, OTHER)
         },
         charts=charts,
+        phases=summarise_phases(rows),
         gaps=count_non_finite(rows),
         neighbours=neighbours,
         negatives=negatives,
@@ -291,6 +306,25 @@ def summarise_run(rows: list[Row], results: dict[str, Any]) -> list[tuple[str, s
     machine = [str(facts["device"])] if "device" in facts else []
     machine += [f"torch {facts['torch']}"] if "torch" in facts else []
     return numbers + ([("machine", ", ".join(machine))] if machine else [])
+
+
+def summarise_phases(rows: list[Row]) -> list[dict[str, str]]:
+    """Where the time of a step goes, over the whole run; the slowest rank of the last row where there are several."""
+    timed = [row["phases"] for row in rows if "phases" in row]
+    if not timed:
+        return []
+    means = {name: sum(row.get(name, {"seconds": 0.0})["seconds"] for row in timed) / len(timed) for name in timed[-1]}
+    return [
+        {
+            "name": name,
+            "time": f"{1e3 * seconds:.1f} ms",
+            "share": format_percent(seconds / sum(means.values())),
+            "slowest": f"rank {last['rank']}, {1e3 * last['slowest']:.1f} ms"
+            if last["slowest"] > last["seconds"]
+            else "",
+        }
+        for (name, seconds), last in zip(means.items(), timed[-1].values(), strict=True)
+    ]
 
 
 def latest(key: str, rows: list[Row]) -> Any:

@@ -10,6 +10,8 @@ results.json        what the finished run reached
 stop                made by a user: training saves and stops
 stopped.json        there if it did, or was told to by a signal or the clock
 stacks-rank-*.txt   what a process that hung was doing
+replay/             a step whose loss or gradient was not finite, see `trainer.replay`
+trace.json.gz       of the steps that run.profile asks for, for chrome://tracing or ui.perfetto.dev
 report.html         see `trainer.report`
 """
 
@@ -41,7 +43,8 @@ FREE = (
     "run.device",
     "run.log_every",
     "run.save_every",
-    "run.keep",
+    "run.keep",  # and keep_every
+    "run.profile",
     "run.max_minutes",
     "run.step_timeout",
     "run.long_timeout",

@@ -24,6 +24,15 @@ class Rates(NamedTuple):
     teacher_momentum: float
 
 
+class NotFinite(ValueError):
+    """A loss, on `ranks`, or the gradient is not finite; nothing was updated."""
+
+    def __init__(self, ranks: list[int], norm: float) -> None:
+        where = f"the loss on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}, " if ranks else ""
+        super().__init__(f"not finite: {where}gradient norm {norm}; nothing was updated")
+        self.ranks = ranks
+
+
 class Learner:
     """The game, a method that is played, with what makes its student learn.
 
@@ -40,7 +49,7 @@ class Learner:
         """views: V normalised images [B, 3, S_v, S_v] on the device. Gives this rank's metrics.
 
         Everything random in the networks is a function of `seed`, the same on all ranks, and the rank.
-        Raises ValueError, on all ranks and before anything is updated, where the loss or the gradient is not finite;
+        Raises NotFinite, on all ranks and before anything is updated, where the loss or the gradient is not finite;
         in fp16 a gradient that overflows makes the student miss this step instead.
         """
         torch.manual_seed(seed + self.place.rank)
@@ -74,11 +83,12 @@ class Learner:
         return torch.full((), value, device=self.place.device)  # no copy from the host, as torch.tensor makes
 
     def _refuse(self, loss: Tensor, norm: float) -> None:
-        """Raise ValueError unless a smaller loss scale can mend it, which it cannot where a loss is not finite."""
-        bad = (~loss.isfinite()).float()
-        dist.all_reduce(bad)
+        """Raise NotFinite unless a smaller loss scale can mend it, which it cannot where a loss is not finite."""
+        ranks = [torch.zeros((), device=self.place.device) for _ in range(self.place.world)]
+        dist.all_gather(ranks, (~loss.isfinite()).float())
+        bad = [rank for rank, flag in enumerate(ranks) if flag]
         if self.engine.scale is None or bad:
-            raise ValueError(f"not finite: loss on {int(bad)} ranks, gradient norm {norm}; nothing was updated")
+            raise NotFinite(bad, norm)
 
     def state(self, step: int) -> dict[str, Any]:
         """All tensors that a run after `step` steps goes on from, by names that no engine changes."""

@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.pretrain import pretrain
 from trainer.run_dir import read_rows
 
-TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib"}
+TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib", "teraflops", "phases"}
 
 
 def start(config: Config, ranks: int) -> list[BaseProcess]:

@@ -14,13 +14,14 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from tests.ranks import run_ranks
-from trainer.metrics import Averages, Recorder, peak_memory_gib
+from trainer.metrics import Averages, Recorder, memory
 from trainer.run_dir import Row, read_rows
 
 
 def row(step: int) -> Row:
     learned = {"loss": 8 - step / 10, "pretext_top1": 0.5}
-    return {"step": step, "epoch": step / 10, "images": 100 * step, **learned, "images_per_second": 1234.5}
+    speed = {"images_per_second": 1234.5, "phases": {"data": {"seconds": step / 100, "rank": 0}}}
+    return {"step": step, "epoch": step / 10, "images": 100 * step, **learned, **speed}
 
 
 def evaluation(step: int) -> Row:
@@ -78,6 +79,7 @@ def test_rows_go_to_both_files(tmp_path: Path, group: None) -> None:
     ]
     assert tensorboard(tmp_path, "loss") == {10: 7, 20: 6}
     assert tensorboard(tmp_path, "knn") == {0: 0.8125}
+    assert tensorboard(tmp_path, "phases/data/seconds") == pytest.approx({10: 0.1, 20: 0.2})
 
 
 def test_resuming_drops_later_rows_and_keeps_the_time(tmp_path: Path, group: None) -> None:
@@ -186,4 +188,10 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 
 def test_peak_memory() -> None:
-    assert 0.05 < peak_memory_gib(torch.device("cpu")) < 1000
+    assert 0.05 < memory(torch.device("cpu"))["memory_gib"] < 1000
+
+
+def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**30)
+    assert memory(torch.device("cuda")) == {"memory_gib": 3, "reserved_gib": 5}

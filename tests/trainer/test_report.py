@@ -42,6 +42,11 @@ def training_rows(num_steps: int = 400) -> list[dict[str, Any]]:
                 "images_per_second": 1250 + 20 * noise.normal(),
                 "data_wait": 0.02 + 0.01 * noise.random(),
                 "memory_gib": 1.4,
+                "teraflops": 0.05,
+                "phases": {
+                    "data": {"seconds": 0.001, "slowest": 0.02, "rank": 3},
+                    "backward": {"seconds": 0.299 if step > 10 else 0.339, "slowest": 0.299, "rank": 0},
+                },
             }
         )
     rows[7]["loss"] = math.nan
@@ -143,6 +148,13 @@ def test_the_page_says_what_the_run_reached(page: Path) -> None:
         assert said in text, said
 
 
+def test_where_the_time_goes(page: Path) -> None:
+    html = own_text(page.read_text(encoding="utf-8"))
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", html)]
+    assert ["data", "1.0 ms", "0.3 %", "rank 3, 20.0 ms"] in rows
+    assert ["backward", "300.0 ms", "99.7 %", ""] in rows, "the mean of all rows; all ranks alike"
+
+
 def test_every_metric_is_charted_and_the_unknown_ones_last(page: Path) -> None:
     charts = drawn_charts(page.read_text(encoding="utf-8"))
     assert [chart["title"] for chart in charts] == [
@@ -155,6 +167,7 @@ def test_every_metric_is_charted_and_the_unknown_ones_last(page: Path) -> None:
         "Learning rates",
         "Teacher momentum",
         "Throughput",
+        "Model FLOPs",
         "Memory",
         "mined pairs",
     ]

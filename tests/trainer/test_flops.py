@@ -1,0 +1,47 @@
+"""Counting what a step computes, against figures from elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trainer.config import Config, load
+from trainer.flops import peak, step_flops
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    return load(ROOT / f"configs/{name}.yaml", ["data.train=none", "bank.size=1000", *overrides])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "gmac"),  # at 224 pixels with a classifier, from timm's results/model_metadata-in1k.csv
+    [("resnet50", 4.11), ("vit_small_patch16_224", 4.61), ("vit_base_patch16_224", 17.58)],
+)
+def test_networks(backbone: str, gmac: float) -> None:
+    config = recipe("adco_r50_200ep", f"model.backbone={backbone}", "data.batch_size=64")
+    images, rows = 64, 64
+    # One query with forward and backward, one key; 2 FLOPs a multiplication.
+    assert step_flops(config) == pytest.approx(images * 4 * 2e9 * gmac + 6 * rows * 1000 * 128, rel=0.03)
+
+
+def test_what_a_method_asks_for() -> None:
+    single, symmetric = (step_flops(recipe("adco_r50_200ep", f"method.symmetric={s}")) for s in ("false", "true"))
+    assert symmetric == pytest.approx(2 * single)
+    views = "data.views=[{size: 224}, {size: 224}, {size: 112}]"
+    crops = step_flops(recipe("adco_r50_200ep", views))
+    assert crops / single == pytest.approx((4 + 3 / 4) / 4, rel=0.02)  # a quarter of the pixels, forward and backward
+
+
+def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert peak(torch.device("cpu")) is None
+    names = {
+        "NVIDIA A100-SXM4-80GB": 312e12,
+        "NVIDIA H100 PCIe": 756e12,
+        "NVIDIA H100 80GB HBM3": 989e12,
+        "Other": None,
+    }
+    for name, flops in names.items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak(torch.device("cuda")) == flops

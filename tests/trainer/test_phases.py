@@ -1,0 +1,90 @@
+"""Time by phase: on the host, by events of a device, over ranks; the straggler; the trace."""
+
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+from trainer.phases import Phases, Spread, as_row, host_names, spread, straggler, traced
+
+
+def test_phases_add_up_until_they_are_taken() -> None:
+    phases = Phases(torch.device("cpu"))
+    for _ in range(2):
+        with phases("data"):
+            time.sleep(0.02)
+        with phases("backward"):
+            pass
+    taken = phases.take()
+    assert list(taken) == ["data", "backward"]
+    assert taken["data"] >= 0.04
+    assert taken["backward"] < 0.02
+    assert phases.take() == {}
+
+
+class Event:
+    """A device's event: its clock runs on by a second at each record."""
+
+    clock: Iterator[int]
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.done = False
+
+    def record(self) -> None:
+        self.at = next(Event.clock)
+
+    def synchronize(self) -> None:
+        self.done = True
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert end.done, "an event that has not happened has no time"
+        return 1e3 * (end.at - self.at)  # milliseconds
+
+
+def test_a_gpu_is_waited_for_only_when_the_times_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    Event.clock = iter([0, 3, 3, 4, 10, 12])
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    phases = Phases(torch.device("cuda"))
+    for name in ("student", "ema", "student"):
+        with phases(name):
+            pass
+    assert not any(end.done for _, _, end in phases.events)  # type: ignore[attr-defined]
+    assert phases.take() == {"student": 5, "ema": 1}
+
+
+def slow_rank() -> tuple[dict[str, Spread], str | None, str | None]:
+    hosts = host_names()
+    late = {"data": 8.0 if dist.get_rank() == 1 else 2.0, "student": 20.0}
+    phases, even = spread(late, steps=10), spread({"data": 2.0, "student": 20.0 + dist.get_rank() / 10}, steps=10)
+    return phases, straggler(phases, hosts), straggler(even, hosts)
+
+
+def test_the_slowest_rank_of_a_phase() -> None:
+    for phases, late, even in run_ranks(3, slow_rank):
+        assert phases["data"] == pytest.approx(Spread(mean=0.4, median=0.2, slowest=0.8, rank=1))
+        assert as_row(phases)["data"] == pytest.approx({"seconds": 0.4, "slowest": 0.8, "rank": 1})
+        assert late is not None
+        assert late.startswith("rank 1 on ")
+        assert late.endswith("takes 0.8 s a step for data, the median rank 0.2 s")
+        assert even is None
+
+
+def test_a_trace_of_some_steps(tmp_path: Path) -> None:
+    phases = Phases(torch.device("cpu"))
+    with traced(tmp_path / "trace.json", 2) as tracer:
+        assert tracer is not None
+        for step in range(20):
+            with phases(f"step {step + 1}"):
+                torch.zeros(2) + 1
+            tracer.step()
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert {event["name"] for event in events if event["name"].startswith("step ")} == {"step 10", "step 11"}
+    with traced(tmp_path / "none.json", 0) as tracer:
+        assert tracer is None
+    assert not (tmp_path / "none.json").exists()

@@ -1,0 +1,68 @@
+"""A step that is not finite: what is said, what is kept, and that doing it again shows the same."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests.ranks import run_ranks
+from tests.trainer.engines import SIDE, make_config, make_learner, make_place, train
+from tests.trainer.small import PYTHON, small_config, write_images
+from trainer import replay
+from trainer.config import dump
+from trainer.pretrain import pretrain
+from trainer.step import NotFinite, Rates
+
+
+def test_a_run_that_diverges(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", write_images(tmp_path / "images"), optim={"lr": 1e30})
+    with pytest.raises(ValueError, match=r"^step 2: not finite: the loss on rank 0, gradient norm nan; ") as refusal:
+        pretrain(config)
+    facts = json.loads((tmp_path / "run/replay/step-00000002.json").read_text())
+    first = ", ".join(map(str, facts["samples"][0][:8]))
+    assert f"rank 0 had samples {first}, …; python -m trainer replay {tmp_path}/run " in str(refusal.value)
+    assert len(facts["samples"][0]) == 12
+    text = replay.replay(tmp_path / "run")
+    assert "now: not finite: the loss on rank 0, gradient norm nan; nothing was updated" in text
+    assert "not finite: student's output of backbone." in text
+    assert not (tmp_path / "run/results.json").exists()
+
+
+def spoil(folder: Path) -> str:
+    """A step after another, in which rank 1 has a picture that is not finite."""
+    config = make_config("resnet", run={"dir": str(folder)})
+    learner = make_learner(config, make_place())
+    train(learner, config, steps=1)
+    views = [torch.rand(8, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last) for _ in range(3)]
+    if dist.get_rank() == 1:
+        views[2][3, 0, 5] = torch.inf
+    else:
+        (folder / "config.yaml").write_text(dump(config))
+    rates, samples = Rates(0.05, 3.0, 0.9), torch.arange(8) + 100 * dist.get_rank()
+    with pytest.raises(NotFinite) as refusal:
+        learner.step(views, 7, rates)
+    return replay.dump(folder, 2, learner, views, samples, 7, rates, refusal.value)
+
+
+def test_on_two_ranks(tmp_path: Path) -> None:
+    told = run_ranks(2, spoil, tmp_path)
+    # BatchNorm over all ranks spreads it.
+    assert told[0] == told[1]
+    assert "rank 1 had samples 100, 101, 102, 103, 104, 105, 106, 107" in told[0]
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "trainer", "replay", str(tmp_path)]
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert "rank 1, samples 100, 101" in again.stdout
+    assert f"not finite: {SIDE} values of view 2" in again.stdout
+    with pytest.raises(ValueError, match=r"step 2 was on 2 ranks, got 1"):
+        replay.replay(tmp_path)
+
+
+def test_a_run_without_such_a_step(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(dump(make_config("vit", run={"dir": str(tmp_path)})))
+    with pytest.raises(ValueError, match="no step to replay"):
+        replay.replay(tmp_path)

@@ -1,0 +1,140 @@
+"""A step whose loss or gradient was not finite, kept so that it can be done again and looked at.
+
+replay/step-00001234/                 a checkpoint of the state before that step
+replay/batch-00001234-rank-0.safetensors  the views as the networks saw them
+replay/step-00001234.json             samples of each rank, seed, rates, what was not finite
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from models.encoder import Encoder
+from trainer import checkpoint, distributed
+from trainer.build import autocast_type, make_engine, make_game
+from trainer.distributed import Place, agree
+from trainer.engine import networks_of
+from trainer.metrics import set_up_logging
+from trainer.run_dir import read_config, write_json
+from trainer.step import Learner, NotFinite, Rates
+
+_TOLD = 8  # ranks, and samples of each, that a message names; the file has all
+
+
+def dump(
+    folder: Path, step: int, learner: Learner, views: list[Tensor], samples: Tensor, seed: int, rates: Rates,
+    error: NotFinite,
+) -> str:  # fmt: skip
+    """Write what `replay` needs of the step that came to nothing; called by all ranks.
+
+    Says which images it was, and what to do, or why nothing could be kept.
+    """
+    rank, world = dist.get_rank(), dist.get_world_size()
+    of_ranks: list[list[int]] = [[]] * world
+    dist.all_gather_object(of_ranks, samples.tolist())
+    listed = "; ".join(f"rank {r} had samples {_some(of_ranks[r])}" for r in (error.ranks or range(world))[:_TOLD])
+    kept, failure = folder / "replay", None
+    if not checkpoint.save(kept, step, learner.state(step - 1), keep=1):
+        failure = "see above"
+    else:
+        try:
+            tensors = {f"view{i}": view.contiguous() for i, view in enumerate(views)}
+            save_file({**tensors, "samples": samples}, _batch(kept, step, rank))
+            if rank == 0:
+                facts = {"step": step, "seed": seed, "rates": rates._asdict(), "error": str(error), "samples": of_ranks}
+                write_json(kept / f"step-{step:08d}.json", facts)
+        except OSError as refusal:
+            failure = str(refusal)
+    failures: list[str | None] = [None] * world
+    dist.all_gather_object(failures, failure)
+    if reasons := [f for f in failures if f]:
+        return f"{listed}; nothing kept to replay it: {reasons[0]}"
+    return f"{listed}; python -m trainer replay {folder} does this step again"
+
+
+def _some(samples: list[int]) -> str:
+    return ", ".join(map(str, samples[:_TOLD])) + (", …" if len(samples) > _TOLD else "")
+
+
+def replay(run: Path) -> str:
+    """Do the step again that ended the run, on as many ranks; rank 0 gets what there is to say, others nothing.
+
+    It names the modules that first give what is not finite.
+
+    Raises ValueError if the run has no such step, or had another number of ranks.
+    """
+    config = read_config(run)
+    with distributed.started(config.run.device) as place:
+        set_up_logging(place.rank)
+        folder = run / "replay"
+        kept = sorted(folder.glob("step-*.json"))
+        agree(None if kept else f"{run}: no step to replay: none of this run was not finite")
+        facts = json.loads(kept[-1].read_text(encoding="utf-8"))
+        ranks = len(facts["samples"])
+        agree(None if ranks == place.world else f"{run}: step {facts['step']} was on {ranks} ranks, got {place.world}")
+        game = make_game(config, place)
+        learner = Learner(
+            game, make_engine(game, config, place), place, config.optim.accumulate, autocast_type(config, place.device)
+        )
+        learner.load(folder / f"step-{facts['step']:08d}")
+        batch = load_file(_batch(folder, facts["step"], place.rank), device=str(place.device))
+        views = [batch[f"view{i}"].contiguous(memory_format=torch.channels_last) for i in range(len(config.data.views))]
+        found = _watch(game.student, game.teacher)
+        found += [f"{n} values of view {i}" for i, n in _not_finite(views)]
+        try:
+            learner.step(views, facts["seed"], Rates(**facts["rates"]))
+            outcome = "all is finite this time"
+        except NotFinite as error:
+            outcome = str(error)
+        return _tell(facts, outcome, found, place)
+
+
+def _watch(student: Encoder, teacher: Encoder | None) -> list[str]:
+    """A list that will have the first module of each network whose output, or its gradient, is not finite."""
+    found: list[str] = []
+    seen: set[str] = set()
+
+    def note(kind: str, what: str, x: Tensor) -> None:
+        if kind not in seen and not bool(x.isfinite().all()):
+            seen.add(kind)
+            found.append(f"{kind} of {what}")
+
+    def watch(network: str, name: str, module: nn.Module) -> None:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                note(f"{network}'s output", f"{name} ({type(module).__name__})", output.detach())
+                if output.requires_grad:
+                    what = f"{name} ({type(module).__name__})"
+                    output.register_hook(lambda grad: note("gradient of the output", what, grad))
+
+        module.register_forward_hook(look)
+
+    for network, modules in networks_of(student, teacher).items():
+        for name, module in modules.named_modules():
+            if not any(module.children()):
+                watch(network, name, module)
+    return found
+
+
+def _not_finite(views: list[Tensor]) -> list[tuple[int, int]]:
+    counts = [(i, int((~view.isfinite()).sum())) for i, view in enumerate(views)]
+    return [(i, n) for i, n in counts if n]
+
+
+def _tell(facts: dict[str, Any], outcome: str, found: list[str], place: Place) -> str:
+    of_ranks: list[list[str]] = [[]] * place.world
+    dist.all_gather_object(of_ranks, found)
+    lines = [f"step {facts['step']} was: {facts['error']}", f"now: {outcome}"]
+    for rank, (first, samples) in enumerate(zip(of_ranks, facts["samples"], strict=True)):
+        lines.append(f"rank {rank}, samples {_some(samples)}")
+        lines += [f"    not finite: {what}" for what in first]
+    return "\n".join(lines) if place.rank == 0 else ""
+
+
+def _batch(folder: Path, step: int, rank: int) -> Path:
+    return folder / f"batch-{step:08d}-rank-{rank}.safetensors"

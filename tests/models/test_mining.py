@@ -63,8 +63,8 @@ def expected(skip: int, below: float, beside: bool) -> Mined:
     for view in range(VIEWS):
         for b, q_D in enumerate(vectors(B, seed=10 + view)):
             s = (q_D @ columns.T).tolist()
-            order = sorted((c for c in range(len(s)) if c != b and s[c] < below), key=lambda c, s=s: (-s[c], c))
-            for place, c in enumerate(order[skip : skip + M]):
+            order = sorted((-s[c], c) for c in range(len(s)) if c != b and s[c] < below)
+            for place, (_, c) in enumerate(order[skip : skip + M]):
                 similarity[view, b, place], number[view, b, place] = s[c], c
                 dq[view, b] += (place + 1) * columns[c]
     return Mined(similarity, number, dq)

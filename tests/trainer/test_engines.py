@@ -128,8 +128,10 @@ def test_every_method_does_the_same_as_in_one_process(engine: str, name: str) ->
     assert any("predictor" in x for x in alone.student) == ("model" in METHODS[name])
     assert not any("predictor" in x for x in alone.teacher)
     assert bool(alone.teacher) == (name != "simclr")
+    # The predictor's BatchNorm takes away what the head's last bias adds: its gradient is nothing but rounding.
+    nothing = {"head.2.bias.momentum_buffer", "head.3.bias.momentum_buffer"} if "model" in METHODS[name] else set()
     for part in ("student", "teacher", "bank", "optimizer"):
-        off = {name: x for name, x in differences(found, alone, part).items() if x > 1e-4}
+        off = {key: x for key, x in differences(found, alone, part).items() if x > 1e-4 and key not in nothing}
         assert not off, part
 
 

@@ -5,8 +5,8 @@ import json
 import os
 import re
 import resource
-import shutil
 import shlex
+import shutil
 import signal
 import subprocess
 import time

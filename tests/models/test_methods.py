@@ -3,6 +3,8 @@
 B images over all ranks, V views, D dimensions, K negatives.
 """
 
+import re
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -313,3 +315,19 @@ def test_who_has_a_predictor_and_who_learns() -> None:
 def test_byol_without_predictor_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.predictor: byol needs one"):
         byol.Settings().make(Encoder("resnet18", backbone_args={"channels": (8, 8, 8, 16)}), None, "chunked")
+
+
+def simsiam() -> tuple[float, float]:
+    """The loss of the example in docs/methods.md, and its formula."""
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    names: dict[str, Any] = {**vars(byol)}
+    exec(code, names)
+    q, k = embeddings(2)
+    play = names["Settings"]().make(NETWORK, None, "chunked").loss(dict(enumerate(q)), dict(enumerate(k)))
+    return float(play.loss), float(-((q[0] * k[1]).sum(1).mean() + (q[1] * k[0]).sum(1).mean()) / 2)
+
+
+def test_the_example_of_the_documentation_works() -> None:
+    loss, expected = run_ranks(1, simsiam)[0]
+    assert loss == pytest.approx(expected)

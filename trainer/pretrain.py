@@ -11,13 +11,22 @@ import numpy as np
 import torch
 
 from data.index import Source
-from data.loader import normalize, train_batches
+from data.loader import normalize
 from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
 from models.collapse import collapse
 from models.method import Method
 from trainer import checkpoint, distributed, replay
-from trainer.build import autocast_type, data_backend, data_workers, fill_bank, make_engine, make_game, whole_student
+from trainer.build import (
+    autocast_type,
+    data_backend,
+    data_workers,
+    fill_bank,
+    make_batches,
+    make_engine,
+    make_game,
+    whole_student,
+)
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.evaluate import knn
@@ -112,11 +121,7 @@ def _steps(
     epoch_steps = steps // run.epochs
     averages = Averages()
     unreadable = Unreadable(Path(run.dir), place.rank)
-    workers, backend = data_workers(config, place.device), data_backend(config, place.device)
-    batches = train_batches(
-        train, list(data.views), data.augment, run.seed, data.batch_size, place.rank, place.world, start, steps,
-        workers, place.device, backend, data.prefetch, data.decoder, data.blocks,
-    )  # fmt: skip
+    batches = make_batches(config, place, train, start, steps)
     hosts, flops = host_names(), step_flops(config)
     collapsed: str | None = None  # said once
     first, seconds = start, 0.0  # since the last row; what is done between steps does not count

@@ -19,6 +19,7 @@ from models.encoder import Encoder
 from models.method import Method, Views
 from models.queue import Queue
 from tests.ranks import run_ranks
+from trainer import checkpoint
 
 B, D, K = 12, 16, 40
 CPU = torch.device("cpu")
@@ -331,3 +332,28 @@ def simsiam() -> tuple[float, float]:
 def test_the_example_of_the_documentation_works() -> None:
     loss, expected = run_ranks(1, simsiam)[0]
     assert loss == pytest.approx(expected)
+
+
+def make_short_queue(dtype: torch.dtype) -> Queue:
+    return Queue(K, 4, make_mesh("sharded", CPU, 1), kernels="reference", precision=dtype, seed=7)
+
+
+def save_queue(folder: Path) -> tuple[Tensor, int]:
+    queue = make_short_queue(torch.bfloat16)
+    queue.put([unit(B, 4, seed=step)[: B // 2].float() for step in range(3)])
+    assert checkpoint.save(folder, 1, {"queue": queue.state_dict()}, keep=1)
+    return queue.n_KD, int(queue.pointer)
+
+
+def load_queue(folder: Path) -> tuple[Tensor, int]:
+    """Into another type, as where a run goes on on another device."""
+    queue = make_short_queue(torch.float32)
+    checkpoint.load(folder / "step-00000001", {"queue": queue.state_dict()})
+    return queue.n_KD, int(queue.pointer)
+
+
+def test_a_queue_comes_back_on_another_number_of_ranks(tmp_path: Path) -> None:
+    saved = run_ranks(2, save_queue, tmp_path)
+    loaded = run_ranks(3, load_queue, tmp_path)
+    assert torch.equal(torch.cat([n for n, _ in loaded]), torch.cat([n for n, _ in saved]).float())
+    assert {pointer for _, pointer in [*saved, *loaded]} == {3 * B}

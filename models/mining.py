@@ -19,7 +19,7 @@ import kernels as kernel_functions
 from models.bank import Bank, everyone, gather
 from models.queue import Queue
 
-_ROWS = 256  # queries at a time whose candidates are gathered: [_ROWS, C, D]
+_ROWS = 1024  # queries at a time whose candidates are gathered: [_ROWS, C, D]
 
 
 def mine(

@@ -135,7 +135,7 @@ def mined_triplets(
                 s = columns @ q[i, b]
                 positive = s[b]
                 candidates = sorted(
-                    (c for c in range(len(columns)) if c != b and float(s[c]) < below), key=lambda c: (-float(s[c]), c)
+                    (c for c in range(len(columns)) if c != b and s[c].item() < below), key=lambda c: (-s[c].item(), c)
                 )[skip : skip + m]
                 v = s[candidates] - positive + margin
                 if form == "soft":

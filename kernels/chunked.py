@@ -50,14 +50,17 @@ def score(
         c_TD = c_TD.to(wide)
         e_NT = buffer[: num_queries * len(c_TD)].view(num_queries, len(c_TD))
         torch.mm(scaled_ND, c_TD.T, out=e_NT).exp2_()
-        z_N.add_(e_NT.sum(1))
+        sum_N = e_NT.sum(1)
+        z_N.add_(sum_N)
         o_ND.addmm_(e_NT, c_TD)
         rival_NT = e_NT
         if own_N is not None:
             columns_T = torch.arange(len(c_TD), device=c_TD.device)
             rival_NT = e_NT.masked_fill(own_N[:, None] == columns_T, 0)
         torch.maximum(top_N, rival_NT.amax(1), out=top_N)
-        if abs(ratio - 6) < 1e-6:  # the published pair .12 and .02: the sixth power is cheaper than an exponential
+        if ratio == 1:  # of a queue, which has no adversary
+            za_N.add_(sum_N)
+        elif abs(ratio - 6) < 1e-6:  # the published pair .12 and .02: the sixth power is cheaper than an exponential
             za_N.add_(torch.linalg.vector_norm(e_NT.pow_(3), dim=1).square_())
         else:
             za_N.add_(e_NT.log2_().mul_(ratio).exp2_().sum(1))

@@ -33,6 +33,12 @@ def make_mesh(placement: str, device: torch.device, ranks_per_node: int) -> Devi
     return init_device_mesh(device.type, (world // shards, shards), mesh_dim_names=("replica", "shard"))
 
 
+def everyone() -> dist.ProcessGroup:
+    """The group of all ranks."""
+    assert dist.group.WORLD is not None
+    return dist.group.WORLD
+
+
 def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """Every rank's x (equal shapes [N, ...]) one after the other in the group's order."""
     ranks = group.size()
@@ -41,6 +47,20 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
     dist.all_gather_single(out, x.contiguous(), group=group)
     return out
+
+
+def shard_rows(size: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """This rank's first of `size` rows, and how many it holds."""
+    rows = -(-size // mesh.size(1))  # as torch.chunk cuts and so as DTensor does
+    first = min(mesh.get_local_rank("shard") * rows, size)
+    return first, min(rows, size - first)
+
+
+def sharded(local: Tensor, size: int, mesh: DeviceMesh) -> DTensor:
+    """This rank's shard [., D] as a part of [size, D], sharing its memory: checkpoints reshard."""
+    shape = torch.Size((size, local.shape[1]))
+    placement = (Replicate(), Shard(0))
+    return DTensor.from_local(local, mesh, placement, run_check=False, shape=shape, stride=(local.shape[1], 1))
 
 
 class Rows(NamedTuple):
@@ -79,9 +99,7 @@ class Bank:
     ) -> None:
         self.size, self.dim, self.mesh, self.kernels = size, dim, mesh, kernels
         self.temperature, self.momentum, self.weight_decay = temperature, momentum, weight_decay
-        rows = -(-size // mesh.size(1))  # as torch.chunk cuts and so as DTensor does
-        self.first = min(mesh.get_local_rank("shard") * rows, size)
-        local = min(rows, size - self.first)
+        self.first, local = shard_rows(size, mesh)
         self.w_KD = torch.zeros(local, dim, dtype=weights, device=mesh.device_type)
         self.v_KD = None if velocity is None else torch.zeros_like(self.w_KD, dtype=velocity)
         self.n_KD = torch.zeros_like(self.w_KD, dtype=precision)
@@ -134,11 +152,8 @@ class Bank:
 
     def state_dict(self) -> dict[str, Tensor]:
         """W and v, if there is one, as DTensors over the mesh that share memory with the bank: checkpoints reshard."""
-        shape, stride = torch.Size((self.size, self.dim)), (self.dim, 1)
         return {
-            name: DTensor.from_local(
-                local, self.mesh, (Replicate(), Shard(0)), run_check=False, shape=shape, stride=stride
-            )
+            name: sharded(local, self.size, self.mesh)
             for name, local in (("w", self.w_KD), ("v", self.v_KD))
             if local is not None
         }

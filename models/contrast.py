@@ -1,7 +1,8 @@
-"""The contrastive loss of queries against keys and the sharded bank, and its gradient, from one pass.
+"""The contrastive loss of queries against keys and the sharded bank or queue, and its gradient, from one pass.
 
-N queries of this rank, B keys of this rank, D dimensions; S ranks hold shards of the bank, so S * N queries are
-scored here, each against this rank's part of the columns. See `models/bank.py` for the grid of ranks.
+"The bank" stands for either here. N queries of this rank, B keys of this rank, D dimensions; S ranks hold shards of
+the bank, so S * N queries are scored here, each against this rank's part of the columns. See `models/bank.py` for the
+grid of ranks.
 
 Every rank sends its queries to its row of the grid, scores all of the row's queries against its own shard and keys,
 and gets back the sums of its own queries. Nothing that travels depends on the size of the bank.
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import kernels
 from models.bank import Bank, Rows, gather
+from models.queue import Queue
 
 
 class Contrast(NamedTuple):
@@ -39,7 +41,7 @@ class Contrast(NamedTuple):
         return Rows(self.queries_ND, weight / self.za_N)
 
 
-def contrast(q_ND: Tensor, k_BD: Tensor, bank: Bank, temperature: float, batch_keys: bool) -> Contrast:
+def contrast(q_ND: Tensor, k_BD: Tensor, bank: Bank | Queue, temperature: float, batch_keys: bool) -> Contrast:
     """AdCo, eq. 2: l_i = log Z_i - q_i . k_i / T, with Z_i over the bank and all ranks' keys (or the own key only).
 
     q_ND: unit rows, N a multiple of B; query i belongs to key i mod B. k_BD: unit rows, no gradient.
@@ -50,7 +52,7 @@ def contrast(q_ND: Tensor, k_BD: Tensor, bank: Bank, temperature: float, batch_k
 class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_ND: Tensor, k_BD: Tensor, bank: Bank, temperature: float, batch_keys: bool
+        ctx: Any, q_ND: Tensor, k_BD: Tensor, bank: Bank | Queue, temperature: float, batch_keys: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         replica, shard = bank.mesh.get_local_rank("replica"), bank.mesh.get_local_rank("shard")
         row = bank.mesh.get_group("shard")
@@ -69,12 +71,13 @@ class _Contrast(torch.autograd.Function):
             own_N[mine] = torch.arange(len(q_ND), device=q_ND.device) % batch + replica * batch
         else:
             k_MD, own_N = k_BD[:0], None
-        score = kernels.score(all_q_ND, k_MD, own_N, bank.n_KD, temperature, bank.temperature, kernels=bank.kernels)
+        adversary = bank.temperature if isinstance(bank, Bank) else temperature  # a queue has no use for the sum
+        score = kernels.score(all_q_ND, k_MD, own_N, bank.n_KD, temperature, adversary, kernels=bank.kernels)
         if not batch_keys:
             e_N = torch.exp(positive_N / temperature)
             score.z_N[mine] += e_N
             score.o_ND[mine] += e_N[:, None] * own_ND
-            score.za_N[mine] += torch.exp(positive_N / bank.temperature)
+            score.za_N[mine] += torch.exp(positive_N / adversary)
 
         oz_ND = torch.cat([score.o_ND, score.z_N[:, None]], dim=1)
         za_N, hardest_N = score.za_N, score.top_N

@@ -1,4 +1,4 @@
-"""The encoder: a timm backbone and the two-layer projection head of SimCLR, MoCo v2 and AdCo."""
+"""The encoder: a timm backbone, the two-layer projection head of SimCLR, MoCo v2 and AdCo, and BYOL's predictor."""
 
 import timm
 import torch
@@ -11,6 +11,9 @@ class Encoder(nn.Module):
 
     backbone: any name `timm.create_model` knows; backbone_args go to it as they are.
     dim: length of an embedding. hidden: width of the head's hidden layer, the backbone's own if None.
+    head_norm: BatchNorm in the head's hidden layer, as SimCLR and BYOL have it and MoCo and AdCo have not.
+    predictor: width of the hidden layer of a second such head on top of the first, with BatchNorm (BYOL, arXiv
+        2006.07733, sec. 3.3); None: there is none.
     small_images: for images of about 32 pixels. A ResNet gets a 3 x 3 stem of stride `stem_stride` and no max
         pooling (1: as in the CIFAR experiments of SimCLR, app. B.9; 2: a quarter of the work), a ViT gets patches
         of 4 pixels.
@@ -24,6 +27,8 @@ class Encoder(nn.Module):
         *,
         dim: int = 128,
         hidden: int | None = None,
+        head_norm: bool = False,
+        predictor: int | None = None,
         small_images: bool = False,
         stem_stride: int = 1,
         backbone_args: dict | None = None,
@@ -45,18 +50,31 @@ class Encoder(nn.Module):
             _shrink_stem(self.backbone, backbone, stem_stride)
         # Some models (MobileNetV3) widen their features once more after pooling.
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
-        self.head = nn.Sequential(
-            nn.Linear(features, hidden or features), nn.ReLU(inplace=True), nn.Linear(hidden or features, dim)
-        )
+        self.head = _two_layers(features, hidden or features, dim, head_norm)
+        self.predictor = _two_layers(dim, predictor, dim, True) if predictor else None
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """Embed views one after the other: V tensors [B, 3, S_v, S_v] to unit rows [V * B, D], fp32.
 
+        With a predictor they are predictions.
+
         One call for all views, so that a wrapper such as DDP sees one forward for one backward.
         """
         # Apart on purpose: each view is its own batch to BatchNorm, as in the reference implementation.
-        z_ND = torch.cat([self.head(self.backbone(view)) for view in views])
+        z_ND = torch.cat([self._embed(view) for view in views])
         return F.normalize(z_ND.float(), dim=1)
+
+    def _embed(self, view: Tensor) -> Tensor:
+        z_BD: Tensor = self.head(self.backbone(view))
+        return self.predictor(z_BD) if self.predictor else z_BD
+
+
+def _two_layers(inputs: int, hidden: int, outputs: int, norm: bool) -> nn.Sequential:
+    between: list[nn.Module] = [nn.BatchNorm1d(hidden)] if norm else []
+    # No bias in front of BatchNorm, which takes the mean away.
+    return nn.Sequential(
+        nn.Linear(inputs, hidden, bias=not norm), *between, nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
+    )
 
 
 def _shrink_stem(backbone: nn.Module, name: str, stride: int) -> None:

@@ -67,12 +67,13 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
     if device.type == "cuda":
         return timm.layers.convert_sync_batchnorm(model)
     for name, child in model.named_children():
-        if type(child) is nn.BatchNorm2d:
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             synced = _SyncBatchNormCPU(child.num_features, child.eps, child.momentum)
             synced.load_state_dict(child.state_dict())
             setattr(model, name, synced)
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-            raise ValueError(f"method.bn: sync on a CPU needs nn.BatchNorm2d, got {type(child).__name__}")
+            kind = type(child).__name__
+            raise ValueError(f"method.bn: sync on a CPU needs nn.BatchNorm1d or nn.BatchNorm2d, got {kind}")
         else:
             synchronise_bn(child, device)
     return model
@@ -94,8 +95,10 @@ class _AllReduceSum(torch.autograd.Function):
         return grad
 
 
-class _SyncBatchNormCPU(nn.BatchNorm2d):
-    """BatchNorm2d over all ranks' batches, by two sums per channel in fp32; all ranks hold equally many rows.
+class _SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm of rows [N, C] or images [N, C, H, W] over all ranks' batches, by two sums per channel in fp32.
+
+    All ranks hold equally many rows.
 
     The variance is that around the mean, a second sum: as E[x^2] - E[x]^2 it would lose most of its digits
     where the mean is large against it.
@@ -106,9 +109,11 @@ class _SyncBatchNormCPU(nn.BatchNorm2d):
             return super().forward(x)
         dtype, x = x.dtype, x.float()
         rows = x.numel() // x.shape[1] * dist.get_world_size()
-        mean = _AllReduceSum.apply(x.sum((0, 2, 3))) / rows
-        centred = x - mean[:, None, None]
-        variance = _AllReduceSum.apply(centred.square().sum((0, 2, 3))) / rows
+        axes = [0, *range(2, x.dim())]
+        channels = [1, -1, *[1] * (x.dim() - 2)]
+        mean = _AllReduceSum.apply(x.sum(axes)) / rows
+        centred = x - mean.view(channels)
+        variance = _AllReduceSum.apply(centred.square().sum(axes)) / rows
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
@@ -118,4 +123,7 @@ class _SyncBatchNormCPU(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(dtype)
+        return (centred * scale.view(channels) + self.bias.view(channels)).to(dtype)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Any shape."""

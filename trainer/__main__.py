@@ -88,6 +88,18 @@ def report(run: RunPath) -> None:
 
 
 @app.command()
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories of pre-trainings", metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="The page to write")] = Path("compare.html"),
+) -> None:
+    """Several runs in one table and one page: accuracy against epochs, images seen and time, and what differs."""
+    from trainer.compare import compare
+
+    compare(runs, out)
+    print(out)
+
+
+@app.command()
 def doctor(
     config: Annotated[Path | None, typer.Argument(help="Check that this machine has what it needs")] = None,
     overrides: Overrides = None,

@@ -14,15 +14,16 @@ from data.index import Source
 from data.loader import Batch, default_backend, default_workers, normalize, train_batches
 from data.random import BANK, hash_counters
 from kernels import implementation
-from models.adco import AdCo
 from models.bank import Bank, make_mesh
 from models.encoder import Encoder
+from models.method import Method
+from models.queue import Queue
 from models.shuffle_bn import synchronise_bn
 from models.teacher import make_teacher
 from trainer.config import Config, check_world
 from trainer.ddp import DDP
 from trainer.distributed import Place
-from trainer.engine import Engine, whole
+from trainer.engine import Engine, networks_of, whole
 from trainer.fsdp import FSDP
 
 TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -36,13 +37,15 @@ def make_encoder(config: Config) -> Encoder:
         model.backbone,
         dim=model.dim,
         hidden=model.hidden,
+        head_norm=model.head_norm,
+        predictor=model.predictor,
         small_images=model.small_images,
         stem_stride=model.stem_stride,
         backbone_args=model.backbone_args,
     )
 
 
-def make_game(config: Config, place: Place) -> AdCo:
+def make_game(config: Config, place: Place) -> Method:
     """Student, teacher and an empty bank, equal on all ranks. Raises ValueError where they do not fit the ranks."""
     method, bank = config.method, config.bank
     mesh = make_mesh(bank.placement, place.device, place.local_world)
@@ -51,27 +54,25 @@ def make_game(config: Config, place: Place) -> AdCo:
     if method.bn == "sync":
         synchronise_bn(student, place.device)
     student.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return AdCo(
-        student,
-        make_teacher(student),
-        Bank(
+    kernels = kernels_for(config, place.device)
+    precision = autocast_type(config, place.device) if bank.precision == "auto" else TYPES[bank.precision]
+    negatives: Bank | Queue | None = None
+    if method.negatives == "bank":
+        negatives = Bank(
             bank.size,
             config.model.dim,
             mesh,
-            kernels=kernels_for(config, place.device),
+            kernels=kernels,
             temperature=bank.temperature,
             momentum=bank.momentum,
             weight_decay=bank.weight_decay,
-            precision=autocast_type(config, place.device) if bank.precision == "auto" else TYPES[bank.precision],
+            precision=precision,
             weights=TYPES[bank.weights],
             velocity=None if bank.velocity == "none" else TYPES[bank.velocity],
-        ),
-        temperature=method.temperature,
-        symmetric=method.symmetric,
-        batch_keys=method.batch_keys,
-        crops=method.crops,
-        bn=method.bn,
-    )
+        )
+    elif method.negatives == "queue":
+        negatives = Queue(bank.size, config.model.dim, mesh, kernels=kernels, precision=precision, seed=config.run.seed)
+    return method.make(student, negatives, kernels)
 
 
 def kernels_for(config: Config, device: torch.device) -> str:
@@ -83,7 +84,7 @@ def kernels_for(config: Config, device: torch.device) -> str:
     return name
 
 
-def make_engine(game: AdCo, config: Config, place: Place) -> Engine:
+def make_engine(game: Method, config: Config, place: Place) -> Engine:
     """What makes the game's student learn; student and teacher are spread over the ranks in place.
 
     Raises ValueError where the configuration asks for what it cannot do.
@@ -97,7 +98,7 @@ def make_engine(game: AdCo, config: Config, place: Place) -> Engine:
     return kind(game.student, game.teacher, config, place, precision)
 
 
-def whole_student(game: AdCo, engine: Engine, config: Config, place: Place) -> Encoder:
+def whole_student(game: Method, engine: Engine, config: Config, place: Place) -> Encoder:
     """The student to evaluate, usable by each rank alone: a copy if ranks hold parts of it, or if it is compiled."""
     weights = engine.weights()["student"]
     if not config.engine.compile and not any(isinstance(x, DTensor) for x in weights.values()):
@@ -136,12 +137,14 @@ def autocast_type(config: Config, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def fill_bank(bank: Bank, config: Config, place: Place, source: Source) -> None:
-    """The negatives' first weights: keys of the untrained encoder, or random directions; at unit length.
+def fill_bank(bank: Bank | None, config: Config, place: Place, source: Source) -> None:
+    """Learned negatives' first weights: keys of the untrained encoder, or random directions; at unit length.
 
     They are made in chunks of up to 256 rows, each a function of the seed and its number only, so the bank is the same
     for any number of ranks. Replicas share the work.
     """
+    if bank is None:
+        return
     chunk = min(256, len(source))
     first, last = bank.first, bank.first + len(bank.w_KD)
     chunks = range(first // chunk, -(-last // chunk))
@@ -167,7 +170,7 @@ def _key_rows(config: Config, device: torch.device, source: Source, chunks: rang
     """[size, D] for each chunk: its images, augmented as views[0] is, seen by the untrained encoder."""
     # In training mode: before any step BatchNorm's running statistics say nothing. With plain BatchNorm whatever
     # method.bn says: ranks make different numbers of chunks.
-    encoder = make_encoder(config).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = make_teacher(make_encoder(config)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     data, seed = config.data, int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
     start, stop, workers = chunks.start, chunks.stop, data_workers(config, device)
     batches = train_batches(
@@ -177,10 +180,7 @@ def _key_rows(config: Config, device: torch.device, source: Source, chunks: rang
         yield encoder([normalize(batch.views[0].to(device), torch.float32)])
 
 
-def weights(game: AdCo) -> dict[str, dict[str, Tensor]]:
+def weights(game: Method) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint that say what was learned; they share memory with the game."""
-    return {
-        "student": game.student.state_dict(),
-        "teacher": game.teacher.state_dict(),
-        "bank": game.bank.state_dict(),
-    }
+    networks = networks_of(game.student, game.teacher)
+    return {**{name: network.state_dict() for name, network in networks.items()}, **game.state_dict()}

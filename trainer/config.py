@@ -5,8 +5,9 @@ A file holds the sections of `Config`. `extends: other.yaml` takes another file 
 """
 
 import difflib
+import functools
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -14,7 +15,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from data.loader import Decoder
 from data.order import Blocks
 from data.views import Augment, View
-from kernels import check_temperature
+from models import acssl, adco, byol, moco, simclr
+
+# Which keys section `method` has is decided by its `name`; a new method's settings are added here.
+Method = Annotated[
+    adco.Settings | acssl.Settings | moco.Settings | simclr.Settings | byol.Settings, Field(discriminator="name")
+]
 
 
 class Section(BaseModel):
@@ -88,22 +94,14 @@ class Model(Section):
     stem_stride: Literal[1, 2] = 1  # of the stem for small images
     dim: int = Field(128, ge=2)
     hidden: int | None = Field(None, ge=1)
-
-
-class Method(Section):
-    """AdCo (arXiv 2011.08435), see `models.adco`."""
-
-    name: Literal["adco"] = "adco"
-    temperature: float = Field(0.12, gt=0)
-    symmetric: bool = False
-    batch_keys: bool = True  # the denominator has every rank's keys (the published code) or the own one (the paper)
-    crops: Literal["sum", "mean"] = "sum"  # over the queries of one key
-    teacher_momentum: float = Field(0.999, ge=0, le=1)
-    bn: Literal["shuffle", "sync", "local"] = "shuffle"
+    head_norm: bool = False
+    predictor: int | None = Field(None, ge=1)
 
 
 class BankSettings(Section):
-    """The learned negatives, see `models.bank.Bank`. lr_final: cosine from lr to it; constant if None.
+    """The negatives: learned, see `models.bank.Bank`, or a queue of keys, see `models.queue.Queue`; as the method says.
+
+    Of a queue size, placement, kernels and precision are used. lr_final: cosine from lr to it; constant if None.
 
     precision: type of queries, keys and unit rows in products; auto: what run.precision says for the encoder.
     weights, velocity: types that are stored; for banks of many millions, bf16 and none take 4 or 6 bytes a number less.
@@ -199,22 +197,22 @@ class Config(Section):
     run: Run
     data: Data
     model: Model = Model()
-    method: Method = Method()
+    method: Method = adco.Settings()
     bank: BankSettings = BankSettings()
     optim: Optim = Optim()
     engine: EngineSettings = EngineSettings()
     eval: Eval = Eval()
 
+    @field_validator("method", mode="before")
+    @classmethod
+    def _default_method(cls, method: Any) -> Any:
+        return {"name": "adco", **method} if isinstance(method, dict) else method
+
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
-        columns = self.bank.size + (self.data.batch_size if self.method.batch_keys else 1)
-        for name, temperature in (("method", self.method.temperature), ("bank", self.bank.temperature)):
-            try:
-                check_temperature(temperature, columns)
-            except ValueError as error:
-                raise ValueError(f"{name}.temperature: {error}") from error
-        self.engine.check()
         data = self.data
+        self.method.check(data.batch_size, len(data.views), self.bank.size, self.bank.temperature)
+        self.engine.check()
         if data.blocks and data.block_size * data.block_window < data.batch_size:
             raise ValueError(
                 f"data.block_window: {data.block_window} blocks of {data.block_size} samples are fewer than "
@@ -237,7 +235,7 @@ def check_world(config: Config, world: int, shards: int) -> None:
         )
     if config.method.bn != "sync" and batch // (world * parts) < 2:
         raise ValueError(f"data.batch_size: {batch} leaves one image a rank and part, BatchNorm needs at least 2")
-    if (shards - 1) * -(-config.bank.size // shards) >= config.bank.size:
+    if config.method.negatives != "none" and (shards - 1) * -(-config.bank.size // shards) >= config.bank.size:
         raise ValueError(
             f"bank.size: {config.bank.size} negatives do not give each of {shards} ranks at least one; "
             "need a larger bank or bank.placement=replicated"
@@ -256,9 +254,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
         base_values = _read(base_path)
         if "extends" in base_values:
             raise ValueError(f"{path}: extends {base}, which extends another; only one level is allowed")
-        values = _merge(base_values, values)
-    for override in overrides or []:
-        values = _merge(values, _parse_override(override))
+        values = _lay_over(base_values, values)
+    values = _lay_over(values, functools.reduce(_merge, map(_parse_override, overrides or []), {}))
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -307,6 +304,16 @@ def _parse_override(text: str) -> dict[str, Any]:
     return nested
 
 
+def _lay_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """`top` over `base`; a method that `top` names does not take over the keys of another."""
+    below, above = base.get("method"), top.get("method")
+    if isinstance(below, dict) and isinstance(above, dict):
+        name = below.get("name", "adco")
+        if above.get("name", name) != name:
+            base = {**base, "method": {}}
+    return _merge(base, top)
+
+
 def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
     merged = dict(base)
     for key, value in top.items():
@@ -320,10 +327,15 @@ def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
 
 def _describe(error: Any) -> str:
     """One pydantic error in words, with the nearest valid name for an unknown key."""
+    method = None
+    if error["loc"][:1] == ("method",) and len(error["loc"]) > 1:  # pydantic puts the method's name into the place
+        method, error = error["loc"][1], {**error, "loc": ("method", *error["loc"][2:])}
     place = ".".join(map(str, error["loc"]))
+    if error["type"] == "union_tag_invalid":
+        return f"{place}.name: got {error['ctx']['tag']!r}, need one of {error['ctx']['expected_tags']}"
     if error["type"] == "extra_forbidden":
         names: dict[str, list[str]] = {}
-        for name in _names(Config):
+        for name in _names(Config, method):
             if "." not in place:  # a section, or a key of any section
                 names.setdefault(name.split(".")[-1], []).append(name)
             elif "." in name:
@@ -338,14 +350,17 @@ def _describe(error: Any) -> str:
     return f"{place}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
 
 
-def _names(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """The dotted names of all keys, those of sections too."""
+def _names(section: type[BaseModel], method: str | None = None, prefix: str = "") -> list[str]:
+    """The dotted names of all keys, those of sections too; in section `method` the keys of one, or of all."""
     names = []
     for name, field in section.model_fields.items():
         names.append(prefix + name)
-        inner = field.annotation
-        if get_origin(inner) is tuple:
-            inner = get_args(inner)[0]
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            names += _names(inner, f"{prefix}{name}.")
+        inner = get_args(field.annotation) or (field.annotation,)
+        if get_origin(field.annotation) is tuple:
+            inner = inner[:1]
+        for model in inner:
+            if isinstance(model, type) and issubclass(model, BaseModel):
+                tag = model.model_fields["name"].default if name == "method" else None
+                if method is None or tag in (None, method):
+                    names += [n for n in _names(model, method, f"{prefix}{name}.") if n not in names]
     return names

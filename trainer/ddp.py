@@ -13,7 +13,16 @@ from models.encoder import Encoder
 from models.teacher import ema_update
 from trainer.config import Config
 from trainer.distributed import Place
-from trainer.engine import LossScale, State, named_state, prepare_blocks, set_named_state, squared_norm, update
+from trainer.engine import (
+    LossScale,
+    State,
+    named_state,
+    networks_of,
+    prepare_blocks,
+    set_named_state,
+    squared_norm,
+    update,
+)
 from trainer.optim import make_optimizer
 
 
@@ -21,7 +30,7 @@ class DDP:
     """See `trainer.engine.Engine`. One rank alone has no wrapper."""
 
     def __init__(
-        self, student: Encoder, teacher: Encoder, config: Config, place: Place, precision: torch.dtype
+        self, student: Encoder, teacher: Encoder | None, config: Config, place: Place, precision: torch.dtype
     ) -> None:
         self.plain, self.teacher, self.device, self.clip = student, teacher, place.device, config.optim.clip
         self.scale = LossScale() if precision == torch.float16 else None
@@ -59,10 +68,11 @@ class DDP:
         return norm
 
     def follow(self, momentum: float) -> None:
-        ema_update(self.teacher, self.plain, momentum)
+        if self.teacher:
+            ema_update(self.teacher, self.plain, momentum)
 
     def weights(self) -> State:
-        return {"student": self.plain.state_dict(), "teacher": self.teacher.state_dict()}
+        return {name: network.state_dict() for name, network in networks_of(self.plain, self.teacher).items()}
 
     def state(self) -> State:
         return {**self.weights(), **named_state(self.plain, self.optimizer, self.scale)}

@@ -47,7 +47,7 @@ class LossScale:
 
 
 class Engine(Protocol):
-    """A student that learns and a teacher that follows, spread over the ranks.
+    """A student that learns and a teacher, if there is one, that follows, spread over the ranks.
 
     All methods are called by all ranks. scale: in fp16, else None.
     """
@@ -80,6 +80,11 @@ class Engine(Protocol):
 
     def load(self, state: State) -> None:
         """Go on from what was written into the tensors of `state()`."""
+
+
+def networks_of(student: Encoder, teacher: Encoder | None) -> dict[str, Encoder]:
+    """The networks by the names that checkpoints give them; a method without a teacher has one."""
+    return {"student": student, **({"teacher": teacher} if teacher else {})}
 
 
 def named_state(student: nn.Module, optimizer: torch.optim.Optimizer, scale: LossScale | None) -> State:
@@ -124,7 +129,7 @@ def _leaves(module: nn.Module | None) -> list[nn.Module]:
     return [module]
 
 
-def prepare_blocks(student: Encoder, teacher: Encoder, settings: EngineSettings) -> None:
+def prepare_blocks(student: Encoder, teacher: Encoder | None, settings: EngineSettings) -> None:
     """Compilation innermost, activation checkpointing around it; sharding, which comes later, is outermost.
 
     Both replace the blocks' `forward`, so that parameters keep their names, and hooks stay outside.
@@ -133,7 +138,7 @@ def prepare_blocks(student: Encoder, teacher: Encoder, settings: EngineSettings)
         # Blocks share their class's code, and each shape of block and of view compiles it anew.
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.accumulated_recompile_limit = 4096
-        for block in [*blocks(student), *blocks(teacher)]:
+        for block in [block for network in networks_of(student, teacher).values() for block in blocks(network)]:
             block.forward = torch.compile(block.forward, dynamic=False)
     if settings.activation_checkpointing:
         for block in blocks(student):

@@ -36,18 +36,18 @@ def step_flops(config: Config) -> float:
     """FLOPs of one step of the whole batch, as the method asks for them: what is computed twice counts once.
 
     Forward and backward (twice the forward) of the student, forward of the teacher, and three products of queries
-    and negatives: similarities, the queries' gradient and the negatives'.
+    and negatives: similarities, the queries' gradient and, of learned ones, the negatives'.
     """
     with torch.device("meta"):
         encoder = make_encoder(config)
     encoder.eval()  # BatchNorm would want more than one image
     forward = {size: _forward(encoder, size) for size in {view.size for view in config.data.views}}
     sizes = [view.size for view in config.data.views]
-    symmetric = config.method.symmetric
-    keys, queries = (sizes[:2], sizes) if symmetric else (sizes[:1], sizes[1:])
-    networks = sum(forward[size] for size in keys) + 3 * sum(forward[size] for size in queries)
-    rows = 2 * (len(sizes) - 1) if symmetric else len(queries)
-    return config.data.batch_size * (networks + 3 * 2.0 * rows * config.bank.size * config.model.dim)
+    keys, queries = config.method.key_views, config.method.query_views(len(sizes))
+    networks = sum(forward[sizes[j]] for j in keys) + 3 * sum(forward[sizes[i]] for i in queries)
+    rows = sum(i != j for j in keys for i in queries)
+    products = {"bank": 3, "queue": 2, "none": 0}[config.method.negatives]
+    return config.data.batch_size * (networks + products * 2.0 * rows * config.bank.size * config.model.dim)
 
 
 def _forward(network: nn.Module, size: int) -> int:

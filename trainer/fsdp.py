@@ -26,6 +26,7 @@ from trainer.engine import (
     blocks,
     lay_out_rows,
     named_state,
+    networks_of,
     prepare_blocks,
     set_named_state,
     squared_norm,
@@ -38,14 +39,15 @@ class FSDP:
     """See `trainer.engine.Engine`. Raises ValueError for a backbone without known blocks."""
 
     def __init__(
-        self, student: Encoder, teacher: Encoder, config: Config, place: Place, precision: torch.dtype
+        self, student: Encoder, teacher: Encoder | None, config: Config, place: Place, precision: torch.dtype
     ) -> None:
         self.network, self.teacher, self.device, self.clip = student, teacher, place.device, config.optim.clip
         self.scale = LossScale() if precision == torch.float16 else None
         engine = config.engine
         mesh = make_mesh(engine.placement, place)
         prepare_blocks(student, teacher, engine)
-        for network, reshard in ((student, engine.reshard_after_forward), (teacher, True)):
+        for name, network in networks_of(student, teacher).items():
+            reshard = engine.reshard_after_forward or name == "teacher"
             _shard(network, mesh, precision, reshard, engine.cpu_offload)
         self.optimizer = make_optimizer(student, config.optim)
 
@@ -77,10 +79,11 @@ class FSDP:
         return norm
 
     def follow(self, momentum: float) -> None:
-        ema_update(self.teacher, self.network, momentum, local)
+        if self.teacher:
+            ema_update(self.teacher, self.network, momentum, local)
 
     def weights(self) -> State:
-        return {"student": self.network.state_dict(), "teacher": self.teacher.state_dict()}
+        return {name: network.state_dict() for name, network in networks_of(self.network, self.teacher).items()}
 
     def state(self) -> State:
         return {**self.weights(), **named_state(self.network, self.optimizer, self.scale)}

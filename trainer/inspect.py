@@ -8,7 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data.index import Source
-from models.adco import AdCo
+from models.bank import Bank
+from models.method import Method
 from trainer import checkpoint, distributed
 from trainer.build import make_game, weights
 from trainer.config import Config
@@ -59,7 +60,8 @@ def write_report(run: Path) -> Path:
             chosen = _spread(len(train), _MOST_IMAGES)
             if val:
                 neighbours = find_neighbours(game, config, place, train, val, chosen)
-            negatives = find_negatives(game, config, place, train, chosen)
+            if game.bank:
+                negatives = find_negatives(game, game.bank, config, place, train, chosen)
     html = render(
         run, config.model_dump(mode="json"), read_rows(run / "metrics.jsonl"), read_json(run / "results.json"),
         neighbours, negatives,
@@ -68,19 +70,19 @@ def write_report(run: Path) -> Path:
     return run / "report.html"
 
 
-def load_game(config: Config, place: Place, run: Path) -> tuple[AdCo, int]:
+def load_game(config: Config, place: Place, run: Path) -> tuple[Method, int]:
     """The game of the newest good checkpoint, and its step. Raises ValueError if there is none."""
     game = make_game(config, place)
     path = checkpoint.newest(run / "checkpoints")
     if path is None:
         raise ValueError(f"{run} has no usable checkpoint")
     checkpoint.load(path, weights(game))
-    game.bank.loaded()
+    game.loaded()
     return game, checkpoint.step_of(path)
 
 
 def find_neighbours(
-    game: AdCo, config: Config, place: Place, train: Source, val: Source, chosen: NDArray[np.int64]
+    game: Method, config: Config, place: Place, train: Source, val: Source, chosen: NDArray[np.int64]
 ) -> list[Gallery]:
     """Test images with the training images whose backbone features are nearest."""
     queries = embed(game.student, val, _spread(len(val), _QUERIES), place.device, config)
@@ -92,12 +94,14 @@ def find_neighbours(
     return galleries
 
 
-def find_negatives(game: AdCo, config: Config, place: Place, train: Source, chosen: NDArray[np.int64]) -> list[Gallery]:
+def find_negatives(
+    game: Method, bank: Bank, config: Config, place: Place, train: Source, chosen: NDArray[np.int64]
+) -> list[Gallery]:
     """Negatives of the bank with the training images whose embeddings are nearest."""
     images = embed(game.student, train, chosen, place.device, config, head=True)
     return [
-        _gallery(f"negative {k}", None, images.x_ND @ game.bank.n_KD[k], images.samples_N, train)
-        for k in _spread(len(game.bank.n_KD), _NEGATIVES).tolist()
+        _gallery(f"negative {k}", None, images.x_ND @ bank.n_KD[k], images.samples_N, train)
+        for k in _spread(len(bank.n_KD), _NEGATIVES).tolist()
     ]
 
 

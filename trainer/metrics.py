@@ -156,7 +156,8 @@ class Recorder:
         if self.bar:
             self.bar.update(self.task, status=f"loss {row['loss']:.3f}  {speed}")
             return
-        status = f"loss {row['loss']:.3f}  pretext {row['pretext_top1']:.3f}  {speed}"
+        pretext = f"pretext {row['pretext_top1']:.3f}  " if "pretext_top1" in row else ""
+        status = f"loss {row['loss']:.3f}  {pretext}{speed}"
         left = (self.total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
         self.say(f"step {row['step']:,}/{self.total:,}  epoch {row['epoch']:.2f}  {status}  left {_clock(left)}")
 

@@ -14,7 +14,8 @@ from data.index import Source
 from data.loader import normalize
 from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
-from models.adco import AdCo
+from models.collapse import collapse
+from models.method import Method
 from trainer import checkpoint, distributed, replay
 from trainer.build import (
     autocast_type,
@@ -122,6 +123,7 @@ def _steps(
     unreadable = Unreadable(Path(run.dir), place.rank)
     batches = make_batches(config, place, train, start, steps)
     hosts, flops = host_names(), step_flops(config)
+    collapsed: str | None = None  # said once
     first, seconds = start, 0.0  # since the last row; what is done between steps does not count
     with traced(Path(run.dir) / "trace.json.gz", run.profile if place.rank == 0 else 0) as tracer:
         for step in range(start + 1, steps + 1):
@@ -135,7 +137,7 @@ def _steps(
             rates = rates_at(config, step - 1, steps)
             seed = int(hash_counters(run.seed, NETWORK, step)[0] >> np.uint64(2))
             try:
-                metrics, adversary = learner.step(views, seed, rates)
+                metrics = learner.step(views, seed, rates)
             except NotFinite as error:
                 watchdog.expect(f"the dump of step {step}", run.long_timeout)
                 told = replay.dump(Path(run.dir), step, learner, views, batch.samples, seed, rates, error)
@@ -149,7 +151,9 @@ def _steps(
                 seconds += time.perf_counter() - before
                 if not all(map(math.isfinite, row.values())):
                     raise ValueError(f"step {step}: not finite: {row}; checkpoints stay as they are")
-                row |= learner.game.bank.metrics(adversary)
+                row |= learner.game.metrics()
+                if not collapsed and (collapsed := collapse(row)) and place.rank == 0:
+                    log.warning("step %d: %s", step, collapsed)
                 row |= rates._asdict()
                 images = step * data.batch_size
                 row |= _speed(
@@ -185,24 +189,29 @@ def _speed(
 
 def rates_at(config: Config, step: int, steps: int) -> Rates:
     """Learning rates and teacher's momentum for the step after `step` others, of `steps` in all."""
-    optim, bank = config.optim, config.bank
+    optim, bank, method = config.optim, config.bank, config.method
     lr, final = (scaled_lr(x, config.data.batch_size) for x in (optim.lr, optim.lr_final))
     warmup_steps = optim.warmup * steps / config.run.epochs
     return Rates(
         lr=cosine(step, steps, lr, final, warmup_steps),
-        bank_lr=bank.lr if bank.lr_final is None else cosine(step, steps, bank.lr, bank.lr_final),
-        teacher_momentum=config.method.teacher_momentum,
+        bank_lr=_cosine_or_constant(step, steps, bank.lr, bank.lr_final),
+        teacher_momentum=_cosine_or_constant(step, steps, method.teacher_momentum, method.teacher_momentum_final),
     )
 
 
+def _cosine_or_constant(step: int, steps: int, start: float, final: float | None) -> float:
+    return start if final is None else cosine(step, steps, start, final)
+
+
 def _introduce(
-    config: Config, place: Place, game: AdCo, parameters: int, train: Source, epoch_steps: int, saved: Path | None
+    config: Config, place: Place, game: Method, parameters: int, train: Source, epoch_steps: int, saved: Path | None
 ) -> None:
     """Say what will run, once."""
     batch, optim = config.data.batch_size, config.optim
     log.info("%d images, %d steps an epoch, %d epochs, batch %d", len(train), epoch_steps, config.run.epochs, batch)
     log.info(
-        "%s with %.2f M parameters, %s, %d ranks on %s",
+        "%s: %s with %.2f M parameters, %s, %d ranks on %s",
+        config.method.name,
         config.model.backbone,
         parameters / 1e6,
         config.engine.kind,
@@ -211,13 +220,14 @@ def _introduce(
     )
     log.info("learning rate %g for a batch of %d (%g for 256)", scaled_lr(optim.lr, batch), batch, optim.lr)
     log.info("data by %s, %d workers a rank", data_backend(config, place.device), data_workers(config, place.device))
-    log.info(
-        "%d negatives, %s over %d ranks, %s kernels",
-        game.bank.size,
-        config.bank.placement,
-        place.world,
-        game.bank.kernels,
-    )
+    if negatives := game.bank or game.queue:
+        log.info(
+            "%d negatives, %s over %d ranks, %s kernels",
+            negatives.size,
+            config.bank.placement,
+            place.world,
+            negatives.kernels,
+        )
     if saved:
         log.info("continuing from %s", saved)
 

@@ -14,9 +14,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from models.encoder import Encoder
 from trainer import checkpoint, distributed
 from trainer.build import autocast_type, make_engine, make_game
 from trainer.distributed import Place, agree
+from trainer.engine import networks_of
 from trainer.metrics import set_up_logging
 from trainer.run_dir import read_config, write_json
 from trainer.step import Learner, NotFinite, Rates
@@ -92,7 +94,7 @@ def replay(run: Path) -> str:
         return _tell(facts, outcome, found, place)
 
 
-def _watch(student: nn.Module, teacher: nn.Module) -> list[str]:
+def _watch(student: Encoder, teacher: Encoder | None) -> list[str]:
     """A list that will have the first module of each network whose output, or its gradient, is not finite."""
     found: list[str] = []
     seen: set[str] = set()
@@ -112,7 +114,7 @@ def _watch(student: nn.Module, teacher: nn.Module) -> list[str]:
 
         module.register_forward_hook(look)
 
-    for network, modules in (("student", student), ("teacher", teacher)):
+    for network, modules in networks_of(student, teacher).items():
         for name, module in modules.named_modules():
             if not any(module.children()):
                 watch(network, name, module)

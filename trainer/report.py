@@ -69,7 +69,7 @@ class Chart:
 LEARNING, NEGATIVES, SCHEDULES, SPEED, OTHER = "Learning", "Negatives", "Schedules", "Speed", "Other metrics"
 
 CHARTS = (
-    Chart(LEARNING, "Loss", "The encoder's contrastive loss.", (Line("loss", "loss"),)),
+    Chart(LEARNING, "Loss", "What the encoder descends on.", (Line("loss", "loss"),)),
     Chart(
         LEARNING,
         "kNN accuracy",
@@ -90,6 +90,14 @@ CHARTS = (
         "Similarities",
         "Cosine of a query with its own key and with its hardest negative, on average.",
         (Line("positive_similarity", "own key"), Line("hardest_similarity", "hardest negative")),
+    ),
+    Chart(
+        LEARNING,
+        "Spread of the embeddings",
+        "Standard deviation of an element, 1 where they are all over the sphere, 0 where all are one; "
+        "and over how many directions they spread.",
+        (Line("feature_std", "standard deviation"), Line("effective_rank", "effective rank", axis=2)),
+        from_zero=(1, 2),
     ),
     Chart(
         NEGATIVES,

@@ -1,6 +1,7 @@
-"""One step of the game: the student descends, the bank ascends, the teacher follows."""
+"""One step of a method: the student descends, the bank ascends or the queue takes in keys, the teacher follows."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -8,9 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import AdversaryStats
-from models.adco import AdCo
-from models.bank import Rows
+from models.method import Method
 from trainer import checkpoint
 from trainer.distributed import Place
 from trainer.engine import Engine
@@ -35,26 +34,26 @@ class NotFinite(ValueError):
 
 
 class Learner:
-    """The game with what makes its student learn.
+    """The game, a method that is played, with what makes its student learn.
 
     accumulate: parts a batch is cut into. precision: of autocast; torch.float32 for none.
     """
 
     def __init__(
-        self, game: AdCo, engine: Engine, place: Place, accumulate: int = 1, precision: torch.dtype = torch.float32
+        self, game: Method, engine: Engine, place: Place, accumulate: int = 1, precision: torch.dtype = torch.float32
     ) -> None:
         self.game, self.engine, self.accumulate, self.precision = game, engine, accumulate, precision
         self.place, self.phases = place, Phases(place.device)
 
-    def step(self, views: list[Tensor], seed: int, rates: Rates) -> tuple[dict[str, Tensor], AdversaryStats]:
-        """views: V normalised images [B, 3, S_v, S_v] on the device. Gives this rank's metrics and shard's statistics.
+    def step(self, views: list[Tensor], seed: int, rates: Rates) -> dict[str, Tensor]:
+        """views: V normalised images [B, 3, S_v, S_v] on the device. Gives this rank's metrics.
 
         Everything random in the networks is a function of `seed`, the same on all ranks, and the rank.
         Raises NotFinite, on all ranks and before anything is updated, where the loss or the gradient is not finite;
         in fp16 a gradient that overflows makes the student miss this step instead.
         """
         torch.manual_seed(seed + self.place.rank)
-        rows: list[Rows] = []
+        left: list[Sequence[Any]] = []
         total: dict[str, Tensor] = {}
         for part, part_views in enumerate(zip(*(view.chunk(self.accumulate) for view in views), strict=True)):
             with self.engine.part(last=part == self.accumulate - 1):
@@ -62,7 +61,7 @@ class Learner:
                     play = self.game.play(self.engine.student, list(part_views), seed + part, self.phases)
                 with self.phases("backward"):
                     self.engine.backward(play.loss / self.accumulate)
-            rows += [Rows(r.q_ND, r.coef_N / self.accumulate) for r in play.rows]
+            left.append(play.left)
             for name, value in play.metrics.items():
                 total[name] = total[name] + value / self.accumulate if part else value / self.accumulate
         with self.phases("optimizer"):
@@ -75,10 +74,10 @@ class Learner:
             total["loss_scale"] = self._scalar(scale)
             total["skipped"] = self._scalar(float(not math.isfinite(norm)))
         with self.phases("adversary"):  # before the teacher moves, from the queries of this step
-            stats = self.game.bank.step(rows, rates.bank_lr, seed)
+            self.game.after(left, rates.bank_lr, seed)
         with self.phases("ema"):
             self.engine.follow(rates.teacher_momentum)
-        return total, stats
+        return total
 
     def _scalar(self, value: float) -> Tensor:
         return torch.full((), value, device=self.place.device)  # no copy from the host, as torch.tensor makes
@@ -93,12 +92,12 @@ class Learner:
 
     def state(self, step: int) -> dict[str, Any]:
         """All tensors that a run after `step` steps goes on from, by names that no engine changes."""
-        return {**self.engine.state(), "bank": self.game.bank.state_dict(), "step": torch.tensor(step)}
+        return {**self.engine.state(), **self.game.state_dict(), "step": torch.tensor(step)}
 
     def load(self, path: Path) -> int:
         """Go on from a checkpoint; returns its step. Called by all ranks."""
         state = self.state(0)
         checkpoint.load(path, state)
         self.engine.load(state)
-        self.game.bank.loaded()
+        self.game.loaded()
         return int(state["step"])

@@ -23,7 +23,7 @@ from models.encoder import Encoder
 from models.teacher import ema_update
 from trainer.config import Config, Optim
 from trainer.distributed import Place
-from trainer.engine import LossScale, State, lay_out_rows, prepare_blocks
+from trainer.engine import LossScale, State, lay_out_rows, networks_of, prepare_blocks
 from trainer.optim import Flat, Lars, make_optimizer
 
 
@@ -49,7 +49,7 @@ class Zero:
     """See `trainer.engine.Engine`. Raises ValueError where engine.options contradict the configuration."""
 
     def __init__(
-        self, student: Encoder, teacher: Encoder, config: Config, place: Place, precision: torch.dtype
+        self, student: Encoder, teacher: Encoder | None, config: Config, place: Place, precision: torch.dtype
     ) -> None:
         deepspeed = _import_deepspeed(place.device)
         self.network, self.teacher, self.stage = student, teacher, config.engine.stage
@@ -59,12 +59,12 @@ class Zero:
         prepare_blocks(student, teacher, config.engine)
         settings = make_json(config, place, precision)
         optimizer = make_optimizer(student, config.optim)
-        for network in (student, teacher):
+        for network in networks_of(student, teacher).values():
             lay_out_rows(network)
         self.engine, self.zero, _, _ = deepspeed.initialize(
             model=student, optimizer=optimizer, config=copy.deepcopy(settings)
         )
-        if self.stage == 3:
+        if self.stage == 3 and teacher:
             self.teacher_engine = deepspeed.initialize(model=teacher, config=copy.deepcopy(settings))[0]
         if self.scale:
             self.zero.torch_autocast_gradscaler = None  # it looks at one rank's gradients only
@@ -104,11 +104,12 @@ class Zero:
         return norm
 
     def follow(self, momentum: float) -> None:
-        ema_update(self.teacher, self.network, momentum, lambda p: getattr(p, "ds_tensor", p))
+        if self.teacher:
+            ema_update(self.teacher, self.network, momentum, lambda p: getattr(p, "ds_tensor", p))
 
     def weights(self) -> State:
         found: State = {}
-        for name, network in (("student", self.network), ("teacher", self.teacher)):
+        for name, network in networks_of(self.network, self.teacher).items():
             tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
             found[name] = {key: self._whole_or_cut(tensors[key]) for key in network.state_dict()}
         return found
@@ -124,7 +125,7 @@ class Zero:
         return {**state, **({"loss_scale": {"state": self.scale.state}} if self.scale else {})}
 
     def load(self, state: State) -> None:
-        for name, network in (("student", self.network), ("teacher", self.teacher)):
+        for name, network in networks_of(self.network, self.teacher).items():
             for key, p in network.named_parameters():
                 if hasattr(p, "ds_id"):
                     self._put(state[name][key], *self._held(p))

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.adco import AdCo
+from models.adco import AdCo, Settings
 from models.bank import Bank, Rows, make_mesh
 from models.contrast import contrast
 from models.encoder import Encoder
@@ -192,11 +192,11 @@ def adco_losses(symmetric: bool, crops: str, views: int) -> tuple[float, Tensor]
     """The loss of the game on given embeddings and the summed weight of the adversary's rows."""
     bank = make_bank("sharded", 1, "reference", torch.float64)
     network = cast(Encoder, nn.Identity())
-    adco = AdCo(network, network, bank, temperature=T, symmetric=symmetric, crops=crops)
+    adco = AdCo(network, bank, Settings.model_validate({"temperature": T, "symmetric": symmetric, "crops": crops}))
     keys = {j: unit(B, D, seed=10 + j) for j in ([0, 1] if symmetric else [0])}
     queries = {i: unit(B, D, seed=20 + i) for i in range(views) if list(keys) != [i]}
-    play = adco._contrast(queries, keys)
-    z = torch.cat([(r.coef_N * torch.exp(r.q_ND @ bank.n_KD.T / TA).sum(1)) for r in play.rows])
+    play = adco.loss(queries, keys)
+    z = torch.cat([(r.coef_N * torch.exp(r.q_ND @ bank.n_KD.T / TA).sum(1)) for r in play.left])
     return float(play.loss), z.sum()
 
 

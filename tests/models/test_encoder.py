@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from models.encoder import Encoder
+from trainer.evaluate.features import frozen
 
 RESNET = {"channels": (8, 16, 16, 32)}
 VIT = {"depth": 2, "embed_dim": 64, "num_heads": 2}
@@ -76,6 +77,31 @@ def test_the_head(hidden: int | None, width: int) -> None:
     head = Encoder("resnet18", dim=24, hidden=hidden, backbone_args=RESNET).head
     shapes = [(layer.in_features, layer.out_features) for layer in head if isinstance(layer, nn.Linear)]
     assert shapes == [(32, width), (width, 24)]
+
+
+def test_head_and_predictor_with_batchnorm() -> None:
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", dim=8, hidden=24, head_norm=True, predictor=12, backbone_args=RESNET)
+    assert [type(layer) for layer in encoder.head] == [nn.Linear, nn.BatchNorm1d, nn.ReLU, nn.Linear]
+    assert encoder.predictor is not None
+    shapes = [(layer.in_features, layer.out_features) for layer in encoder.predictor if isinstance(layer, nn.Linear)]
+    assert shapes == [(8, 12), (12, 8)]
+    view = torch.rand(5, 3, 32, 32)
+    expected = nn.functional.normalize(encoder.predictor(encoder.head(encoder.backbone(view))), dim=1)
+    torch.testing.assert_close(encoder([view]), expected)
+
+
+def test_a_predictor_is_frozen_in_evaluation_and_learns_again_after_it() -> None:
+    """Predictions of one image do not depend on the others, and looking changes no running statistics."""
+    torch.manual_seed(0)
+    encoder = Encoder("resnet18", dim=8, head_norm=True, predictor=12, backbone_args=RESNET).train()
+    views = torch.rand(4, 3, 32, 32)
+    encoder([views])
+    before = {name: x.clone() for name, x in encoder.named_buffers()}
+    with frozen(encoder), torch.no_grad():
+        torch.testing.assert_close(encoder([views])[:1], encoder([views[:1]]))
+    assert all(torch.equal(x, before[name]) for name, x in encoder.named_buffers())
+    assert all(module.training for module in encoder.modules())
 
 
 def test_a_backbone_that_widens_its_features_after_pooling() -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.adco import AdCo
+from models.adco import AdCo, Settings
 from models.bank import Bank, make_mesh
 from models.encoder import Encoder
 from tests.ranks import run_ranks
@@ -47,7 +47,7 @@ def play_three_steps(
     assert bank.v_KD is not None
     bank.v_KD.copy_(golden["v"][shard])
     network = cast(Encoder, nn.Identity())  # the file has embeddings, not images
-    adco = AdCo(network, network, bank, temperature=0.12, symmetric=game == "sym")
+    adco = AdCo(network, bank, Settings(temperature=0.12, symmetric=game == "sym"))
 
     got, expected = [], []
     query_views, key_views = GAMES[game]
@@ -56,9 +56,9 @@ def play_three_steps(
             k.removeprefix(f"rank{rank}.step{step}."): v for k, v in golden.items() if f"rank{rank}.step{step}." in k
         }
         queries = {view: here[name].clone().requires_grad_() for view, name in query_views.items()}
-        play = adco._contrast(queries, {view: here[name] for view, name in key_views.items()})
+        play = adco.loss(queries, {view: here[name] for view, name in key_views.items()})
         play.loss.backward()
-        bank.step(play.rows, LR, seed=step)
+        bank.step(list(play.left), LR, seed=step)
         losses = torch.stack([here[f"loss{i}"].squeeze() for i in range(len(queries))])
         gradients = [q.grad for q in queries.values() if q.grad is not None]
         got.append(

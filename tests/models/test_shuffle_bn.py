@@ -56,18 +56,21 @@ def test_another_seed_is_another_exchange() -> None:
     assert torch.equal(plan(32, 0, 2, seed=1).send_B, plan(32, 0, 2, seed=1).send_B)
 
 
-def make_network(momentum: float = 0.3) -> nn.Module:
+def make_network(momentum: float = 0.3, rows: bool = False) -> nn.Module:
     torch.manual_seed(0)
-    network = nn.Sequential(nn.BatchNorm2d(3, eps=1e-3, momentum=momentum), nn.ReLU())
+    kind = nn.BatchNorm1d if rows else nn.BatchNorm2d
+    network = nn.Sequential(kind(3, eps=1e-3, momentum=momentum), nn.ReLU())
     with torch.no_grad():
         for p in network.parameters():
             p.add_(0.3 * torch.rand(p.shape))
     return network
 
 
-def make_images() -> Tensor:
+def make_images(rows: bool = False) -> Tensor:
+    """Or, as a head sees them, rows of features."""
     # Brighter and of less contrast than a normal distribution: the variance is a small part of the mean square.
-    return 2 + 0.5 * torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    images = 2 + 0.5 * torch.rand(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
+    return images[:, :, 0, 0] if rows else images
 
 
 def run_network(network: nn.Module, x: Tensor, first_row: int) -> dict[str, Tensor]:
@@ -81,11 +84,11 @@ def run_network(network: nn.Module, x: Tensor, first_row: int) -> dict[str, Tens
     return {"y": y.detach(), "dx": x.grad, **gradients, **dict(network.named_buffers())}
 
 
-def run_synchronised(momentum: float) -> dict[str, Tensor]:
+def run_synchronised(momentum: float, rows: bool) -> dict[str, Tensor]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    network = synchronise_bn(make_network(momentum), torch.device("cpu"))
-    assert type(network[0]) is not nn.BatchNorm2d  # type: ignore[index]
-    x = make_images().chunk(world)[rank]
+    network = synchronise_bn(make_network(momentum, rows), torch.device("cpu"))
+    assert type(network[0]) not in (nn.BatchNorm1d, nn.BatchNorm2d)  # type: ignore[index]
+    x = make_images(rows).chunk(world)[rank]
     got = run_network(network, x, first_row=rank * len(x))
     for name, value in got.items():
         if name.startswith("gradient"):
@@ -93,10 +96,10 @@ def run_synchronised(momentum: float) -> dict[str, Tensor]:
     return got
 
 
-@pytest.mark.parametrize("momentum", [0.3, 0.0])  # 0: the teacher's
-def test_synchronised_batchnorm_is_batchnorm_of_the_global_batch(momentum: float) -> None:
-    ranks = run_ranks(2, run_synchronised, momentum)
-    expected = run_network(make_network(momentum), make_images(), first_row=0)
+@pytest.mark.parametrize(("momentum", "rows"), [(0.3, False), (0.0, False), (0.3, True)])  # 0: the teacher's
+def test_synchronised_batchnorm_is_batchnorm_of_the_global_batch(momentum: float, rows: bool) -> None:
+    ranks = run_ranks(2, run_synchronised, momentum, rows)
+    expected = run_network(make_network(momentum, rows), make_images(rows), first_row=0)
     assert {"y", "dx", "gradient of 0.weight", "gradient of 0.bias", "0.running_mean", "0.running_var"} < set(expected)
     for name in ("y", "dx"):
         torch.testing.assert_close(
@@ -117,6 +120,6 @@ def test_synchronised_batchnorm_evaluates_as_plain() -> None:
         assert torch.equal(plain, synchronised)
 
 
-def test_only_batchnorm_over_images_is_synchronised_on_a_cpu() -> None:
-    with pytest.raises(ValueError, match=r"sync on a CPU needs nn\.BatchNorm2d, got BatchNorm1d"):
-        synchronise_bn(nn.Sequential(nn.BatchNorm1d(4)), torch.device("cpu"))
+def test_other_batchnorms_are_not_synchronised_on_a_cpu() -> None:
+    with pytest.raises(ValueError, match=r"sync on a CPU needs nn\.BatchNorm1d or nn\.BatchNorm2d, got BatchNorm3d"):
+        synchronise_bn(nn.Sequential(nn.BatchNorm3d(4)), torch.device("cpu"))

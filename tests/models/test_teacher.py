@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from models.encoder import Encoder
 from models.teacher import ema_update, make_teacher
 
 
@@ -67,3 +68,24 @@ def test_momentum_of_one_changes_nothing_and_of_zero_copies() -> None:
     ema_update(teacher, student, 0.0)
     for p, source in zip(teacher.parameters(), student.parameters(), strict=True):
         torch.testing.assert_close(p, source.detach())
+
+
+def test_a_predictor_is_the_students_alone() -> None:
+    """The average goes by name, so what only the student has shifts nothing."""
+    torch.manual_seed(0)
+    student = Encoder("resnet18", dim=8, head_norm=True, predictor=12, backbone_args={"channels": (8, 8, 8, 16)})
+    teacher = make_teacher(student)
+    assert student.predictor is not None
+    assert teacher.predictor is None
+    with torch.no_grad():
+        for p in student.parameters():
+            p.add_(torch.rand(p.shape))
+    student([torch.rand(4, 3, 32, 32)])
+    ema_update(teacher, student, 0.0)
+    expected = student.state_dict()
+    assert {name for name in expected if name.startswith("predictor")} == expected.keys() - teacher.state_dict().keys()
+    for name, value in teacher.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    images = [torch.rand(4, 3, 32, 32)]
+    student.predictor = None
+    torch.testing.assert_close(teacher.eval()(images), student.eval()(images))

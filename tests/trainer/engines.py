@@ -25,7 +25,7 @@ NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 class Outcome(NamedTuple):
-    """losses: mean over ranks, of each step. The rest is whole, by name."""
+    """losses: mean over ranks, of each step. The rest is whole, by name; bank: or the queue."""
 
     losses: list[float]
     norms: list[float]
@@ -84,7 +84,7 @@ def train(
         if spoil == dist.get_rank():
             views[1][0] = torch.nan
         rates = Rates(config.optim.lr, config.bank.lr, config.method.teacher_momentum)
-        metrics, _ = learner.step(views, step, rates)
+        metrics = learner.step(views, step, rates)
         loss = metrics["loss"].clone()
         dist.all_reduce(loss)
         losses.append(float(loss) / dist.get_world_size())
@@ -96,7 +96,8 @@ def outcome(learner: Learner, losses: list[float], norms: list[float]) -> Outcom
     """Called after `average_buffers`."""
     state = learner.state(0)
     optimizer = {f"{name}.{key}": x for name, slots in state["optimizer"].items() for key, x in slots.items()}
-    parts = (state["student"], state["teacher"], state["bank"], optimizer)
+    negatives = {**state.get("bank", {}), **state.get("queue", {})}
+    parts = (state["student"], state.get("teacher", {}), negatives, optimizer)
     return Outcome(losses, norms, *({name: x.clone() for name, x in whole(part).items()} for part in parts))
 
 

@@ -47,5 +47,6 @@ def small_config(folder: Path, images: Path, **sections: dict[str, Any]) -> Conf
         "eval": {"knn_every": 1, "k": 5},
     }
     for name, changes in sections.items():
-        values[name] = {**values.get(name, {}), **changes}
+        another = name == "method" and "name" in changes
+        values[name] = {**({} if another else values.get(name, {})), **changes}
     return Config.model_validate(values)

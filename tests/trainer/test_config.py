@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from models import adco, byol, moco
 from trainer.build import data_backend, data_workers
 from trainer.config import Config, check_world, dump, load
 
@@ -49,6 +50,7 @@ def test_what_is_dumped_loads_as_the_same(tmp_path: Path) -> None:
 
 def test_defaults_are_the_papers(tmp_path: Path) -> None:
     config = load(write(tmp_path / "a.yaml", BASE))
+    assert isinstance(config.method, adco.Settings)
     assert (config.method.temperature, config.bank.temperature, config.bank.lr) == (0.12, 0.02, 3.0)
     assert (config.bank.size, config.data.batch_size, config.optim.lr) == (65536, 256, 0.03)
 
@@ -94,6 +96,7 @@ def test_overrides_come_last_and_keep_their_neighbours(tmp_path: Path) -> None:
     assert (config.run.epochs, config.run.dir) == (7, "a=b")
     assert config.data.train == "pictures"
     assert config.data.val is None
+    assert isinstance(config.method, adco.Settings)
     assert config.method.symmetric
     assert [view.size for view in config.data.views] == [28, 12]
     assert config.model.backbone_args == {"channels": [4, 8]}
@@ -211,6 +214,42 @@ def test_temperatures_that_overflow_fp32(tmp_path: Path) -> None:
     small = ["bank.temperature=0.012", "bank.size=2"]
     assert "bank.temperature" in refusal(path, *small)
     assert load(path, [*small, "method.batch_keys=false"]).bank.size == 2
+
+
+def test_the_method_decides_which_keys_there_are(tmp_path: Path) -> None:
+    """A file without a name is AdCo's, as all were once; another method takes none of its keys over."""
+    path = write(tmp_path / "a.yaml", {**BASE, "method": {"temperature": 0.15, "symmetric": True}})
+    assert load(path).method == adco.Settings(temperature=0.15, symmetric=True)
+    assert load(path, ["method.temperature=0.3", "method.name=moco"]).method == moco.Settings(temperature=0.3)
+    assert load(path, ["method.name=moco", "method.temperature=0.3"]).method == moco.Settings(temperature=0.3)
+    assert load(path, ["method.name=adco", "method.crops=mean"]).method == adco.Settings(
+        temperature=0.15, symmetric=True, crops="mean"
+    )
+    above = write(tmp_path / "b.yaml", {"extends": "a.yaml", "method": {"name": "byol", "bn": "local"}})
+    assert load(above).method == byol.Settings(bn="local")
+    (tmp_path / "c.yaml").write_text(dump(load(above)), encoding="utf-8")
+    assert load(tmp_path / "c.yaml") == load(above)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.name=mocco"], "method.name: got 'mocco', need one of 'adco', 'acssl', 'moco', 'simclr', 'byol'"),
+        (["method.name=moco", "method.symetric=true"], "method.symetric: unknown key, did you mean method.symmetric?"),
+        (["method.name=byol", "method.symmetric=true"], "method.symmetric: unknown key"),
+        (["method.symetric=true"], "method.symetric: unknown key, did you mean method.symmetric?"),
+        (["method.name=byol", "method.bn=none"], "method.bn: input should be 'shuffle', 'sync' or 'local', got 'none'"),
+        (["method=3"], "method: input should be a valid dictionary"),
+        (["method.name=moco", "method.temperature=0.01"], "method.temperature: temperature 0.01 with 65537 negatives"),
+        (["method.name=moco", "bank.size=100"], "bank.size: a queue of 100 is shorter than the 256 keys of a step"),
+        (["method.name=simclr", "data.views=[{size: 28}, {size: 28}, {size: 28}]"], "simclr pairs two views, got 3"),
+        (["method.name=simclr", "method.bn=shuffle"], "method.bn: input should be 'sync' or 'local', got 'shuffle'"),
+        (["method.name=acssl", "method.hardest=129"], "129 after 0 left out (method.guard_top) are 129 columns"),
+        (["method.name=acssl", "method.guard_top=0.5"], "16 after 127 left out (method.guard_top) are 143 columns"),
+    ],
+)
+def test_what_a_method_refuses(tmp_path: Path, overrides: list[str], words: str) -> None:
+    assert words in refusal(write(tmp_path / "a.yaml", BASE), *overrides)
 
 
 def config(**bank: object) -> Config:

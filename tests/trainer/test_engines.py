@@ -85,6 +85,56 @@ def test_the_same_as_one_process_alone(world: int, engine: str, model: str) -> N
         assert not off, part
 
 
+METHODS: dict[str, Sections] = {
+    "acssl": {
+        "model": {"predictor": 24, "head_norm": True},
+        "method": {"name": "acssl", "negatives_from": "queue", "hardest": 4, "form": "margin", "margin": 0.5},
+        "bank": {"size": 48},
+    },
+    "adco with predictor": {"model": {"predictor": 24}},
+    "byol": {"model": {"predictor": 24, "head_norm": True}, "method": {"name": "byol"}},
+    "moco": {"method": {"name": "moco", "symmetric": True}, "bank": {"size": 40}},
+    "simclr": {"method": {"name": "simclr"}, "data": {"views": [{"size": 16}] * 2}},
+}
+
+
+def run_methods(engines: list[str]) -> dict[tuple[str, str], Outcome]:
+    """Four steps of SGD of each method."""
+    outcomes = {}
+    for engine in engines:
+        for name, sections in METHODS.items():
+            method = {"bn": "sync", **sections.get("method", {})}
+            config = make_config("resnet", **{**sections, "method": method}, engine=ENGINES[engine])
+            learner = make_learner(config, make_place())
+            history = train(learner, config, steps=4)
+            learner.game.average_buffers()
+            outcomes[engine, name] = outcome(learner, *history)
+    return outcomes if dist.get_rank() == 0 else {}
+
+
+@functools.cache
+def methods_on_ranks(world: int, *engines: str) -> dict[tuple[str, str], Outcome]:
+    return run_ranks(world, run_methods, list(engines))[0]
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
+def test_every_method_does_the_same_as_in_one_process(engine: str, name: str) -> None:
+    """Student and predictor, teacher without it or no teacher, queue and its pointer."""
+    alone = methods_on_ranks(1, "ddp")["ddp", name]
+    found = methods_on_ranks(2, "ddp", "fsdp", "zero3")[engine, name]
+    assert found.losses == pytest.approx(alone.losses, rel=5e-6)
+    assert len(set(alone.losses)) == 4
+    assert any("predictor" in x for x in alone.student) == ("model" in METHODS[name])
+    assert not any("predictor" in x for x in alone.teacher)
+    assert bool(alone.teacher) == (name != "simclr")
+    # The predictor's BatchNorm takes away what the head's last bias adds: its gradient is nothing but rounding.
+    nothing = {"head.2.bias.momentum_buffer", "head.3.bias.momentum_buffer"} if "model" in METHODS[name] else set()
+    for part in ("student", "teacher", "bank", "optimizer"):
+        off = {key: x for key, x in differences(found, alone, part).items() if x > 1e-4 and key not in nothing}
+        assert not off, part
+
+
 PRECISION = [
     ("resnet", "fp16", "ddp"),
     ("resnet", "fp16", "fsdp"),

@@ -58,8 +58,8 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return rows, tensors
 
 
-@pytest.mark.parametrize(("engine", "ranks", "times"), [("ddp", 1, 12), ("fsdp", 2, 8)])
-def test_twenty_kills(tmp_path: Path, engine: str, ranks: int, times: int) -> None:
+@pytest.mark.parametrize(("engine", "ranks", "times", "method"), [("ddp", 1, 12, "adco"), ("fsdp", 2, 8, "moco")])
+def test_twenty_kills(tmp_path: Path, engine: str, ranks: int, times: int, method: str) -> None:
     images = write_images(tmp_path / "images")
     configs = [
         small_config(
@@ -75,6 +75,7 @@ def test_twenty_kills(tmp_path: Path, engine: str, ranks: int, times: int) -> No
             },
             model=RESNET,
             engine={"kind": engine},
+            method={"name": method, "teacher_momentum": 0.9, "teacher_momentum_final": 1},
             eval={"knn_every": 0, "k": 5},
         )
         for name in ("whole", "killed")

@@ -6,6 +6,7 @@ import os
 import re
 import resource
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -110,6 +111,56 @@ def test_every_option_trains(tmp_path: Path, images: Path, name: str) -> None:
     assert len(training) == 18
     losses = [row["loss"] for row in training]
     assert sum(losses[-6:]) < sum(losses[:6])
+
+
+OTHER_METHODS: dict[str, dict[str, dict[str, Any]]] = {
+    "acssl": {
+        "model": {**RESNET, "predictor": 16, "head_norm": True},
+        "method": {"name": "acssl", "negatives_from": "bank", "hardest": 4, "guard": 0.95},
+        "bank": {"init": "random"},
+        "optim": {"accumulate": 2, "lr": 0.5},
+    },
+    "byol": {"model": {**RESNET, "predictor": 16, "head_norm": True}, "method": {"name": "byol", "bn": "local"}},
+    "moco": {
+        "method": {"name": "moco", "symmetric": True},
+        "bank": {"size": 31},
+        "optim": {"accumulate": 2, "lr": 0.1},
+    },
+    "simclr": {"method": {"name": "simclr", "bn": "local"}},
+}
+
+
+@pytest.mark.parametrize("name", OTHER_METHODS)
+def test_every_method_trains_and_goes_on_bit_for_bit(tmp_path: Path, images: Path, name: str) -> None:
+    """Queue, its pointer and the schedules, too: cut off after step 8 of 18."""
+    whole, cut = (small_config(tmp_path / place, images, **OTHER_METHODS[name]) for place in ("whole", "cut"))
+    pretrain(whole)
+    rows = rows_of(tmp_path / "whole")
+    training = [row for row in rows if "loss" in row]
+    assert all({"feature_std", "effective_rank"} <= row.keys() for row in training)
+    assert ("pretext_top1" in training[0]) == (name != "byol")
+    assert [row["knn"] for row in rows if "knn" in row][-1] > 0.4, "chance is a third"
+    momenta = [row["teacher_momentum"] for row in training]
+    assert (momenta == sorted(momenta) and momenta[-1] > 0.999) == (name in ("acssl", "byol"))
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    (tmp_path / "cut/results.json").unlink()
+    for step in (12, 16, 18):
+        shutil.rmtree(tmp_path / f"cut/checkpoints/step-{step:08d}")
+    pretrain(cut)
+    assert rows_of(tmp_path / "cut") == rows
+    assert checksums(tmp_path / "cut") == checksums(tmp_path / "whole")
+    html = write_report(tmp_path / "cut").read_text()
+    assert ("negative 0" in html) == (name == "acssl")
+
+
+def test_a_run_that_collapses_says_so(tmp_path: Path, images: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Pairs only, without predictor, and a teacher that is the student of the step before."""
+    method = {"name": "acssl", "hardest": 0, "teacher_momentum": 0, "teacher_momentum_final": None}
+    pretrain(small_config(tmp_path / "run", images, method=method, optim={"lr": 8.0}, eval={"knn_every": 0}))
+    said = [line for line in capfd.readouterr().err.splitlines() if "collapsed" in line]
+    assert len(said) == 1
+    assert re.match(r"step \d+: collapsed: all images have nearly the same embedding", said[0])
 
 
 @pytest.mark.parametrize(

@@ -107,15 +107,16 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
 
 
 def _bare_step(learner: Learner, views: list[Tensor], config: Config) -> None:
-    game, engine, key_views = learner.game, learner.engine, [0, 1] if config.method.symmetric else [0]
+    game, engine = learner.game, learner.engine
     precision, last = learner.precision, learner.accumulate - 1
     for number, parts in enumerate(zip(*(view.chunk(learner.accumulate) for view in views), strict=True)):
         with engine.part(last=number == last):
             with torch.autocast(views[0].device.type, precision, enabled=precision != torch.float32):
                 with torch.no_grad():
-                    for j in key_views:
+                    for j in game.key_views:
+                        assert game.teacher
                         game.teacher([parts[j]])
-                loss = engine.student([part for i, part in enumerate(parts) if key_views != [i]]).sum()
+                loss = engine.student([parts[i] for i in game.query_views(len(parts))]).sum()
             engine.backward(loss)
     engine.step(0.0)
     engine.follow(config.method.teacher_momentum)

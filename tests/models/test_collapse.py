@@ -1,0 +1,44 @@
+"""The watch for collapse: what it measures, on one rank and several, and when it speaks."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from models.collapse import collapse, spread
+from tests.ranks import run_ranks
+
+N, D = 600, 16
+
+
+def measure() -> list[dict[str, float]]:
+    """Of embeddings all over the sphere; in four directions; on a line; nearly at a point; at a point."""
+    x_ND = torch.randn(N, D, generator=torch.Generator().manual_seed(0))
+    flat_ND = x_ND * (torch.arange(D) < 4)
+    line_ND = x_ND[:, :1].sign() * torch.ones(D)
+    near_ND = 1 + 0.01 * x_ND
+    world, rank = dist.get_world_size(), dist.get_rank()
+    return [
+        spread(nn.functional.normalize(z_ND, dim=1).chunk(world)[rank])
+        for z_ND in (x_ND, flat_ND, line_ND, near_ND, torch.ones(N, D))
+    ]
+
+
+def test_spread() -> None:
+    everywhere, flat, line, near, point = run_ranks(1, measure)[0]
+    assert everywhere["feature_std"] == pytest.approx(1, abs=0.02)
+    assert D - 0.1 < everywhere["effective_rank"] <= D
+    assert flat["effective_rank"] == pytest.approx(4, abs=0.05)
+    assert flat["feature_std"] == pytest.approx((4 / D) ** 0.5, abs=0.02)  # 4 of D elements, 1/2 each, times sqrt(D)
+    assert (line["effective_rank"], line["feature_std"]) == pytest.approx((1, 1), abs=0.01)
+    assert (point["effective_rank"], point["feature_std"]) == pytest.approx((1, 0), abs=1e-3)
+    assert [collapse(x) is None for x in (everywhere, flat)] == [True, True]
+    assert "vary in one direction only" in str(collapse(line))
+    assert all("nearly the same embedding" in str(collapse(x)) for x in (near, point))
+
+
+def test_spread_is_that_of_all_ranks() -> None:
+    (alone,) = run_ranks(1, measure)
+    for several in run_ranks(3, measure):
+        for found, expected in zip(several, alone, strict=True):
+            assert found == pytest.approx(expected, abs=1e-6)

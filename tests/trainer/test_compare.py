@@ -1,0 +1,102 @@
+"""Runs side by side: the table, the page, and what is refused."""
+
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.small import small_config
+from trainer.compare import APART, charts, compare, differences, read, tabulate
+from trainer.config import dump
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+
+
+def write_run(folder: Path, accuracies: list[float], linear: float | None = None, **sections: dict[str, Any]) -> Path:
+    """A run of 18 steps in 3 epochs that was evaluated so often, at equal distances."""
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump(small_config(folder, Path("pictures"), **sections)), encoding="utf-8")
+    rows: list[dict[str, Any]] = []
+    for number, accuracy in enumerate(accuracies):
+        position = {"step": 6 * number, "epoch": number, "images": 72 * number, "seconds": 1800.0 * number}
+        rows += [{**position, "loss": 1.0, "feature_std": 0.5, "effective_rank": 7.25}] if number else []
+        rows += [{**position, "knn": accuracy}]
+    if linear:
+        rows.append({**position, "linear": linear})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    if len(accuracies) == 4:
+        (folder / "results.json").write_text(json.dumps({"knn": accuracies[-1]}), encoding="utf-8")
+    return folder
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> list[Path]:
+    return [
+        write_run(tmp_path / HOSTILE, [0.1, 0.5, 0.7, 0.6]),
+        write_run(tmp_path / "b/run", [0.1, 0.4], method={"name": "moco"}, bank={"size": 40}),
+        write_run(tmp_path / "c/run", [0.2, 0.3, 0.4, 0.5], 0.65, method={"name": "simclr", "bn": "local"}),
+    ]
+
+
+def test_the_table(folders: list[Path]) -> None:
+    columns, rows = tabulate([read(folder, folders) for folder in folders])
+    table = [dict(zip(columns, row, strict=True)) for row in rows]
+    assert [row["run"] for row in table] == [HOSTILE, str(folders[1]), str(folders[2])]
+    assert [row["method"] for row in table] == ["adco", "moco", "simclr"]
+    assert [row["kNN before"] for row in table] == ["10.0 %", "10.0 %", "20.0 %"]
+    assert [row["kNN best"] for row in table] == ["70.0 % (epoch 2)", "40.0 % (epoch 1)", "50.0 % (epoch 3)"]
+    assert [row["kNN last"] for row in table] == ["60.0 %", "40.0 %", "50.0 %"]
+    assert [row["Linear best"] for row in table] == ["", "", "65.0 % (epoch 3)"]
+    assert [row["images"] for row in table] == ["216", "72", "216"]
+    assert [row["time"] for row in table] == ["1 h 30 min", "30 min 0 s", "1 h 30 min"]
+    assert table[0]["effective rank"] == "7.2"
+
+
+def test_what_differs(folders: list[Path]) -> None:
+    found = differences([read(folder, folders) for folder in folders])
+    assert found["method.name"] == ["adco", "moco", "simclr"]
+    assert found["bank.size"] == ["30", "40", "30"]
+    assert found["method.symmetric"] == ["False", "False", ""]
+    assert not found.keys() & {*APART, "model.backbone"}
+
+
+def test_lines_against_each_position(folders: list[Path]) -> None:
+    drawn = {chart["id"]: chart for chart in charts([read(folder, folders) for folder in folders])}
+    assert list(drawn) == [f"{metric}-{x}" for metric in ("knn", "linear") for x in ("epoch", "images", "hours")]
+    assert drawn["knn-images"]["lines"][1]["x"] == [0, 72]
+    assert drawn["knn-hours"]["lines"][0]["x"] == [0, 0.5, 1, 1.5]
+    assert drawn["knn-hours"]["lines"][0]["y"] == [0.1, 0.5, 0.7, 0.6]
+    (linear,) = drawn["linear-epoch"]["lines"]
+    assert (linear["color"], linear["x"], linear["y"]) == (2, [3], [0.65])
+
+
+def test_the_page(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(folders, tmp_path / "new/page.html")
+    assert "simclr" in capsys.readouterr().out
+    html = (tmp_path / "new/page.html").read_text(encoding="utf-8")
+    assert HOSTILE not in html
+    assert "Not finished, shown as far as they got: " + str(folders[1]) in html
+    own = re.sub(r"<script>.{1000000,}?</script>", "", html, count=1, flags=re.DOTALL)
+    assert len(own) < len(html) - 1_000_000
+    assert not re.search(r'(src|href)="(?!data:)', own)
+    if shutil.which("chromium"):
+        command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+                   f"--user-data-dir={tmp_path}/browser", "--enable-logging=stderr", "--virtual-time-budget=8000",
+                   "--dump-dom", (tmp_path / "new/page.html").as_uri()]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+        assert len(re.findall(r'class="plot js-plotly-plot"', done.stdout)) == 6
+        assert len(re.findall(r'<g class="trace scatter trace', done.stdout)) == 3 * (3 + 1)
+        assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+def test_what_is_refused(folders: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nowhere is not a run"):
+        compare([folders[0], tmp_path / "nowhere"], tmp_path / "page.html")
+    bare = write_run(tmp_path / "bare", [])
+    with pytest.raises(ValueError, match="no run has been evaluated yet"):
+        compare([bare], tmp_path / "page.html")
+    assert not (tmp_path / "page.html").exists()

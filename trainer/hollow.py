@@ -222,7 +222,7 @@ class Hollow(TorchDispatchMode):
         return x
 
     def _make(self, fake: Tensor) -> Tensor:
-        return self._made(torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype))
+        return self._made(torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device))
 
     def _fake(self, x: Tensor) -> Tensor:
         meta = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")

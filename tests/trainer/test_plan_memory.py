@@ -2,11 +2,12 @@
 
 import functools
 import gc
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.profiler import ProfilerActivity, profile
 
 from tests.ranks import run_ranks
@@ -16,25 +17,27 @@ from trainer.config import Config
 from trainer.plan import ENGINES, Memory, count_memory
 from trainer.step import Learner, Rates
 
-STATE_MIB = 3.0  # of the ViT's parameters; its activations are of the same order
+# Parameters and activations of the same order: what both of them need has to be right.
 VIT = {"backbone_args": {"depth": 4, "embed_dim": 128, "num_heads": 4, "patch_size": 4, "img_size": 32}, "dim": 32}
-RESNET = {"backbone_args": {"channels": [32, 32, 64, 128], "layers": [1, 1, 1, 1]}, "dim": 32}
+RESNET = {"backbone_args": {"channels": [16, 32, 64, 64], "layers": [1, 1, 1, 1]}, "dim": 32}
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "vit": {"model": VIT, "optim": {"name": "adamw", "lr": 1e-3, "decay_norm_and_bias": False}},
-    "resnet": {"model": RESNET, "optim": {"name": "lars", "accumulate": 2}},
+    "resnet": {"model": RESNET, "optim": {"name": "lars", "accumulate": 2}, "data": {"views": [{"size": 96}] * 2}},
 }
+NETWORKS = {1: ["vit"], 2: ["vit", "resnet"], 4: ["vit"]}
 BUCKET = {"zero_optimization": {"reduce_bucket_size": 200_000}}  # ours would outweigh such networks
 
 
-def cases(world: int) -> list[Config]:
-    """Four images a rank under each engine."""
-    configs = []
-    for name, recipe in RECIPES.items():
-        for engine in ENGINES.values():
+def cases(world: int) -> dict[tuple[str, str], Config]:
+    """Four images a rank by network and engine."""
+    configs = {}
+    for network in NETWORKS[world]:
+        for name, engine in ENGINES.items():
             on_top = {"options": BUCKET} if engine["kind"] == "deepspeed" else {}
-            data = {"batch_size": 4 * world, "views": [{"size": 32}] * 2}
-            sections = {"data": data, "method": {"bn": "local"}, "bank": {"size": 4096}, "engine": {**engine, **on_top}}
-            configs.append(make_config(name, **sections, **recipe))
+            recipe = RECIPES[network]
+            data = {"batch_size": 4 * world, "views": [{"size": 32}] * 2, **recipe.get("data", {})}
+            sections = {"method": {"bn": "local"}, "bank": {"size": 4096}, "engine": {**engine, **on_top}}
+            configs[network, name] = make_config(network, **{**recipe, **sections, "data": data})
     return configs
 
 
@@ -60,9 +63,29 @@ def allocated(config: Config) -> int:
 
 
 def all_allocated(world: int) -> list[int]:
-    return [allocated(config) for config in cases(world)]
+    return [allocated(config) for config in cases(world).values()]
+
+
+def all_counted(world: int) -> list[Memory]:
+    return count_memory(list(cases(world).values()), world, world)
 
 
 @functools.cache
-def measured(world: int) -> list[int]:
-    return run_ranks(world, all_allocated, world)[0]
+def measured(world: int) -> dict[tuple[str, str], int]:
+    return dict(zip(cases(world), run_ranks(world, all_allocated, world)[0], strict=True))
+
+
+@functools.cache
+def predicted(world: int) -> dict[tuple[str, str], Memory]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        return dict(zip(cases(world), pool.submit(all_counted, world).result(), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("world", "network", "engine"), [(world, *case) for world in NETWORKS for case in cases(world)]
+)
+def test_within_a_tenth_of_what_is_allocated(world: int, network: str, engine: str) -> None:
+    memory = predicted(world)[network, engine]
+    assert memory.peak == pytest.approx(measured(world)[network, engine], rel=0.1)
+    assert memory.activations > 0.2 * memory.peak
+    assert memory.networks + memory.optimizer + memory.gradients > 0.2 * memory.peak

@@ -189,7 +189,7 @@ class Hollow(TorchDispatchMode):
             return torch.zeros((), dtype=args[0].dtype).item() if hollow else func(*args)
         real = bool(tensors) and not hollow and not any(x.is_floating_point() for x in tensors)
         written = [] if real else [args[i] if i < len(args) else kwargs.get(name) for i, name in _written(func)]
-        if real or written and not hollow and all(x.numel() <= _SMALL for x in tensors):
+        if real or (written and not hollow and all(x.numel() <= _SMALL for x in tensors)):
             return self._seen(func(*args, **kwargs))
         for x in _tensors(written):
             self.ledger.see(x.untyped_storage()).hollow = True

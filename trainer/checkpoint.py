@@ -14,6 +14,7 @@ import logging
 import os
 import pickle
 import shutil
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -47,7 +48,7 @@ class Saver:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
+        self.thread = ThreadPoolExecutor(1, "checkpoint", _give_way)
         self.pending: Future[bool] | None = None
 
     def start(self, step: int, state: State) -> None:
@@ -56,6 +57,10 @@ class Saver:
         weights = _whole_weights(state)
         copy = BlockingAsyncStager().stage(state)
         self.pending = self.thread.submit(_save, self.folder, step, copy, weights, self.keep, self.group, self.stays)
+
+    def done(self) -> bool:
+        """Whether this rank has written what was begun."""
+        return self.pending is None or self.pending.done()
 
     def wait(self) -> bool:
         """Until what was begun is written. False, on all ranks, if it could not be: see `save`."""
@@ -216,6 +221,11 @@ _INDEX_CLASSES = {
         )
     ),
 }
+
+
+def _give_way() -> None:
+    """Take the cores that training leaves: writing and checksums would slow down a network that runs on all of them."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux of this thread only
 
 
 def _list(folder: Path) -> list[Path]:

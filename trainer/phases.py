@@ -1,5 +1,6 @@
 """How long each phase of a step takes on each rank, who is slowest, and a trace for a closer look."""
 
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -106,6 +107,7 @@ def traced(path: Path, steps: int) -> Iterator[profile | None]:
     if not steps:
         yield None
         return
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # to it a machine without a GPU is an error
     plan = schedule(skip_first=8, wait=0, warmup=1, active=steps, repeat=1)
     with profile(schedule=plan, on_trace_ready=lambda tracer: tracer.export_chrome_trace(str(path))) as tracer:
         yield tracer

@@ -11,12 +11,21 @@ import numpy as np
 import torch
 
 from data.index import Source
-from data.loader import normalize, train_batches
+from data.loader import normalize
 from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
 from models.adco import AdCo
 from trainer import checkpoint, distributed, replay
-from trainer.build import autocast_type, data_backend, data_workers, fill_bank, make_engine, make_game, whole_student
+from trainer.build import (
+    autocast_type,
+    data_backend,
+    data_workers,
+    fill_bank,
+    make_batches,
+    make_engine,
+    make_game,
+    whole_student,
+)
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.evaluate import knn
@@ -111,11 +120,7 @@ def _steps(
     epoch_steps = steps // run.epochs
     averages = Averages()
     unreadable = Unreadable(Path(run.dir), place.rank)
-    workers, backend = data_workers(config, place.device), data_backend(config, place.device)
-    batches = train_batches(
-        train, list(data.views), data.augment, run.seed, data.batch_size, place.rank, place.world, start, steps,
-        workers, place.device, backend, data.prefetch, data.decoder, data.blocks,
-    )  # fmt: skip
+    batches = make_batches(config, place, train, start, steps)
     hosts, flops = host_names(), step_flops(config)
     first, seconds = start, 0.0  # since the last row; what is done between steps does not count
     with traced(Path(run.dir) / "trace.json.gz", run.profile if place.rank == 0 else 0) as tracer:

@@ -1,10 +1,14 @@
-"""What is said while a run waits for data."""
+"""What is said while a run waits for data; what becomes of workers whose trainer is gone."""
 
 import logging
+import os
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -126,3 +130,54 @@ def test_a_workers_refusal_is_one_line(tmp_path: Path) -> None:
             ValueError, match=r"\A4 samples in a row cannot be read, the last is c0/\d\.png: No such[^\n]*\Z"
         ):
             next(batches)
+
+
+LOADING = """
+import sys, time
+from pathlib import Path
+from data.index import open_source
+from data.loader import CPU, train_batches
+from data.views import Augment, View
+
+if __name__ == "__main__":
+    source = open_source(sys.argv[1], Path(sys.argv[1] + ".npz"))
+    batches = train_batches(source, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 1000, 2, CPU, sys.argv[2])
+    next(batches)
+    print("loading", flush=True)
+    time.sleep(100)
+"""
+
+
+def descendants(process: int) -> set[int]:
+    """All processes below one, of /proc."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            parents[int(stat.parent.name)] = int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    found, new = set(), {process}
+    while new:
+        new = {child for child, parent in parents.items() if parent in new}
+        found |= new
+    return found
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_workers_end_when_their_trainer_is_killed(tmp_path: Path, backend: str) -> None:
+    root = write_folder(tmp_path / "data", classes=1, per_class=8)
+    script = tmp_path / "load.py"
+    script.write_text(LOADING)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    trainer = subprocess.Popen(
+        [sys.executable, script, root, backend], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "loading\n"
+    workers = descendants(trainer.pid)
+    assert len(workers) >= 3, "two workers and the fork server"
+    trainer.kill()
+    trainer.wait()
+    for _ in range(300):
+        if not any(Path(f"/proc/{worker}").exists() for worker in workers):
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"left: {[w for w in workers if Path(f'/proc/{w}').exists()]}")

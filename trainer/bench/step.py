@@ -31,7 +31,9 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
     """
     with distributed.started(config.run.device) as place:
         train, _ = open_sources(config, folder)
-        learner, bare, views = _prepare(config, place, train)
+        learner, bare = (make_learner(config, place) for _ in range(2))
+        fill_bank(learner.game.bank, config, place, train)
+        views = make_batch(config, place, train)
         rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
         times: dict[str, list[float]] = {"step": [], "bare": []}
         for i in range(repeats + 3):
@@ -39,7 +41,7 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
                 ("step", lambda i=i: learner.step(views, i, rates)),
                 ("bare", lambda: _bare_step(bare, views, config)),
             ):
-                seconds = _timed(action, place.device)
+                seconds = timed(action, place.device)
                 if i >= 3:  # the first ones choose algorithms and allocate
                     times[name].append(seconds)
             if i == 2:
@@ -78,19 +80,30 @@ def report(result: dict[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def _prepare(config: Config, place: Place, train: Source) -> tuple[Learner, Learner, list[Tensor]]:
-    """Two equal learners, one for each side, and one batch."""
-    learners = []
-    for _ in range(2):
-        game = make_game(config, place)
-        engine = make_engine(game, config, place)
-        learners.append(Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device)))
-    fill_bank(learners[0].game.bank, config, place, train)
+def make_learner(config: Config, place: Place) -> Learner:
+    """With an empty bank."""
+    game = make_game(config, place)
+    engine = make_engine(game, config, place)
+    return Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
+
+
+def make_batch(config: Config, place: Place, train: Source) -> list[Tensor]:
+    """The first batch's views, normalised, on the device."""
     data = config.data
     world, rank = place.world, place.rank
     batches = train_batches(train, list(data.views), data.augment, 0, data.batch_size, rank, world, 0, 1, 0)
-    views = [normalize(view.to(place.device), torch.float32) for view in next(batches).views]
-    return learners[0], learners[1], views
+    return [normalize(view.to(place.device), torch.float32) for view in next(batches).views]
+
+
+def timed(action: Callable[[], object], device: torch.device) -> float:
+    """Seconds until the device has done it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    began = time.perf_counter()
+    action()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - began
 
 
 def _bare_step(learner: Learner, views: list[Tensor], config: Config) -> None:
@@ -106,13 +119,3 @@ def _bare_step(learner: Learner, views: list[Tensor], config: Config) -> None:
             engine.backward(loss)
     engine.step(0.0)
     engine.follow(config.method.teacher_momentum)
-
-
-def _timed(action: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    action()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began

@@ -1,0 +1,72 @@
+"""The benchmark of throughput, small: what it measures and writes, not how fast."""
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer.small import PYTHON, small_config, write_images
+from trainer.bench import throughput
+from trainer.config import dump
+from trainer.flops import step_flops
+
+
+def test_modes_differ_in_what_they_leave_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path / "run", write_images(tmp_path / "images"))
+    result = throughput.run(config, throughput.MODES, steps=4, warmup=1)
+    full, synthetic, data = (result["modes"][mode] for mode in ("full", "synthetic", "data"))
+    for figures in (full, synthetic, data):
+        assert figures["images_per_second"] == pytest.approx(12 / figures["step_seconds"])
+        assert figures["step_seconds_10"] <= figures["step_seconds"] <= figures["step_seconds_90"]
+    assert list(data["phases"]) == ["data", "normalize"]
+    assert list(full["phases"])[:4] == ["data", "normalize", "teacher", "student"]
+    assert full["phases"]["data"]["seconds"] > 10 * synthetic["phases"]["data"]["seconds"]
+    assert full["teraflops"] * 1e12 * full["step_seconds"] == pytest.approx(step_flops(config))
+    assert "teraflops" not in data
+    assert "communication" not in full, "there is nobody to talk to"
+    throughput.report(result, tmp_path / "out/one.json")
+    assert json.loads((tmp_path / "out/one.json").read_text()) == result
+    assert "images/s a rank" in capsys.readouterr().out
+
+
+def test_two_ranks_without_any_data(tmp_path: Path) -> None:
+    config = small_config(tmp_path / "run", Path("/no/such/folder"))
+    (tmp_path / "run.yaml").write_text(dump(config))
+    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
+    options = ["--mode", "synthetic", "--steps", "3", "--warmup", "1", "--out", str(tmp_path / "two.json")]
+    command = [*launcher, "bench", "throughput", str(tmp_path / "run.yaml"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("images/s a rank") == 1
+    result = json.loads((tmp_path / "two.json").read_text())
+    assert (result["ranks"], result["nodes"]) == (2, 1)
+    figures = result["modes"]["synthetic"]
+    assert figures["images_per_second_per_rank"] == pytest.approx(figures["images_per_second"] / 2)
+    assert figures["communication"] > 0
+    assert {"slowest", "rank"} <= figures["phases"]["backward"].keys()
+
+
+def write_result(path: Path, seconds: float, **facts: Any) -> Path:
+    figures = {"step_seconds": seconds, "phases": {"data": {"seconds": seconds / 4}, "gone": {"seconds": 1.0}}}
+    path.write_text(json.dumps({"engine": "ddp", **facts, "modes": {"full": figures}}))
+    return path
+
+
+def test_two_results_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = write_result(tmp_path / "before.json", 0.2)
+    throughput.compare(before, write_result(tmp_path / "after.json", 0.1, engine="fsdp"))
+    printed = capsys.readouterr().out
+    assert "engine: ddp → fsdp" in printed
+    assert [line.split() for line in printed.splitlines() if line.split()[:1] == ["step"]] == [
+        ["step", "200.0", "ms", "100.0", "ms", "0.50"]
+    ]
+    assert "50.0 ms" in printed
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"other.json: not a file of bench throughput"):
+        throughput.compare(before, tmp_path / "other.json")
+
+
+def test_overlapping_collectives_count_once() -> None:
+    assert throughput._covered([(5, 6), (0, 2), (1, 3), (2, 2.5)]) == 4

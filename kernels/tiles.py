@@ -127,13 +127,18 @@ def architecture(device: torch.device) -> int:
 
 
 def num_splits(row_tiles: int, column_tiles: int, device: torch.device) -> int:
-    """In how many parts to walk the columns so that row tiles x parts fill the device's processors evenly.
+    """In how many parts to walk the columns so that row tiles x parts fill the device's processors evenly."""
+    processors = _INTERPRETER_PROCESSORS
+    if device.type == "cuda":
+        processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return best_splits(row_tiles, column_tiles, processors)
+
+
+def best_splits(row_tiles: int, column_tiles: int, processors: int) -> int:
+    """`num_splits` for a number of processors.
 
     The time of a choice is the number of turns the processors take times the tiles walked in each; of equal ones,
     the fewest parts.
     """
-    processors = _INTERPRETER_PROCESSORS
-    if device.type == "cuda":
-        processors = torch.cuda.get_device_properties(device).multi_processor_count
     choices = range(1, min(_MAX_SPLITS, column_tiles) + 1)
     return min(choices, key=lambda splits: -(-row_tiles * splits // processors) * -(-column_tiles // splits))

@@ -20,6 +20,8 @@ bench_app = typer.Typer(no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 data_app = typer.Typer(no_args_is_help=True, help="List, check and rewrite a data set.")
 app.add_typer(data_app, name="data")
+plan_app = typer.Typer(no_args_is_help=True, help="Predict what a run will need, on any machine.")
+app.add_typer(plan_app, name="plan")
 
 scale_app = typer.Typer(no_args_is_help=True, help="Study how throughput grows with nodes.")
 app.add_typer(scale_app, name="scale")
@@ -232,6 +234,37 @@ def data_shard(
     from trainer.dataset import write_shards
 
     print(write_shards(src, dest, samples, threads, seed if shuffle else None))
+
+
+@plan_app.callback()
+def plan() -> None:
+    """Predict what a run will need, on any machine."""
+
+
+@plan_app.command("memory")
+def plan_memory(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    ranks: Annotated[str, typer.Option(help="Numbers of ranks, such as 8,64,1024")] = "8,64,1024",
+    images_per_rank: Annotated[
+        int | None, typer.Option(help="data.batch_size is this times the ranks, not what CONFIG says", min=1)
+    ] = None,
+    ranks_per_node: Annotated[int, typer.Option(help="For what is placed by node", min=1)] = 8,
+    out: OutPath = None,
+) -> None:
+    """Memory of a rank under every engine, by running the training step without its arithmetic: see docs/plan.md.
+
+    For a GPU, unless run.device=cpu. data.batch_size is of all ranks together and stays unless --images-per-rank says
+    otherwise.
+    """
+    from trainer import plan
+    from trainer.config import load
+
+    if not all(count.strip().isdigit() for count in ranks.split(",")):
+        raise ValueError(f"plan memory: got --ranks {ranks}, need numbers such as 8,64,1024")
+    settings = load(config, overrides)
+    counts = [int(count) for count in ranks.split(",")]
+    plan.report(plan.plan_memory(settings, counts, ranks_per_node, images_per_rank), settings, out)
 
 
 @bench_app.callback()

@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import kernels
 from data.loader import normalize
 from kernels.tiles import DIMS, best_splits, tiles
-from models.adco import AdCo
+from models.method import Method
 from trainer.build import autocast_type, make_encoder, make_engine, make_game
 from trainer.config import Config, EngineSettings, check_world
 from trainer.ddp import DDP
@@ -152,11 +152,14 @@ def _count(config: Config, place: Place) -> Memory:
             # A fake group has no results for DDP's own reduction in C++ (torch 2.14).
             engine.wrapped.register_comm_hook(compress, _reduce_bucket)
         ledger = hollow.ledger
-        for network in (game.student, game.teacher):
+        for network in filter(None, (game.student, game.teacher)):
             ledger.tag("networks", _held([*network.parameters(), *network.buffers()]))
-        ledger.tag("bank", [x for x in (game.bank.w_KD, game.bank.v_KD, game.bank.n_KD) if x is not None])
-        if config.bank.init == "keys":
-            _first_keys(config)
+        if game.bank:
+            ledger.tag("bank", [x for x in (game.bank.w_KD, game.bank.v_KD, game.bank.n_KD) if x is not None])
+            if config.bank.init == "keys":
+                _first_keys(config)
+        if game.queue:
+            ledger.tag("bank", [game.queue.n_KD])
         learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
         take = engine.step
 
@@ -255,10 +258,13 @@ def _with(config: Config, engine: str, batch: int) -> Config:
     return changed(config, changes)
 
 
-def _as_on_gpu(game: AdCo, engine: Engine, config: Config) -> None:
+def _as_on_gpu(game: Method, engine: Engine, config: Config) -> None:
     """What a GPU would have chosen by itself: Triton's kernels, and optimizers that take all tensors at once."""
     if config.bank.kernels == "auto":
-        game.bank.kernels = "triton"
+        owners: list[Any] = [game, game.bank, game.queue]
+        for owner in owners:
+            if hasattr(owner, "kernels"):
+                owner.kernels = "triton"
     optimizer: Any = getattr(engine, "zero", engine)
     for group in optimizer.optimizer.param_groups:
         if "foreach" in group:

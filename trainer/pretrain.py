@@ -178,7 +178,7 @@ def _speed(
     phases: dict[str, Spread], steps: int, seconds: float, images: int, flops: float, place: Place, hosts: list[str]
 ) -> Row:
     """What `steps` steps of `images` images and `flops` FLOPs each took; says so if a rank holds the others up."""
-    if late := straggler(phases, hosts):
+    if place.rank == 0 and (late := straggler(phases, hosts)):
         log.warning("%s", late)
     row: Row = {"images_per_second": steps * images / seconds, "data_wait": steps * phases["data"].mean / seconds}
     row["teraflops"] = steps * flops / seconds / place.world / 1e12

@@ -126,7 +126,7 @@ def _measure(
             if number % 10 == 0:
                 watts += _power(place.device)
     by_phase = spread(phases.take(), steps)
-    if late := straggler(by_phase, hosts):
+    if place.rank == 0 and (late := straggler(by_phase, hosts)):
         log.warning("%s", late)
     step_seconds = _mean(statistics.median(seconds))
     result: dict[str, Any] = {

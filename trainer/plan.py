@@ -27,7 +27,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import kernels
 from data.loader import normalize
 from kernels.tiles import DIMS, best_splits, tiles
-from models.adco import AdCo
+from models.bank import Bank
 from trainer.build import autocast_type, make_encoder, make_engine, make_game
 from trainer.config import Config, EngineSettings, check_world
 from trainer.ddp import DDP
@@ -145,9 +145,11 @@ def _count(config: Config, place: Place) -> Memory:
     config = changed(config, {"engine": {"compress": "none"}})
     with Hollow(_kernels()) as hollow:
         game = make_game(config, place)
+        assert game.teacher
+        assert game.bank
         engine = make_engine(game, config, place)
         if gpu:
-            _as_on_gpu(game, engine, config)
+            _as_on_gpu(game.bank, engine, config)
         if isinstance(engine, DDP) and engine.wrapped is not None:
             # A fake group has no results for DDP's own reduction in C++ (torch 2.14).
             engine.wrapped.register_comm_hook(compress, _reduce_bucket)
@@ -225,7 +227,9 @@ def changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
 
 
 def check_ranks(config: Config, batch: int, ranks: int, ranks_per_node: int) -> None:
-    """Raise ValueError where a batch or the bank does not fit a number of ranks."""
+    """Raise ValueError where a batch or the bank does not fit a number of ranks, or for a method but AdCo."""
+    if config.method.name != "adco":
+        raise ValueError(f"plan: counts the memory of AdCo only so far, got method.name={config.method.name}")
     if ranks < 1:
         raise ValueError(f"plan: got {ranks} ranks, need at least 1")
     shards = {"replicated": 1, "sharded": ranks, "node": ranks_per_node}[config.bank.placement]
@@ -255,10 +259,10 @@ def _with(config: Config, engine: str, batch: int) -> Config:
     return changed(config, changes)
 
 
-def _as_on_gpu(game: AdCo, engine: Engine, config: Config) -> None:
+def _as_on_gpu(bank: Bank, engine: Engine, config: Config) -> None:
     """What a GPU would have chosen by itself: Triton's kernels, and optimizers that take all tensors at once."""
     if config.bank.kernels == "auto":
-        game.bank.kernels = "triton"
+        bank.kernels = "triton"
     optimizer: Any = getattr(engine, "zero", engine)
     for group in optimizer.optimizer.param_groups:
         if "foreach" in group:

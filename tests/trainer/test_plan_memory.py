@@ -55,6 +55,7 @@ def allocated(config: Config) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         place = make_place()
         game = make_game(config, place)
+        assert game.bank
         game.bank.fill(torch.randn_like(game.bank.w_KD))
         engine = make_engine(game, config, place)
         learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))

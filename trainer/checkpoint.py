@@ -9,14 +9,17 @@ tensors are stored: what else dcp can hold would be unpickled on loading.
 """
 
 import hashlib
+import io
 import json
 import logging
 import os
 import pickle
 import shutil
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.tensor import DTensor
@@ -49,6 +53,7 @@ class Saver:
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
         self.thread = ThreadPoolExecutor(1, "checkpoint", _give_way)
+        self.pace = _Pace()
         self.pending: Future[bool] | None = None
 
     def start(self, step: int, state: State) -> None:
@@ -56,7 +61,10 @@ class Saver:
         self.wait()
         weights = _whole_weights(state)
         copy = BlockingAsyncStager().stage(state)
-        self.pending = self.thread.submit(_save, self.folder, step, copy, weights, self.keep, self.group, self.stays)
+        self.pace = _Pace()
+        self.pending = self.thread.submit(
+            _save, self.folder, step, copy, weights, self.keep, self.group, self.stays, self.pace
+        )
 
     def done(self) -> bool:
         """Whether this rank has written what was begun."""
@@ -64,6 +72,7 @@ class Saver:
 
     def wait(self) -> bool:
         """Until what was begun is written. False, on all ranks, if it could not be: see `save`."""
+        self.pace.hurry.set()
         pending, self.pending = self.pending, None
         return pending is None or pending.result()
 
@@ -84,6 +93,7 @@ def _save(
     keep: int,
     group: dist.ProcessGroup | None,
     stays: Callable[[int], bool] = lambda step: False,
+    pace: "_Pace | None" = None,
 ) -> bool:
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     failure = None
@@ -94,12 +104,11 @@ def _save(
     failure = _any_failure(failure, group)
     if failure is None:
         try:
-            # The second argument: fsync, so that the rename cannot come before the content.
-            dcp.save(state, storage_writer=_Writer(temporary, sync_files=True), process_group=group)
+            dcp.save(state, storage_writer=_Writer(temporary, pace), process_group=group)
             if weights:
                 _write_weights(temporary / WEIGHTS, weights)
             mine = [*temporary.glob(f"__{rank}_*")] + ([temporary / ".metadata"] if rank == 0 else [])
-            files = _checksums([*mine, temporary / WEIGHTS] if weights else mine)
+            files = _checksums([*mine, temporary / WEIGHTS] if weights else mine, pace)
         except (dcp.CheckpointException, OSError) as error:
             failure = _reason(error)
         failure = _any_failure(failure, group)
@@ -166,8 +175,48 @@ def load(path: Path, state: State) -> None:
         raise ValueError(f"checkpoint {path}: {_reason(error)}") from error
 
 
+class _Pace:
+    """Half of the time of writing is rest, unless somebody waits: a network on few cores would feel it."""
+
+    def __init__(self) -> None:
+        self.hurry = threading.Event()
+        self.since = time.monotonic()
+
+    def rest(self) -> None:
+        """As long as it took since the last rest."""
+        self.hurry.wait(time.monotonic() - self.since)
+        self.since = time.monotonic()
+
+
+class _PacedFile(io.FileIO):
+    def __init__(self, path: Path, pace: _Pace) -> None:
+        super().__init__(path, "w")
+        self.pace = pace
+
+    def write(self, data: Any) -> Any:
+        written = super().write(data)
+        self.pace.rest()
+        return written
+
+
+class _PacedFiles(FileSystem):
+    def __init__(self, pace: _Pace) -> None:
+        self.pace = pace
+
+    @contextmanager
+    def create_stream(self, path: Any, mode: str) -> Iterator[Any]:
+        assert mode == "wb"
+        with io.BufferedWriter(_PacedFile(path, self.pace), 1 << 20) as stream:
+            yield stream
+
+
 class _Writer(dcp.FileSystemWriter):
     """Fails with the operating system's words: torch.save's zip writer covers them with its own."""
+
+    def __init__(self, path: Path, pace: _Pace | None) -> None:
+        super().__init__(path, sync_files=True)  # fsync, so that the rename cannot come before the content
+        if pace:
+            self.fs = _PacedFiles(pace)
 
     def write_data(self, *args: Any, **kwargs: Any) -> Any:
         try:
@@ -224,8 +273,8 @@ _INDEX_CLASSES = {
 
 
 def _give_way() -> None:
-    """Take the cores that training leaves: writing and checksums would slow down a network that runs on all of them."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 19)  # on Linux of this thread only
+    """Take the cores that training leaves: where its networks run on all of them, they come first at any time."""
+    os.sched_setscheduler(threading.get_native_id(), os.SCHED_IDLE, os.sched_param(0))  # of this thread only
 
 
 def _list(folder: Path) -> list[Path]:
@@ -285,13 +334,18 @@ def _damage(path: Path, rank: int, world: int) -> str | None:
     return None
 
 
-def _checksums(paths: list[Path]) -> dict[str, Any]:
-    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths}
+def _checksums(paths: list[Path], pace: _Pace | None) -> dict[str, Any]:
+    return {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path, pace)} for path in paths}
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _sha256(path: Path, pace: _Pace | None = None) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as file:
+        while part := file.read(1 << 22):
+            digest.update(part)
+            if pace:
+                pace.rest()
+    return digest.hexdigest()
 
 
 def _attempt(action: Callable[[], None]) -> str | None:

@@ -185,9 +185,10 @@ def report(results: list[dict[str, Any]], config: Config, out: Path | None) -> N
     """Print what `plan_memory` gives and write it to `out` as JSON."""
     first = results[0]
     gpu = first["device"] == "gpu"
+    kept = f", {config.bank.size:,} negatives ({config.bank.placement})" if config.method.negatives != "none" else ""
     table = Table(
-        title=f"{config.model.backbone}, {first['precision']}, {config.bank.size:,} negatives "
-        f"({config.bank.placement}): GiB per rank on {'a GPU' if gpu else 'the CPU'}",
+        title=f"{config.model.backbone}, {config.method.name}, {first['precision']}{kept}: "
+        f"GiB per rank on {'a GPU' if gpu else 'the CPU'}",
         box=None,
     )
     for column in ("ranks", "images a rank", "engine", *PARTS, "peak", "in"):

@@ -74,7 +74,10 @@ def _pretrain(config: Config, place: Place, folder: Path, started: float) -> Non
     _introduce(config, place, game, parameters, train, epoch_steps, saved)
 
     run, keep_steps = config.run, (config.run.keep_every or 0) * epoch_steps
-    stays = lambda step: bool(keep_steps) and step % keep_steps == 0  # noqa: E731
+
+    def stays(step: int) -> bool:
+        return keep_steps > 0 and step % keep_steps == 0
+
     saver = checkpoint.Saver(folder / "checkpoints", run.keep, stays)
     with (
         Recorder(folder, start, steps, active=place.rank == 0) as recorder,

@@ -60,6 +60,7 @@ def test_training_to_the_end_leaves_no_mark(tmp_path: Path) -> None:
 
 
 def second_signal(folder: Path) -> str:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     with Stop(folder):
         os.kill(os.getpid(), signal.SIGINT)
         try:

@@ -77,8 +77,9 @@ def straggler(phases: dict[str, Spread], hosts: list[str]) -> str | None:
     """Who holds the others up: the rank that is furthest behind the median, if by a tenth of a step. hosts: by rank.
 
     A rank that waits for a slow one in a collective is late in the collective's phase as all others are, so only
-    the slow one stands out.
+    the slow one stands out. Not of `save`, in which rank 0 has more to copy than others.
     """
+    phases = {name: phase for name, phase in phases.items() if name != "save"}
     name = max(phases, key=lambda name: phases[name].slowest - phases[name].median)
     late, step = phases[name], sum(phase.mean for phase in phases.values())
     if late.slowest - late.median < STRAGGLES * step:

@@ -16,12 +16,11 @@ from torch import Tensor, nn
 
 from models.encoder import Encoder
 from trainer import checkpoint, distributed
-from trainer.build import autocast_type, make_engine, make_game
 from trainer.distributed import Place, agree
 from trainer.engine import networks_of
 from trainer.metrics import set_up_logging
 from trainer.run_dir import read_config, write_json
-from trainer.step import Learner, NotFinite, Rates
+from trainer.step import Learner, NotFinite, Rates, make_learner
 
 _TOLD = 8  # ranks, and samples of each, that a message names; the file has all
 
@@ -77,14 +76,11 @@ def replay(run: Path) -> str:
         facts = json.loads(kept[-1].read_text(encoding="utf-8"))
         ranks = len(facts["samples"])
         agree(None if ranks == place.world else f"{run}: step {facts['step']} was on {ranks} ranks, got {place.world}")
-        game = make_game(config, place)
-        learner = Learner(
-            game, make_engine(game, config, place), place, config.optim.accumulate, autocast_type(config, place.device)
-        )
+        learner = make_learner(config, place)
         learner.load(folder / f"step-{facts['step']:08d}")
         batch = load_file(_batch(folder, facts["step"], place.rank), device=str(place.device))
         views = [batch[f"view{i}"].contiguous(memory_format=torch.channels_last) for i in range(len(config.data.views))]
-        found = _watch(game.student, game.teacher)
+        found = _watch(learner.game.student, learner.game.teacher)
         found += [f"{n} values of view {i}" for i, n in _not_finite(views)]
         try:
             learner.step(views, facts["seed"], Rates(**facts["rates"]))

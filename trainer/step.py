@@ -11,6 +11,8 @@ from torch import Tensor
 
 from models.method import Method
 from trainer import checkpoint
+from trainer.build import autocast_type, make_engine, make_game
+from trainer.config import Config
 from trainer.distributed import Place
 from trainer.engine import Engine
 from trainer.phases import Phases
@@ -101,3 +103,10 @@ class Learner:
         self.engine.load(state)
         self.game.loaded()
         return int(state["step"])
+
+
+def make_learner(config: Config, place: Place) -> Learner:
+    """What a configuration describes, on these ranks; learned negatives are not filled yet."""
+    game = make_game(config, place)
+    engine = make_engine(game, config, place)
+    return Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))

@@ -193,7 +193,7 @@ def test_a_lost_node_requeues(cluster: Cluster, site: Path, undisturbed: dict[st
 def test_a_crash_at_every_start_ends_with_the_reason(cluster: Cluster, site: Path) -> None:
     job = Job(cluster, site, "--nodes=1", "run.dir=runs/crash", "data.train=/nowhere", MAX_FAILURES="2")
     job.ends("FAILED")
-    assert job.log.count("error: data: /nowhere does not exist") == 2
+    assert job.log.count("error: data: /nowhere does not exist") == 2, job.log
     assert "requeued: training failed with exit code 1, 1 of 2 without a new checkpoint (newest: step 0)" in job.log
     assert job.log.endswith(
         "slurm: giving up: training failed with exit code 1; 2 starts in a row without a new checkpoint "

@@ -58,7 +58,9 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     return rows, tensors
 
 
-@pytest.mark.parametrize(("engine", "ranks", "times", "method"), [("ddp", 1, 12, "adco"), ("fsdp", 2, 8, "moco")])
+@pytest.mark.parametrize(
+    ("engine", "ranks", "times", "method"), [("ddp", 1, 12, "adco"), ("fsdp", 2, 8, "adco"), ("fsdp", 2, 4, "moco")]
+)
 def test_twenty_kills(tmp_path: Path, engine: str, ranks: int, times: int, method: str) -> None:
     images = write_images(tmp_path / "images")
     configs = [

@@ -60,8 +60,9 @@ def test_a_gpu_is_waited_for_only_when_the_times_are_taken(monkeypatch: pytest.M
 
 def slow_rank() -> tuple[dict[str, Spread], str | None, str | None]:
     hosts = host_names()
-    late = {"data": 8.0 if dist.get_rank() == 1 else 2.0, "student": 20.0}
-    phases, even = spread(late, steps=10), spread({"data": 2.0, "student": 20.0 + dist.get_rank() / 10}, steps=10)
+    rank = dist.get_rank()
+    late = {"data": 8.0 if rank == 1 else 2.0, "student": 20.0, "save": 0.0 if rank else 90.0}
+    phases, even = spread(late, steps=10), spread({"data": 2.0, "student": 20.0 + rank / 10}, steps=10)
     return phases, straggler(phases, hosts), straggler(even, hosts)
 
 

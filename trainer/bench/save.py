@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer import checkpoint, distributed
-from trainer.bench.step import make_batch, make_learner, timed
+from trainer.bench.step import make_batch, timed
 from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.run_dir import open_sources, write_json
-from trainer.step import Rates
+from trainer.step import Rates, make_learner
 
 
 def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:

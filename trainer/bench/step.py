@@ -15,11 +15,11 @@ from torch import Tensor
 from data.index import Source
 from data.loader import normalize, train_batches
 from trainer import distributed
-from trainer.build import autocast_type, fill_bank, make_engine, make_game
+from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.run_dir import open_sources
-from trainer.step import Learner, Rates
+from trainer.step import Learner, Rates, make_learner
 
 
 def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
@@ -78,13 +78,6 @@ def report(result: dict[str, Any], out: Path | None) -> None:
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-
-
-def make_learner(config: Config, place: Place) -> Learner:
-    """With an empty bank."""
-    game = make_game(config, place)
-    engine = make_engine(game, config, place)
-    return Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
 
 
 def make_batch(config: Config, place: Place, train: Source) -> list[Tensor]:

@@ -23,7 +23,6 @@ from torch.profiler import ProfilerActivity, profile
 from data.index import Source
 from data.loader import Batch, normalize
 from trainer import distributed
-from trainer.bench.step import make_learner
 from trainer.build import autocast_type, data_backend, data_workers, fill_bank, make_batches
 from trainer.config import Config
 from trainer.distributed import Place
@@ -31,7 +30,7 @@ from trainer.flops import peak, step_flops
 from trainer.metrics import memory, set_up_logging
 from trainer.phases import Phases, as_row, host_names, spread, straggler
 from trainer.run_dir import open_sources, read_json, write_json
-from trainer.step import Learner, Rates
+from trainer.step import Learner, Rates, make_learner
 
 log = logging.getLogger(__name__)
 

@@ -116,9 +116,10 @@ def _differences(nodes: list[Node]) -> list[Fault]:
 
 
 def compare(config: Config | None, bad_nodes: Path | None) -> bool:
-    """Run by all ranks under torchrun; prints on the first. False there if anything is wrong, True elsewhere.
+    """Run by all ranks under torchrun; prints on the first. False on all of them if anything is wrong.
 
-    The names of the nodes at fault, one a line, go to `bad_nodes`.
+    On all, since the torchrun of a node whose ranks were content waits ten minutes for the others, deaf to signals. The
+    names of the nodes at fault, one a line, go to `bad_nodes`.
     """
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     index, local_rank = int(os.environ["GROUP_RANK"]), int(os.environ["LOCAL_RANK"])
@@ -134,14 +135,15 @@ def compare(config: Config | None, bad_nodes: Path | None) -> bool:
             with distributed.started(config.run.device if config else "auto") as place:
                 speeds, over_all = _speeds(place, index, count)
             nodes = [node._replace(speeds=speeds[i]) for i, node in enumerate(nodes)]
-    if rank != 0:
-        return True
-    # Cores are shared with other programs, so what they do in a second says little.
-    faults = judge(nodes, math.inf if nodes[0].same["GPUs"] == "none" else SLOW)
-    _show(nodes, faults, world, over_all)
-    bad = sorted({fault.node for fault in faults if fault.node is not None})
-    if bad_nodes and 0 < len(bad) < count:  # what all have is not a node's fault
-        bad_nodes.write_text("".join(f"{name}\n" for name in bad))
+        # Cores are shared with other programs, so what they do in a second says little.
+        faults = judge(nodes, math.inf if nodes[0].same["GPUs"] == "none" else SLOW)
+        if rank == 0:
+            _show(nodes, faults, world, over_all)
+            bad = sorted({fault.node for fault in faults if fault.node is not None})
+            if bad_nodes and 0 < len(bad) < count:  # what all have is not a node's fault
+                bad_nodes.write_text("".join(f"{name}\n" for name in bad))
+            store.set("doctor/told", "")
+        store.wait(["doctor/told"], timedelta(seconds=_WAIT / 2))  # the first to exit with 1 ends the others
     return not faults
 
 

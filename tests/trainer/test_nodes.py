@@ -84,11 +84,16 @@ def test_nodes_that_cannot_be_reached() -> None:
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> dict[str, str]:
-    """An environment with an `ssh` for which every host is this machine."""
+    """An environment with an `ssh` for which every host is this machine: when it ends, what it started gets a hangup."""
     ssh = tmp_path / "bin" / "ssh"
     ssh.parent.mkdir()
     ssh.write_text(
-        '#!/usr/bin/env bash\nwhile [[ $1 == -* ]]; do [[ $1 != -o ]] || shift; shift; done\nshift\nexec bash -c "$*"\n'
+        "#!/usr/bin/env bash\n"
+        "while [[ $1 == -* ]]; do [[ $1 != -o ]] || shift; shift; done\n"
+        "shift\n"
+        'setsid bash -c "$*" &\n'
+        "trap 'kill -HUP -- -$!; exit 255' TERM\n"
+        "wait $!\n"
     )
     ssh.chmod(0o755)
     (tmp_path / "hosts").write_text("localhost\n127.0.0.1\n")

@@ -84,7 +84,7 @@ def test_nodes_that_cannot_be_reached() -> None:
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> dict[str, str]:
-    """An environment with an `ssh` for which every host is this machine: when it ends, what it started gets a hangup."""
+    """An environment with an `ssh` for which every host is this machine; at its end, what it started gets a hangup."""
     ssh = tmp_path / "bin" / "ssh"
     ssh.parent.mkdir()
     ssh.write_text(

@@ -193,6 +193,18 @@ class Eval(Section):
     size: int | None = Field(None, ge=8)  # pixels; None: that of views[0]
 
 
+class MonitorSettings(Section):
+    """Where the log goes beside metrics.jsonl. tensorboard: the run directory's `tensorboard/`.
+
+    wandb: project of Weights & Biases, None for none; its variables such as WANDB_MODE=offline apply, and its files are
+    in the run directory's `wandb/`. prometheus: file with the newest values, for node_exporter's textfile collector.
+    """
+
+    tensorboard: bool = True
+    wandb: str | None = Field(None, min_length=1)
+    prometheus: str | None = Field(None, pattern=r"\.prom$")
+
+
 class Config(Section):
     run: Run
     data: Data
@@ -202,6 +214,7 @@ class Config(Section):
     optim: Optim = Optim()
     engine: EngineSettings = EngineSettings()
     eval: Eval = Eval()
+    monitor: MonitorSettings = MonitorSettings()
 
     @field_validator("method", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""What a run tells: rows to metrics.jsonl, TensorBoard and the console."""
+"""What a run tells: rows to metrics.jsonl, to monitors and to the console."""
 
 import errno
 import json
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
-from trainer.config import flatten
+from trainer.config import MonitorSettings, flatten
+from trainer.dashboard import Dashboard
+from trainer.monitor import Monitor, openers
 from trainer.run_dir import Row, read_rows, write_atomically
 
 log = logging.getLogger(__name__)
@@ -59,13 +59,13 @@ def memory(device: torch.device) -> Row:
 
 
 class Recorder:
-    """Writes rows, and shows how far the run is: a progress bar on a terminal, plain lines elsewhere.
+    """Writes rows, and shows how far the run is: a dashboard on a terminal, plain lines elsewhere.
 
     start: the step the run continues from. Rows after it are of a run that was cut off, and are dropped.
     active: on rank 0 only; elsewhere nothing is written or shown. evaluated: steps that have an evaluation.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, *, active: bool) -> None:
+    def __init__(self, folder: Path, start: int, total: int, settings: MonitorSettings, *, active: bool) -> None:
         self.path = folder / "metrics.jsonl"
         self.active = active
         shared: list[Any] = [None]
@@ -76,43 +76,35 @@ class Recorder:
         self.evaluated = {row["step"] for row in kept if "knn" in row}
         self.earlier_seconds = kept[-1]["seconds"] if kept else 0.0
         self.began = time.monotonic()
-        self.bar: Progress | None = None
-        self.tensorboard: SummaryWriter | None = None
+        self.dashboard: Dashboard | None = None
+        self.monitors: dict[str, Monitor] = {}
         if not active:
             return
-        try:
-            self.tensorboard = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
-        except OSError as error:
-            log.warning("no TensorBoard files: %s", error)
+        for name, opened in openers(settings, folder, start).items():
+            try:
+                self.monitors[name] = opened()
+            except OSError as error:
+                log.warning("no %s: %s", name, error)
         self.console = Console(stderr=False)
         self.start, self.total = start, total
         if self.console.is_terminal:
-            self.bar = Progress(
-                BarColumn(bar_width=12),  # all of it fits a terminal of 80 columns
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(elapsed_when_finished=False),
-                TextColumn("{task.fields[status]}"),
-                console=self.console,
-            )
-            self.task = self.bar.add_task("training", total=total, completed=start, status="")
+            self.dashboard = Dashboard(self.console, start, total)
 
     def __enter__(self) -> "Recorder":
-        if self.bar:
-            self.bar.start()
+        if self.dashboard:
+            self.dashboard.live.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.bar:
-            self.bar.stop()
-        if self.tensorboard:
+        if self.dashboard:
+            self.dashboard.live.stop()
+        for name, monitor in self.monitors.items():
             try:
-                self.tensorboard.close()
+                monitor.close()
             except OSError as error:
-                log.warning("the last TensorBoard rows not written: %s", error)
+                log.warning("the last rows not written to %s: %s", name, error)
 
     @property
     def seconds(self) -> float:
@@ -120,11 +112,11 @@ class Recorder:
         return self.earlier_seconds + time.monotonic() - self.began
 
     def advance(self, step: int) -> None:
-        if self.bar:
-            self.bar.update(self.task, completed=step)
+        if self.dashboard:
+            self.dashboard.advance(step)
 
     def say(self, text: str) -> None:
-        """A line on the console, above the bar if there is one."""
+        """A line on the console, above the dashboard if there is one."""
         if self.active:
             with suppress(OSError):  # standard output may be a file on a full disk
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
@@ -138,28 +130,25 @@ class Recorder:
             _append(self.path, json.dumps(row) + "\n")
         except OSError as error:
             log.warning("metrics of step %d not written: %s", row["step"], error)
-        if self.tensorboard:
+        values = {name: value for name, value in flatten(row).items() if name != "step"}
+        for name, monitor in list(self.monitors.items()):
             try:
-                for name, value in flatten(row).items():
-                    if name != "step":
-                        self.tensorboard.add_scalar(name.replace(".", "/"), value, row["step"])
+                monitor.add(row["step"], values)
             except OSError as error:
-                log.warning("no more TensorBoard files until the next start: %s", error)
-                self.tensorboard = None  # its writer does not recover
+                log.warning("no more rows to %s until the next start: %s", name, error)
+                del self.monitors[name]  # TensorBoard's writer does not recover
         self._show(row)
 
     def _show(self, row: Row) -> None:
+        if self.dashboard:
+            self.dashboard.show(row)
         if "knn" in row:
             self.say(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}")
-            return
-        speed = f"{row['images_per_second']:,.0f} img/s"
-        if self.bar:
-            self.bar.update(self.task, status=f"loss {row['loss']:.3f}  {speed}")
-            return
-        pretext = f"pretext {row['pretext_top1']:.3f}  " if "pretext_top1" in row else ""
-        status = f"loss {row['loss']:.3f}  {pretext}{speed}"
-        left = (self.total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
-        self.say(f"step {row['step']:,}/{self.total:,}  epoch {row['epoch']:.2f}  {status}  left {_clock(left)}")
+        elif not self.dashboard:
+            pretext = f"pretext {row['pretext_top1']:.3f}  " if "pretext_top1" in row else ""
+            status = f"loss {row['loss']:.3f}  {pretext}{row['images_per_second']:,.0f} img/s"
+            left = (self.total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
+            self.say(f"step {row['step']:,}/{self.total:,}  epoch {row['epoch']:.2f}  {status}  left {_clock(left)}")
 
 
 def _clock(seconds: float) -> str:

@@ -80,7 +80,7 @@ def _pretrain(config: Config, place: Place, folder: Path, started: float) -> Non
 
     saver = checkpoint.Saver(folder / "checkpoints", run.keep, stays)
     with (
-        Recorder(folder, start, steps, active=place.rank == 0) as recorder,
+        Recorder(folder, start, steps, config.monitor, active=place.rank == 0) as recorder,
         Stop(folder, deadline(config.run.max_minutes, started)) as stop,
         Watchdog(folder, place.rank) as watchdog,
     ):

@@ -3,6 +3,7 @@
 config.yaml         the resolved configuration
 metrics.jsonl       one row per log point or evaluation
 tensorboard/        the same for TensorBoard
+wandb/              the same for Weights & Biases, if monitor.wandb is set
 checkpoints/        see `trainer.checkpoint`
 index-*.npz         listing of an image folder or of shards
 unreadable-*.txt    samples that could not be read, per rank
@@ -55,6 +56,7 @@ FREE = (
     "data.max_unreadable",
     "engine.",
     "eval.",
+    "monitor.",
 )
 
 

@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import re
 import resource
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 
 from tests.ranks import run_ranks
+from trainer.config import MonitorSettings
 from trainer.metrics import Averages, Recorder, memory
 from trainer.run_dir import Row, read_rows
 
@@ -29,7 +31,7 @@ def evaluation(step: int) -> Row:
 
 
 def record(folder: Path, start: int, rows: list[Row]) -> Recorder:
-    with Recorder(folder, start, 100, active=True) as recorder:
+    with Recorder(folder, start, 100, MonitorSettings(), active=True) as recorder:
         for each in rows:
             recorder.row(each)
     return recorder
@@ -112,7 +114,7 @@ def test_a_line_cut_short_by_a_kill_does_not_spoil_the_next(tmp_path: Path, grou
 
 
 def record_on_all_ranks(folder: Path) -> tuple[set[int], bool]:
-    with Recorder(folder, 10, 100, active=dist.get_rank() == 0) as recorder:
+    with Recorder(folder, 10, 100, MonitorSettings(), active=dist.get_rank() == 0) as recorder:
         recorder.row(row(20))
         recorder.advance(20)
         recorder.say("once")
@@ -127,7 +129,7 @@ def test_only_one_rank_writes_and_all_know_what_was_there(tmp_path: Path) -> Non
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]) -> None:
-    with Recorder(tmp_path, 20, 100, active=True) as recorder:
+    with Recorder(tmp_path, 20, 100, MonitorSettings(), active=True) as recorder:
         recorder.advance(60)
         recorder.row({**row(60), "images": 60 * 2468, "images_per_second": 1234.0})  # two seconds a step, 40 steps
         recorder.row(evaluation(60))
@@ -136,17 +138,27 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, group: None, capsys: p
     assert knn == "epoch 6: kNN 0.8125"
 
 
-def test_a_bar_on_a_terminal(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dashboard_on_a_terminal(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=150)
     monkeypatch.setattr("trainer.metrics.Console", lambda **_: terminal)
-    with Recorder(tmp_path, 0, 100, active=True) as recorder:
+    with Recorder(tmp_path, 0, 100, MonitorSettings(), active=True) as recorder:
+        recorder.row(evaluation(0))
+        recorder.row(row(10))
         recorder.advance(60)
         recorder.row(row(60))
         recorder.say("[red] is a word")
-    assert "60/100" in screen.getvalue()
-    assert "loss 2.000" in screen.getvalue()
-    assert "[red] is a word" in screen.getvalue()
+    shown = screen.getvalue()
+    assert "[red] is a word" in shown
+    newest = re.sub(r"\x1b\[[^m]*[A-Za-z]", "", shown[shown.rindex("60/100") :])
+    for text in (
+        "loss   2.000  █▁",
+        "kNN    0.8125 after epoch 0",
+        "speed  1,234 images/s",
+        "step   data 100%",
+        "game ",
+    ):
+        assert text in newest
 
 
 def test_a_file_that_cannot_be_written(
@@ -155,7 +167,7 @@ def test_a_file_that_cannot_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with Recorder(tmp_path, 0, 100, active=True) as recorder:
+    with Recorder(tmp_path, 0, 100, MonitorSettings(), active=True) as recorder:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", refuse)
             recorder.row(row(10))
@@ -169,13 +181,13 @@ def fill_disk(folder: Path) -> bool:
     """Record while no file can grow beyond a few rows, then with room again."""
     logging.getLogger("trainer.metrics").disabled = True
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Recorder(folder, 0, 100, active=True) as recorder:
+    with Recorder(folder, 0, 100, MonitorSettings(), active=True) as recorder:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         for step in range(1, 60):
             recorder.row(row(step))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         recorder.row(row(60))
-    return recorder.tensorboard is None
+    return not recorder.monitors
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")

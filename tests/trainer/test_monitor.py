@@ -1,0 +1,110 @@
+"""The log's rows in other people's formats."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import wandb
+from prometheus_client.parser import text_string_to_metric_families
+from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+from tests.trainer.small import small_config
+from trainer.config import MonitorSettings, dump
+from trainer.dashboard import curve
+from trainer.metrics import Recorder
+from trainer.run_dir import read_rows
+
+ROW = {
+    "epoch": 1,
+    "images": 640,
+    "loss": 5.5,
+    "images_per_second": 10.0,
+    "phases": {"data": {"seconds": 0.5, "rank": 0}},
+}
+
+
+def record(folder: Path, start: int, settings: MonitorSettings, *steps: int) -> None:
+    with Recorder(folder, start, 100, settings, active=True) as recorder:
+        for step in steps:
+            recorder.row({"step": step, **ROW})
+
+
+def test_prometheus(tmp_path: Path, group: None) -> None:
+    path = tmp_path / "run.prom"
+    record(tmp_path, 0, MonitorSettings(prometheus=str(path)), 10, 20)
+    found = {
+        sample.name: (sample.value, sample.labels)
+        for family in text_string_to_metric_families(path.read_text())
+        for sample in family.samples
+    }
+    assert found["adco_step"] == (20, {"run": str(tmp_path)})
+    assert found["adco_loss"][0] == 5.5
+    assert found["adco_phases_data_seconds"][0] == 0.5
+    assert [each.name for each in tmp_path.glob("run.prom*")] == ["run.prom"]
+
+
+def test_a_monitor_that_fails_is_left(tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture) -> None:
+    record(tmp_path, 0, MonitorSettings(prometheus=str(tmp_path / "nowhere" / "run.prom")), 10, 20)
+    assert caplog.text.count("no more rows to Prometheus until the next start") == 1
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10, 20]
+
+
+def records(path: Path) -> Iterator[bytes]:
+    """Of a .wandb file: LevelDB's log format behind a header of seven bytes."""
+    data, at, record = path.read_bytes(), 7, b""
+    while at + 7 <= len(data):
+        if (left := -at % 32768) and left < 7:
+            at += left
+            continue
+        size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
+        record += data[at + 7 : at + 7 + size]
+        at += 7 + size
+        if kind in (1, 4):  # whole, or its last part
+            yield record
+            record = b""
+
+
+def wandb_rows(folder: Path) -> list[dict[str, str]]:
+    """The history in the files of offline runs."""
+    rows = []
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in records(path):
+            record = Record.FromString(data)
+            if record.HasField("history"):
+                rows.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
+    return rows
+
+
+def test_weights_and_biases_offline(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    (tmp_path / "config.yaml").write_text(dump(small_config(tmp_path, tmp_path)))
+    settings = MonitorSettings(tensorboard=False, wandb="project")
+    record(tmp_path, 0, settings, 10, 20)
+    first = (tmp_path / "wandb" / "id").read_text()
+    record(tmp_path, 20, settings, 30)
+    rows = wandb_rows(tmp_path)
+    assert [row["step"] for row in rows] == ["10", "20", "30"]
+    assert {row["loss"] for row in rows} == {"5.5"}
+    assert {row["phases/data/seconds"] for row in rows} == {"0.5"}
+    assert (tmp_path / "wandb" / "id").read_text() == first
+    assert len(list(tmp_path.glob(f"wandb/offline-run-*-{first}"))) >= 1
+    assert not (tmp_path / "tensorboard").exists()
+
+
+def test_without_a_network_training_goes_on(
+    tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(**_: object) -> None:
+        raise wandb.errors.CommError("timed out")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    (tmp_path / "config.yaml").write_text(dump(small_config(tmp_path, tmp_path)))
+    record(tmp_path, 0, MonitorSettings(wandb="project"), 10)
+    assert "no Weights & Biases: timed out" in caplog.text
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10]
+
+
+def test_a_curve() -> None:
+    assert curve([3, 2, 1]) == "█▅▁"
+    assert curve([1, 1]) == "▁▁"

@@ -165,8 +165,8 @@ def check_out(folder: Path, config: str) -> Path:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Consecutive ones."""
-    for first in range(21000 + os.getpid() % 5000, 32000, count):
+    """Consecutive ones, above those of the jobs (slurm/launch.sh) and below the system's own."""
+    for first in range(30000 + os.getpid() % 2000, 32768 - count, count):
         probes = []
         try:
             for port in range(first, first + count):

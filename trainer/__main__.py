@@ -236,6 +236,21 @@ def data_shard(
     print(write_shards(src, dest, samples, threads, seed if shuffle else None))
 
 
+@data_app.command("views")
+def data_views(
+    config: ConfigPath,
+    out: Annotated[Path, typer.Argument(help="The new picture", metavar="OUT.png")],
+    overrides: Overrides = None,
+    samples: Annotated[int, typer.Option(help="Rows", min=1)] = 8,
+) -> None:
+    """Draw what a run would see: the first images of its first epoch, whole and as each of their views."""
+    from trainer.config import load
+    from trainer.inspect import draw_views
+
+    draw_views(load(config, overrides), out, samples)
+    print(out)
+
+
 @plan_app.callback()
 def plan() -> None:
     """Predict what a run will need, on any machine."""

@@ -1,4 +1,4 @@
-"""python -m trainer data index | verify | shard."""
+"""python -m trainer data index | verify | shard | views."""
 
 import tarfile
 from collections import Counter
@@ -12,10 +12,15 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from data.cpu import render_center
 from data.index import ImageFolder, Source, open_source
+from data.loader import train_batches
+from data.views import View
 from tests.data.pictures import write_folder
+from tests.trainer.small import small_config
 from trainer import dataset
 from trainer.__main__ import app
+from trainer.config import dump
 
 
 def run(*words: object) -> tuple[int, list[str]]:
@@ -225,3 +230,24 @@ def test_two_thousand_pictures_in_shards(tmp_path: Path) -> None:
     assert content(source) == content(ImageFolder.scan(folder))
     for shard in range(15):  # any consecutive block has most classes
         assert len(set(source.labels[128 * shard : 128 * shard + 128].tolist())) > 15
+
+
+def test_views(folder: Path, tmp_path: Path) -> None:
+    """The whole image, then each view, as a batch of the loader has them."""
+    views = [View(size=24, scale=(0.5, 1)), View(size=16, scale=(0.2, 0.5))]
+    config = small_config(tmp_path, folder, data={"views": [view.model_dump() for view in views]})
+    (tmp_path / "config.yaml").write_text(dump(config))
+    out = tmp_path / "views.png"
+    assert run("views", tmp_path / "config.yaml", out, "--samples", 5) == (0, [str(out)])
+    drawn = cv2.imread(str(out), cv2.IMREAD_COLOR_RGB)
+    assert drawn is not None
+    assert drawn.shape == (5 * 26, 3 * 26, 3)
+    source = open_source(str(folder))
+    batch = next(train_batches(source, views, config.data.augment, 0, 5, 0, 1, 0, 1, 0))
+    for i, sample in enumerate(batch.samples.tolist()):
+        row = drawn[26 * i :]
+        assert np.array_equal(row[:24, :24], render_center(source.image(sample), 24))
+        assert np.array_equal(row[:24, 26:50], batch.views[0][i])
+        assert np.array_equal(row[:16, 52:68], batch.views[1][i])
+    with pytest.raises(ValueError, match="exists: choose another name"):
+        run("views", tmp_path / "config.yaml", out)

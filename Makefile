@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DATA := .data/fashion-mnist
 RUN := runs/demo
-SCRIPTS = .ci/run $(wildcard slurm/*.sh)
+SCRIPTS = .ci/run $(wildcard slurm/*.sh docs/bench/*.sh)
 
 .PHONY: help venv data demo test lint format clean
 .DELETE_ON_ERROR:

@@ -13,6 +13,7 @@ from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -245,9 +246,9 @@ def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
 
     The result is channels_last: the bytes stay in their order. Computed in fp32, then rounded to `dtype`.
     """
-    batch, height, width, channels = images.shape
+    _, height, width, _ = images.shape
     scale, bias = _scale_and_bias(images.device, width)
-    rows = images.reshape(batch * height, width * channels)
+    rows = rearrange(images, "b h w c -> (b h) (w c)")
     if images.is_cuda:
         out = torch.addcmul(bias, rows, scale)
     else:
@@ -257,4 +258,4 @@ def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
         part = max(1, _SERIAL // rows.shape[1])
         for to, raw in zip(out.split(part), rows.split(part), strict=True):
             torch.addcmul(bias, to.copy_(raw), scale, out=to)
-    return out.view(batch, height, width, channels).permute(0, 3, 1, 2).to(dtype)
+    return rearrange(out, "(b h) (w c) -> b c h w", h=height, w=width).to(dtype)

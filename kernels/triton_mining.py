@@ -13,6 +13,7 @@ rounded up to a power of two, at least 16.
 import torch
 import triton
 import triton.language as tl
+from einops import rearrange
 from torch import Tensor
 
 from kernels.contract import Hardest, check_hardest
@@ -134,7 +135,7 @@ def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: flo
             num_warps=tile.warps,
             num_stages=tile.stages,
         )
-    best_Nm = kept_SNP.transpose(0, 1).reshape(num_queries, splits * kept).topk(m).values  # all differ: no ties
+    best_Nm = rearrange(kept_SNP, "s n p -> n (s p)").topk(m).values  # all differ: no ties
     ordered_Nm = (best_Nm >> 32).int()
     similarity_Nm = (ordered_Nm ^ ((ordered_Nm >> 31) & 0x7FFFFFFF)).view(torch.float32)
     column_Nm = 0xFFFFFFFF - (best_Nm & 0xFFFFFFFF)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from einops import rearrange
 from torch import Tensor
 
 import kernels as kernel_functions
@@ -119,7 +120,7 @@ def _to_owners(x_AC: Tensor, row: dist.ProcessGroup) -> Tensor:
         return x_AC
     received_SNC = torch.empty_like(x_AC).view(shards, -1, x_AC.shape[1])
     dist.all_to_all_single(received_SNC, x_AC.contiguous(), group=row)
-    return received_SNC.transpose(0, 1).flatten(1)
+    return rearrange(received_SNC, "s n c -> n (s c)")
 
 
 def _from_owners(x_NC: Tensor, row: dist.ProcessGroup) -> Tensor:
@@ -127,10 +128,10 @@ def _from_owners(x_NC: Tensor, row: dist.ProcessGroup) -> Tensor:
     shards = row.size()
     if shards == 1:
         return x_NC
-    sent_SNC = x_NC.view(len(x_NC), shards, -1).transpose(0, 1).contiguous()
+    sent_SNC = rearrange(x_NC, "n (s c) -> s n c", s=shards).contiguous()
     received_SNC = torch.empty_like(sent_SNC)
     dist.all_to_all_single(received_SNC, sent_SNC, group=row)
-    return received_SNC.flatten(0, 1)
+    return rearrange(received_SNC, "s n c -> (s n) c")
 
 
 def _weigh(weight_AC: Tensor, column_AC: Tensor, c_KD: Tensor) -> Tensor:

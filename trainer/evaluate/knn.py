@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from data.index import Source
@@ -39,8 +40,8 @@ def accuracy(train: Features, test: Features, classes: int, k: int, temperature:
         similarity_RNk, label_RNk = torch.empty_like(similarity_Mk), torch.empty_like(label_Mk)
         dist.all_to_all_single(similarity_RNk, similarity_Mk)
         dist.all_to_all_single(label_RNk, label_Mk)
-        similarity_NK = similarity_RNk.view(world, _CHUNK, k).transpose(0, 1).reshape(_CHUNK, -1)[: len(own_ND)]
-        label_NK = label_RNk.view(world, _CHUNK, k).transpose(0, 1).reshape(_CHUNK, -1)[: len(own_ND)]
+        similarity_NK = rearrange(similarity_RNk, "(r n) k -> n (r k)", r=world)[: len(own_ND)]
+        label_NK = rearrange(label_RNk, "(r n) k -> n (r k)", r=world)[: len(own_ND)]
         best_Nk, place_Nk = similarity_NK.topk(k, dim=1)
         votes_NC = torch.zeros(len(own_ND), classes, device=device)
         weight_Nk = torch.exp((best_Nk - 1) / temperature)  # -1: the largest is 1, for fp32 at low temperatures

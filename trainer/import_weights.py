@@ -195,7 +195,7 @@ class _Dtype:
 
     def __init__(self, code: str, *_: Any) -> None:
         if not isinstance(code, str) or not re.fullmatch(r"[fiub]\d", code):
-            raise pickle.UnpicklingError("an array of objects has no place in a checkpoint")
+            raise pickle.UnpicklingError(f"GLOBAL numpy.dtype({code!r})")  # objects would be unpickled by numpy
         self.code = code
 
     def __setstate__(self, state: Any) -> None:

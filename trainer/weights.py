@@ -28,18 +28,22 @@ Network = Literal["student", "teacher"]
 def load_encoder(run: Path, config: Config, network: Network = "student") -> tuple[Encoder, int]:
     """A network of the run directory in host memory, and the step it is of (0 for an imported one).
 
-    `config` is that of the run. Where an imported network has no head, that of the encoder is untrained. Called by all
-    ranks. Raises ValueError, on all of them, where there are no weights, or they do not fit the configuration.
+    `config` is that of the run, or another of the same backbone, for which head and predictor that are not in the file
+    stay untrained. Called by all ranks. Raises ValueError, on all of them, where there are no weights, or they do not
+    fit the configuration.
     """
+    encoder = make_encoder(config)
+    if network == "teacher":
+        encoder = make_teacher(encoder)
     path, step = run / WEIGHTS, 0
     if not path.exists():
         saved = checkpoint.newest(run / "checkpoints")
         if saved is None:
             raise ValueError(f"{run} has no usable checkpoint")
         path, step = saved / WEIGHTS, checkpoint.step_of(saved)
-    encoder = make_encoder(config)
-    if network == "teacher":
-        encoder = make_teacher(encoder)
+        if not path.exists():  # as the first versions of this program left them
+            checkpoint.load(saved, {network: encoder.state_dict()})
+            return encoder, step
     error = None
     try:
         _fill(encoder, path, network)
@@ -54,12 +58,11 @@ def _fill(encoder: Encoder, path: Path, network: Network) -> None:
     own = {name.removeprefix(f"{network}."): x for name, x in tensors.items() if name.startswith(f"{network}.")}
     if not own:
         raise ValueError(f"{path} has no {network}, only {', '.join(sorted({name.split('.')[0] for name in tensors}))}")
-    wanted = encoder.state_dict()
-    if not any(name.startswith("head.") for name in own):
-        wanted = {name: x for name, x in wanted.items() if name.startswith("backbone.")}
+    parts = {"backbone", *(name.split(".")[0] for name in own)}
+    wanted = {name: x for name, x in encoder.state_dict().items() if name.split(".")[0] in parts}
     if difference := differences(own, wanted):
-        raise ValueError(f"{path} does not fit its run's configuration: {difference}")
-    encoder.load_state_dict(own, strict=False)  # but for a head that is not there, they are the same names
+        raise ValueError(f"{path} does not fit the configuration: {difference}")
+    encoder.load_state_dict(own, strict=False)  # but for the parts that are not there, they are the same names
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

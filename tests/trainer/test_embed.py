@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +21,7 @@ from data.index import open_source
 from data.loader import normalize
 from tests.browser import chromium
 from tests.ranks import run_ranks
-from tests.trainer.small import RESNET, VIT, small_config, write_images
+from tests.trainer.small import RESNET, VIT_ARGS, small_config, write_images
 from trainer import embed
 from trainer.__main__ import main
 from trainer.distributed import Place
@@ -38,7 +39,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny ResNet that was trained for two steps."""
     folder = tmp_path_factory.mktemp("trained")
     images = write_images(folder / "images", each=8)
-    sections = {"run": {"epochs": 1}, "model": RESNET, "eval": {"knn_every": 0, "batch_size": 5}}
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"epochs": 1},
+        "model": RESNET,
+        "eval": {"knn_every": 0, "batch_size": 5},
+    }
     pretrain(small_config(folder / "run", images, **sections))
     return folder / "run"
 
@@ -219,9 +224,9 @@ def test_the_page_in_a_browser(run: Path, pictures: Path, tmp_path: Path) -> Non
 
 def test_a_network_of_another_program(tmp_path: Path, pictures: Path) -> None:
     torch.manual_seed(0)
-    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT["backbone_args"])
+    network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **VIT_ARGS)
     torch.save(network.state_dict(), tmp_path / "a.pth")
-    overrides = [f"model.backbone_args={VIT['backbone_args']}", "eval.size=16", "run.device=cpu", "data.workers=0"]
+    overrides = [f"model.backbone_args={VIT_ARGS}", "eval.size=16", "run.device=cpu", "data.workers=0"]
     import_weights(tmp_path / "a.pth", tmp_path / "run", "vit_tiny_patch16_224", overrides)
     told = embed.embed(tmp_path / "run", str(pictures), tmp_path / "a.npy", "student", 0, [])
     assert told == f"23 of 24 images, 32 features each: {tmp_path}/a.npy, {tmp_path}/a.csv"

@@ -61,7 +61,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A ViT trained for a few steps on 16 pixels."""
     folder = tmp_path_factory.mktemp("trained")
     images = write_images(folder / "images", each=8)
-    sections = {"run": {"epochs": 1, "save_every": 2}, "model": VIT, "eval": {"knn_every": 0}}
+    sections: dict[str, dict[str, Any]] = {
+        "run": {"epochs": 1, "save_every": 2},
+        "model": VIT,
+        "eval": {"knn_every": 0},
+    }
     pretrain(small_config(folder / "run", images, **sections))
     return folder / "run"
 
@@ -278,7 +282,7 @@ def test_a_stem_for_small_images(tmp_path: Path, images: Tensor) -> None:
             export(folder, to, tmp_path / "a", "student", "unknown")  # type: ignore[arg-type]
     told = export(folder, "timm", tmp_path / "a.safetensors", "student", "unknown")
     assert "once its conv1 is nn.Conv2d(3, conv1.out_channels, 3, 2, padding=1, bias=False)" in told
-    network = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 16])  # type: ignore[arg-type]
+    network = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 16])
     network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, 2, padding=1, bias=False)
     network.maxpool = nn.Identity()
     network.load_state_dict(load_file(tmp_path / "a.safetensors"))

@@ -4,6 +4,7 @@ import argparse
 import itertools
 import os
 import pickle
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from tests.trainer.small import RESNET, VIT_ARGS, write_images
+from tests.trainer.small import RESNET, VIT_ARGS, small_config, write_images
 from trainer.__main__ import main
+from trainer.distributed import started
 from trainer.import_weights import import_weights
 from trainer.inspect import evaluate_knn
 from trainer.pretrain import pretrain
@@ -34,7 +36,7 @@ TINY_VIT = [f"model.backbone_args={VIT_ARGS}", "run.device=cpu"]
 def narrow_resnet(seed: int) -> nn.Module:
     """With statistics that are not those of a fresh network."""
     torch.manual_seed(seed)
-    network: nn.Module = timm.create_model("resnet18", num_classes=0, **RESNET["backbone_args"])  # type: ignore[arg-type]
+    network: nn.Module = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 16])
     with torch.no_grad():
         network.train()(torch.randn(8, 3, 32, 32))
     return network.eval()
@@ -209,7 +211,7 @@ def test_official_layouts(tmp_path: Path, make: Any, name: str, teacher: bool, h
             for key, x in stored["state_dict"].items()
             if key.endswith(("encoder_q.fc.2.weight", "backbone.fc.2.weight"))
         ]
-        assert torch.equal(encoder.head[2].weight, weight)
+        assert torch.equal(encoder.head.get_parameter("2.weight"), weight)
 
 
 @pytest.mark.usefixtures("group")
@@ -227,7 +229,7 @@ def test_vision_transformers_of_torchvision_and_moco_v3(tmp_path: Path) -> None:
         torch.testing.assert_close(encoder.backbone.eval()(x_BCHW), theirs.eval()(x_BCHW), rtol=1e-5, atol=1e-5)
 
     arguments = {"depth": 1, "embed_dim": 24, "patch_size": 8, "img_size": 16}
-    ours = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, **arguments)  # type: ignore[arg-type]
+    ours = timm.create_model("vit_small_patch16_224", num_classes=0, num_heads=12, **arguments)
     state = {**renamed(ours, "module.base_encoder."), **mlp("module.base_encoder.head.", 24, 20, 12)}
     torch.save({"arch": "vit_small", "state_dict": state}, tmp_path / "v3.pth.tar")
     import_weights(tmp_path / "v3.pth.tar", tmp_path / "v3", None, [f"model.backbone_args={arguments}"])
@@ -353,9 +355,44 @@ def test_an_imported_model_is_evaluated_and_never_trained_in(
     with pytest.raises(ValueError, match="not-given does not exist"):
         evaluate_knn(run, [])
     given = [f"data.train={images}", f"data.val={images}", "data.workers=0", "eval.size=16", "eval.k=3"]
-    for network in ("student", "teacher"):
+    networks: tuple[Network, ...] = ("student", "teacher")
+    for network in networks:
         capsys.readouterr()
-        evaluate_knn(run, given, network)  # type: ignore[arg-type]
+        evaluate_knn(run, given, network)
         assert '"knn": ' in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds an imported model"):
         pretrain(read_config(run, given))
+
+
+def test_training_starts_from_imported_weights(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images", each=8)
+    file, start = tmp_path / "checkpoint.pth.tar", tmp_path / "imported"
+    networks = narrow_resnet(1), narrow_resnet(2)
+    torch.save(adco(*networks), file)
+    import_weights(file, start, None, NARROW)
+    model = {**RESNET, "dim": 12, "weights": str(start)}
+    rates: dict[str, dict[str, Any]] = {
+        "optim": {"lr": 1e-9},
+        "eval": {"knn_every": 0},
+        "method": {"teacher_momentum": 1.0, "bn": "local"},
+    }
+    config = small_config(tmp_path / "run", images, run={"epochs": 1, "save_every": 1}, model=model, **rates)
+    pretrain(config)
+    with started("cpu"):
+        kinds: tuple[Network, ...] = ("student", "teacher")
+        for kind in kinds:
+            encoder, step = load_encoder(tmp_path / "run", config, kind)
+            assert step == 2
+            for name, x in networks[0].named_parameters():
+                torch.testing.assert_close(encoder.backbone.get_parameter(name), x, rtol=0, atol=1e-5)
+        assert encoder.head.get_parameter("2.weight").shape == (12, 16)
+    shutil.rmtree(start)
+    (tmp_path / "run" / "results.json").unlink()
+    pretrain(config)  # goes on from its checkpoint without them
+    wrong = small_config(tmp_path / "run2", images, model={**RESNET, "weights": str(tmp_path / "run")})
+    with pytest.raises(
+        ValueError, match=r"does not fit the configuration: other shapes: head\.2\.weight is \[12, 16\]"
+    ):
+        pretrain(wrong)
+    with pytest.raises(ValueError, match="nowhere has no usable checkpoint"):
+        pretrain(small_config(tmp_path / "run3", images, model={**RESNET, "weights": "nowhere"}))

@@ -18,6 +18,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import save
@@ -65,8 +66,9 @@ def export(run: Path, to: Format, out: Path, network: Network, licence: str) -> 
             told = f"torchvision's {_plain_name(config)}, its last layer replaced by nn.Identity()"
         elif to == "detectron2":
             weights = detectron2_weights(backbone, config, size)
-            stored = {"model": weights, "__author__": "AdCo trainer", "matching_heuristics": True}
-            partial.write_bytes(pickle.dumps(stored, protocol=4))
+            with partial.open("wb") as file:
+                stored = {"model": weights, "__author__": "AdCo trainer", "matching_heuristics": True}
+                _OldNumpy(file, protocol=4).dump(stored)
             told = "MODEL.WEIGHTS of detectron2, with RESNETS.STRIDE_IN_1X1 False and INPUT.FORMAT RGB"
         elif to == "onnx":
             write_onnx(backbone, size, partial)
@@ -79,7 +81,9 @@ def export(run: Path, to: Format, out: Path, network: Network, licence: str) -> 
             told = f"timm.create_model('local-dir:{out}', pretrained=True)"
         os.rename(partial, out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True) if partial.is_dir() else partial.unlink(missing_ok=True)
+        if partial.is_dir():
+            shutil.rmtree(partial)
+        partial.unlink(missing_ok=True)
     return f"{out}: the {network} of {run}" + (f" after {step:,} steps" if step else "") + f"; for {told}"
 
 
@@ -105,6 +109,13 @@ def detectron2_weights(backbone: nn.Module, config: Config, size: int) -> dict[s
     weights = torchvision_weights(backbone, config, size)
     # It uses the running statistics as they are, and has no counter.
     return {to_detectron2(name): x.numpy() for name, x in weights.items() if not name.endswith("num_batches_tracked")}
+
+
+class _OldNumpy(pickle.Pickler):
+    """Arrays for any numpy: those that numpy 2 pickles cannot be read by what detectron2 is often run with."""
+
+    def reducer_override(self, x: Any) -> Any:
+        return (np.ndarray, (x.shape, x.dtype.str, bytearray(x.tobytes()))) if type(x) is np.ndarray else NotImplemented
 
 
 def write_onnx(backbone: nn.Module, size: int, path: Path) -> None:

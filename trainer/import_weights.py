@@ -43,11 +43,15 @@ HEAD = ("0.weight", "0.bias", "2.weight", "2.bias")  # of MoCo v2, AdCo and ours
 
 
 class Found(NamedTuple):
-    """What a file has: tensors by name, and the backbone that it is said to be of ('' if it does not say)."""
+    """What a file has: tensors by name, and the backbone that it is said to be of ('' if it does not say).
+
+    beside: names of the file's other entries, such as optimizer, which are not looked into.
+    """
 
     tensors: dict[str, Tensor]
-    backbone: str
-    backbone_args: dict[str, Any]
+    backbone: str = ""
+    backbone_args: dict[str, Any] = {}  # noqa: RUF012
+    beside: tuple[str, ...] = ()
 
 
 def import_weights(path: Path, out: Path, backbone: str | None, overrides: list[str]) -> str:
@@ -96,7 +100,10 @@ def import_weights(path: Path, out: Path, backbone: str | None, overrides: list[
         shutil.rmtree(partial)
         raise
     what = f"{config.model.backbone}{' with its head' if head else ''} of {layout.name}: {' and '.join(names)}"
-    return f"{what}, {len(weights)} tensors: {out}" + (f"\nleft out: {', '.join(left_out)}" if left_out else "")
+    told = [f"{what}, {len(weights)} tensors: {out}"]
+    told += [f"left out: {', '.join(left_out)}"] if left_out else []
+    told += [f"not looked at: {', '.join(found.beside)}"] if found.beside else []
+    return "\n".join(told)
 
 
 def _with_heads(config: Config, layout: Layout) -> Config:
@@ -116,7 +123,7 @@ def read_checkpoint(path: Path) -> Found:
     if path.is_dir():
         return _read_folder(path)
     if path.suffix == ".safetensors":
-        return Found(_plain(path, read_safetensors(path)), "", {})
+        return Found(_plain(path, read_safetensors(path)))
     loaded = _unpickle(path)
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, need tensors by name (a state_dict)")
@@ -124,7 +131,8 @@ def read_checkpoint(path: Path) -> Found:
     tensors = {
         CONTAINERS[name] + inner: x for name, held in containers.items() for inner, x in _plain(path, held).items()
     }
-    return Found(tensors or _plain(path, loaded), _said_backbone(loaded), {})
+    beside = tuple(str(name) for name in loaded if name not in containers) if tensors else ()
+    return Found(tensors or _plain(path, loaded), _said_backbone(loaded), {}, beside)
 
 
 def layout_of(tensors: dict[str, Tensor]) -> Layout:

@@ -195,6 +195,7 @@ def test_official_layouts(tmp_path: Path, make: Any, name: str, teacher: bool, h
     assert about["layout"] == name
     assert set(left_out) <= set(about["left_out"])
     assert all(key in told for key in about["left_out"])
+    assert ("not looked at: epoch, arch, optimizer, best_acc, Memory_Bank" in told) == (make is adco)
     same_features(run, "student", networks[0])
     if teacher:
         same_features(run, "teacher", networks[1])

@@ -36,6 +36,7 @@ RunPath = Annotated[Path, typer.Argument(help="Run directory of a pre-training",
 Precision = Literal["fp32", "fp16", "bf16"]
 DataPath = Annotated[str, typer.Argument(help="What data.train may be: a folder, shards, an index", metavar="SRC")]
 Threads = Annotated[int, typer.Option(help="Pictures read at a time", min=1)]
+NetworkName = Annotated[Literal["student", "teacher"], typer.Option(help="Which of the run's networks")]
 OutPath = Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file, too.")]
 
 
@@ -70,15 +71,70 @@ def replay(run: RunPath) -> None:
 
 
 @app.command()
-def knn(run: RunPath, overrides: Overrides = None) -> None:
-    """Evaluate a run's newest checkpoint by weighted k nearest neighbours.
+def knn(run: RunPath, overrides: Overrides = None, network: NetworkName = "student") -> None:
+    """Evaluate a run's newest checkpoint, or an imported model, by weighted k nearest neighbours.
 
     The run's own settings apply; eval.k=20 eval.temperature=0.07 is DINO's convention, eval.k=200
     eval.temperature=0.1 the original one, which lightly's benchmarks use.
     """
     from trainer.inspect import evaluate_knn
 
-    evaluate_knn(run, overrides or [])
+    evaluate_knn(run, overrides or [], network)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of timm's on Hugging Face", metavar="FILE")],
+    out: Annotated[Path, typer.Option(help="The new run directory")],
+    overrides: Overrides = None,
+    backbone: Annotated[str | None, typer.Option(help="timm's name, such as resnet50, if FILE does not say")] = None,
+) -> None:
+    """Make a run directory of a checkpoint of AdCo, MoCo, BYOL, SimCLR, DINO, torchvision or timm: docs/ecosystem.md.
+
+    knn, embed and export work on it. KEY=VALUE are of its configuration, as model.small_images=true or data.train=….
+    """
+    from trainer.import_weights import import_weights
+
+    print(import_weights(file, out, backbone, overrides or []))
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Run directory, of a pre-training or imported", metavar="RUN")],
+    to: Annotated[
+        Literal["timm", "torchvision", "detectron2", "onnx", "huggingface"], typer.Option("--format", help="For what")
+    ],
+    out: Annotated[Path, typer.Option(help="The new file; for huggingface, the new folder")],
+    network: NetworkName = "student",
+    licence: Annotated[str, typer.Option("--license", help="For the model card, such as apache-2.0")] = "unknown",
+) -> None:
+    """Write the backbone of a run for timm, torchvision, detectron2, onnxruntime or Hugging Face: docs/ecosystem.md.
+
+    The student by default: it is what AdCo, MoCo, SimCLR and BYOL evaluate. DINO evaluates its teacher.
+    """
+    from trainer.export import export
+
+    if told := export(run, to, out, network, licence):
+        print(told)
+
+
+@app.command()
+def embed(
+    run: Annotated[Path, typer.Argument(help="Run directory, of a pre-training or imported", metavar="RUN")],
+    src: DataPath,
+    out: Annotated[Path, typer.Option(help="The new file: .parquet, or .npy with a .csv of names")],
+    overrides: Overrides = None,
+    network: NetworkName = "student",
+    points: Annotated[int, typer.Option(help="Images on the page beside OUT; 0: no page", min=0, max=5000)] = 2000,
+) -> None:
+    """Features of all images of SRC with their names, and a page with a map of them and their nearest neighbours.
+
+    KEY=VALUE are of eval.batch_size, eval.size (pixels), run.device and the like. See docs/ecosystem.md.
+    """
+    from trainer.embed import embed
+
+    if told := embed(run, src, out, network, points, overrides or []):
+        print(told)
 
 
 @app.command()

@@ -45,12 +45,15 @@ def make_encoder(config: Config) -> Encoder:
     )
 
 
-def make_game(config: Config, place: Place) -> Method:
-    """Student, teacher and an empty bank, equal on all ranks. Raises ValueError where they do not fit the ranks."""
+def make_game(config: Config, place: Place, student: Encoder | None = None) -> Method:
+    """Student (a fresh one if None), teacher and an empty bank, equal on all ranks.
+
+    Raises ValueError where they do not fit the ranks.
+    """
     method, bank = config.method, config.bank
     mesh = make_mesh(bank.placement, place.device, place.local_world)
     check_world(config, place.world, mesh.size(1))
-    student = make_encoder(config)
+    student = student or make_encoder(config)
     if method.bn == "sync":
         synchronise_bn(student, place.device)
     student.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,8 +140,10 @@ def autocast_type(config: Config, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def fill_bank(bank: Bank | None, config: Config, place: Place, source: Source) -> None:
-    """Learned negatives' first weights: keys of the untrained encoder, or random directions; at unit length.
+def fill_bank(bank: Bank | None, config: Config, place: Place, source: Source, encoder: Encoder | None = None) -> None:
+    """Learned negatives' first weights: keys of the encoder, or random directions; at unit length.
+
+    encoder: that before training, None for a fresh one.
 
     They are made in chunks of up to 256 rows, each a function of the seed and its number only, so the bank is the same
     for any number of ranks. Replicas share the work.
@@ -150,9 +155,12 @@ def fill_bank(bank: Bank | None, config: Config, place: Place, source: Source) -
     chunks = range(first // chunk, -(-last // chunk))
     replica, replicas = bank.mesh.get_local_rank("replica"), bank.mesh.size(0)
     share = chunks[len(chunks) * replica // replicas : len(chunks) * (replica + 1) // replicas]
-    make_rows = _random_rows if config.bank.init == "random" else _key_rows
+    if config.bank.init == "random":
+        chunk_rows = _random_rows(config, place.device, share, chunk)
+    else:
+        chunk_rows = _key_rows(encoder or make_encoder(config), config, place.device, source, share, chunk)
     bank.w_KD.zero_()
-    for c, rows_CD in zip(share, make_rows(config, place.device, source, share, chunk), strict=True):
+    for c, rows_CD in zip(share, chunk_rows, strict=True):
         start, stop = max(c * chunk, first), min((c + 1) * chunk, last)
         rows_CD = torch.nn.functional.normalize(rows_CD, dim=1)
         bank.w_KD[start - first : stop - first] = rows_CD[start - c * chunk : stop - c * chunk]
@@ -160,17 +168,19 @@ def fill_bank(bank: Bank | None, config: Config, place: Place, source: Source) -
     bank.loaded()
 
 
-def _random_rows(config: Config, device: torch.device, source: Source, chunks: range, size: int) -> Iterator[Tensor]:
+def _random_rows(config: Config, device: torch.device, chunks: range, size: int) -> Iterator[Tensor]:
     """[size, D] for each chunk."""
     for seed in hash_counters(config.run.seed, BANK, np.arange(chunks.start, chunks.stop)) >> np.uint64(2):
         yield torch.randn(size, config.model.dim, generator=torch.Generator().manual_seed(int(seed))).to(device)
 
 
-def _key_rows(config: Config, device: torch.device, source: Source, chunks: range, size: int) -> Iterator[Tensor]:
-    """[size, D] for each chunk: its images, augmented as views[0] is, seen by the untrained encoder."""
+def _key_rows(
+    encoder: Encoder, config: Config, device: torch.device, source: Source, chunks: range, size: int
+) -> Iterator[Tensor]:
+    """[size, D] for each chunk: its images, augmented as views[0] is, seen by the encoder."""
     # In training mode: before any step BatchNorm's running statistics say nothing. With plain BatchNorm whatever
     # method.bn says: ranks make different numbers of chunks.
-    encoder = make_teacher(make_encoder(config)).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    encoder = make_teacher(encoder).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     data, seed = config.data, int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
     start, stop, workers = chunks.start, chunks.stop, data_workers(config, device)
     batches = train_batches(

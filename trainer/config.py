@@ -86,7 +86,7 @@ class Data(Section):
 
 
 class Model(Section):
-    """See `models.encoder.Encoder`."""
+    """See `models.encoder.Encoder`. weights: a run directory, also an imported one, whose student is the start."""
 
     backbone: str = "resnet50"
     backbone_args: dict[str, Any] = {}
@@ -96,6 +96,7 @@ class Model(Section):
     hidden: int | None = Field(None, ge=1)
     head_norm: bool = False
     predictor: int | None = Field(None, ge=1)
+    weights: str | None = None
 
 
 class BankSettings(Section):

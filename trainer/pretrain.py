@@ -1,5 +1,6 @@
 """Pre-training: from a configuration to a finished run directory."""
 
+import copy
 import logging
 import math
 import time
@@ -38,6 +39,7 @@ from trainer.run_dir import Row, Unreadable, claim, open_sources, read_rows, wri
 from trainer.step import Learner, NotFinite, Rates
 from trainer.stop import Stop, deadline
 from trainer.watchdog import Watchdog
+from trainer.weights import load_encoder
 
 log = logging.getLogger(__name__)
 
@@ -62,15 +64,18 @@ def _pretrain(config: Config, place: Place, folder: Path, started: float) -> Non
     train, val = open_sources(config, folder)
     epoch_steps = steps_per_epoch(len(train), config.data.batch_size)
     steps = epoch_steps * config.run.epochs
-    game = make_game(config, place)
+    saved = checkpoint.newest(folder / "checkpoints")
+    first = config.model.weights  # read once: later the checkpoints have what became of them
+    begin = load_encoder(Path(first), config)[0] if first and not saved else None
+    game = make_game(config, place, copy.deepcopy(begin))
     parameters = sum(p.numel() for p in game.student.parameters())
     engine = make_engine(game, config, place)
     learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
     start = 0
-    if saved := checkpoint.newest(folder / "checkpoints"):
+    if saved:
         start = learner.load(saved)
     else:
-        fill_bank(game.bank, config, place, train)
+        fill_bank(game.bank, config, place, train, begin)
     _introduce(config, place, game, parameters, train, epoch_steps, saved)
 
     run, keep_steps = config.run, (config.run.keep_every or 0) * epoch_steps

@@ -14,6 +14,8 @@ stacks-rank-*.txt   what a process that hung was doing
 replay/             a step whose loss or gradient was not finite, see `trainer.replay`
 trace.json.gz       of the steps that run.profile asks for, for chrome://tracing or ui.perfetto.dev
 report.html         see `trainer.report`
+
+An imported model's has config.yaml, weights.safetensors and imported.json (`trainer.import_weights`).
 """
 
 import fcntl
@@ -36,6 +38,8 @@ from trainer.distributed import Place, agree
 log = logging.getLogger(__name__)
 
 Row = dict[str, Any]
+
+IMPORTED = "imported.json"  # where an imported model is from
 
 # What may change between two starts of a run, since it changes nothing that is learned.
 # An engine changes roundings, as the number of ranks does.
@@ -112,6 +116,8 @@ def _lock(folder: Path) -> IO[str]:
 def _take(folder: Path, config: Config) -> None:
     """Write the configuration into the folder. Raises ValueError where that of another run, or its files, are there."""
     stored = folder / "config.yaml"
+    if (folder / IMPORTED).exists():
+        raise ValueError(f"run.dir: {folder} holds an imported model. Choose another run.dir")
     if stored.exists():
         before, now = (flatten(c.model_dump(mode="json")) for c in (load(stored), config))
         changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)]
@@ -139,7 +145,7 @@ def open_sources(config: Config, folder: Path) -> tuple[Source, Source | None]:
             error = f"data: {refusal}"
         agree(error)
     assert train is not None
-    if config.data.batch_size > len(train):
+    if config.data.batch_size > len(train) and not (folder / IMPORTED).exists():  # which no one trains in
         error = f"data.batch_size: {config.data.batch_size} images are more than {config.data.train} has, {len(train)}"
     elif val and (unknown := sorted(set(val.classes) - set(train.classes))):
         error = f"data.val: {config.data.val} has classes that {config.data.train} has not: {', '.join(unknown[:3])}"

@@ -1,0 +1,95 @@
+"""The learned networks of a run directory: of a pre-training's newest checkpoint, or of an imported model.
+
+A pre-training keeps them in checkpoints/step-N/weights.safetensors, `python -m trainer import` in weights.safetensors
+of the run directory itself. In both the tensors are called student.… and teacher.… as in `models.encoder.Encoder`; an
+imported network may lack the head.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from models.encoder import Encoder
+from models.teacher import make_teacher
+from trainer import checkpoint
+from trainer.build import make_encoder
+from trainer.checkpoint import WEIGHTS
+from trainer.config import Config
+from trainer.distributed import agree
+
+Network = Literal["student", "teacher"]
+
+
+def load_encoder(run: Path, config: Config, network: Network = "student") -> tuple[Encoder, int]:
+    """A network of the run directory in host memory, and the step it is of (0 for an imported one).
+
+    `config` is that of the run, or another of the same backbone, for which head and predictor that are not in the file
+    stay untrained. Called by all ranks. Raises ValueError, on all of them, where there are no weights, or they do not
+    fit the configuration.
+    """
+    encoder = make_encoder(config)
+    if network == "teacher":
+        encoder = make_teacher(encoder)
+    path, step = run / WEIGHTS, 0
+    if not path.exists():
+        saved = checkpoint.newest(run / "checkpoints")
+        if saved is None:
+            raise ValueError(f"{run} has no usable checkpoint")
+        path, step = saved / WEIGHTS, checkpoint.step_of(saved)
+        if not path.exists():  # as the first versions of this program left them
+            checkpoint.load(saved, {network: encoder.state_dict()})
+            return encoder, step
+    error = None
+    try:
+        _fill(encoder, path, network)
+    except (ValueError, OSError) as refusal:
+        error = str(refusal)
+    agree(error)
+    return encoder, step
+
+
+def _fill(encoder: Encoder, path: Path, network: Network) -> None:
+    tensors = read_safetensors(path)
+    own = {name.removeprefix(f"{network}."): x for name, x in tensors.items() if name.startswith(f"{network}.")}
+    if not own:
+        raise ValueError(f"{path} has no {network}, only {', '.join(sorted({name.split('.')[0] for name in tensors}))}")
+    parts = {"backbone", *(name.split(".")[0] for name in own)}
+    wanted = {name: x for name, x in encoder.state_dict().items() if name.split(".")[0] in parts}
+    if difference := differences(own, wanted):
+        raise ValueError(f"{path} does not fit the configuration: {difference}")
+    encoder.load_state_dict(own, strict=False)  # but for the parts that are not there, they are the same names
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors in a file. Raises ValueError if it is cut short or another thing."""
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or cut short: {error}") from error
+
+
+def differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
+    """Every name and shape in which two sets of tensors differ, in words; '' if there is none."""
+    said = []
+    if missing := [name for name in wanted if name not in given]:
+        said.append(f"missing: {', '.join(missing)}")
+    if unknown := [name for name in given if name not in wanted]:
+        said.append(f"unknown: {', '.join(unknown)}")
+    shapes = [
+        f"{name} is {list(given[name].shape)}, need {list(x.shape)}"
+        for name, x in wanted.items()
+        if name in given and given[name].shape != x.shape
+    ]
+    if shapes:
+        said.append(f"other shapes: {', '.join(shapes)}")
+    return "; ".join(said)
+
+
+def to_device(encoder: Encoder, device: torch.device) -> Encoder:
+    """As training has it there."""
+    return encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import timm
+import torch
 import typer
 from typer.testing import CliRunner
 
@@ -63,7 +65,7 @@ def commands() -> Iterator[Command]:
 
 COMMANDS = list(dict.fromkeys(commands()))
 TRAINER = [command for command in COMMANDS if "trainer" in command.words]
-OTHERS = [command for command in COMMANDS if "trainer" not in command.words]
+OTHERS = [command for command in COMMANDS if command.words[0] in ("make", "sbatch") or "slurm/" in command.words[0]]
 
 
 def trainers(command: Command) -> list[str]:
@@ -96,21 +98,23 @@ def test_what_it_names_is_there(command: Command) -> None:
     if words[0] == "make":
         for target in (word for word in words[1:] if "=" not in word and not word.startswith("-")):
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.M)
-    elif scripts:
-        text = (ROOT / scripts[0]).read_text()
+    for script in scripts:
+        text = (ROOT / script).read_text()
         if command.whole and (default := re.search(r"CONFIG=\$\{CONFIG:-(.*?)\}", text)):
-            load(ROOT / default[1], [word for word in words[words.index(scripts[0]) + 1 :] if "=" in word])
-    else:
-        assert words[0] in (".", "sbatch"), f"{words[0]} is not known here"
+            load(ROOT / default[1], [word for word in words[words.index(script) + 1 :] if "=" in word])
 
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with pictures, and a finished run on them."""
+    """A folder with pictures, a finished run on them of torchvision's ResNet-18, and a checkpoint of MoCo's code."""
     folder = tmp_path_factory.mktemp("docs")
-    config = small_config(folder / "run", write_images(folder / "images"), run={"epochs": 1})
+    model = {"backbone": "resnet18", "backbone_args": {}, "dim": 16}
+    config = small_config(folder / "run", write_images(folder / "images"), run={"epochs": 1}, model=model)
     (folder / "small.yaml").write_text(dump(config))
     pretrain(load(folder / "small.yaml"))
+    network = timm.create_model("resnet18", num_classes=0)
+    tensors = {f"module.encoder_q.{name}": x for name, x in network.state_dict().items()}
+    torch.save({"arch": "resnet18", "state_dict": tensors}, folder / "checkpoint.pth.tar")
     return folder
 
 
@@ -123,14 +127,16 @@ RUN = [
 
 @pytest.mark.parametrize("command", RUN, ids=str)
 def test_it_runs(command: Command, small_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = small_run / "images"
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    (tmp_path / "SRC").symlink_to(small_run / "images")
-    words = trainers(command)
-    for word in words:
-        if word.startswith("runs/"):
+    (tmp_path / "SRC").symlink_to(images)
+    words = [re.sub(r"/data/[\w/]+", str(images), word) for word in trainers(command)]
+    for before, word in zip(["", *words], words, strict=False):
+        if (word == "RUN" or word.startswith("runs/")) and before != "--out":
             shutil.copytree(small_run / "run", tmp_path / word)
+        if word.endswith(".pth.tar"):
+            (tmp_path / word).symlink_to(small_run / "checkpoint.pth.tar")
     if any(word.startswith("configs/") for word in words):
-        images = small_run / "images"
         words += [f"data.train={images}", f"data.val={images}", *SMALL]
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, words)

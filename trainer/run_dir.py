@@ -13,6 +13,7 @@ stacks-rank-*.txt   what a process that hung was doing
 replay/             a step whose loss or gradient was not finite, see `trainer.replay`
 trace.json.gz       of the steps that run.profile asks for, for chrome://tracing or ui.perfetto.dev
 report.html         see `trainer.report`
+NAME/               an evaluation, see `trainer.evaluate.folder`
 """
 
 import fcntl
@@ -20,7 +21,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -55,6 +56,10 @@ FREE = (
     "data.max_unreadable",
     "engine.",
     "eval.",
+    "linear.",
+    "fast.",
+    "finetune.",
+    "voc07.",
 )
 
 
@@ -81,13 +86,19 @@ def claim(config: Config, place: Place) -> Iterator[Path]:
 
     Raises ValueError, on all ranks, if it is that of another configuration, of something else, or in use.
     """
-    folder = Path(config.run.dir)
+    with claimed(Path(config.run.dir), place, lambda folder: _take(folder, config)) as folder:
+        yield folder
+
+
+@contextmanager
+def claimed(folder: Path, place: Place, take: Callable[[Path], None]) -> Iterator[Path]:
+    """The folder, kept from other processes; `take`, on rank 0, raises ValueError if it is of something else."""
     error = None
     with ExitStack() as stack:
         if place.rank == 0:
             try:
                 stack.enter_context(_lock(folder))
-                _take(folder, config)
+                take(folder)
             except (ValueError, OSError) as refusal:
                 error = str(refusal)
         agree(error)

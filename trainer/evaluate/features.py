@@ -1,7 +1,7 @@
 """Features of a data set from a frozen network."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -30,6 +30,32 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
+def apply(
+    network: nn.Module,
+    function: Callable[[Tensor], Tensor],
+    source: Source,
+    samples: NDArray[np.int64],
+    device: torch.device,
+    config: Config,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """`function` of the central views of `samples` (int64 [N]), in fp32, and the samples that they are of.
+
+    network: in evaluation mode meanwhile. Images that cannot be read are left out; at the end the log says how many.
+    """
+    size = config.eval.size or config.data.views[0].size
+    precision = autocast_type(config, device)
+    bad: list[tuple[int, str]] = []
+    batches = eval_batches(source, samples, size, config.eval.batch_size, data_workers(config, device))
+    for images, numbers, unreadable in batches:
+        bad += unreadable
+        if len(images):
+            with frozen(network), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+                x = function(normalize(images.to(device), torch.float32))
+            yield x.float(), numbers
+    if bad:
+        log.warning("%d of %d images cannot be read and are left out, such as %s", len(bad), len(samples), bad[0][1])
+
+
 def embed(
     encoder: Encoder,
     source: Source,
@@ -43,22 +69,12 @@ def embed(
 
     Called by all ranks. Raises ValueError, on all of them, if one can read none of its samples.
     """
-    xs, shown, bad = [], [], []
-    size = config.eval.size or config.data.views[0].size
-    precision = autocast_type(config, device)
-    batches = eval_batches(source, samples, size, config.eval.batch_size, data_workers(config, device))
-    with frozen(encoder), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-        for images, numbers, unreadable in batches:
-            bad += unreadable
-            if len(images):
-                x_BCHW = normalize(images.to(device), torch.float32)
-                x_BD = encoder([x_BCHW]) if head else encoder.backbone(x_BCHW)
-                xs.append(F.normalize(x_BD.float(), dim=1))
-                shown.append(numbers)
-    reason = f": {bad[-1][1]}" if bad else ""
-    agree(None if xs else f"none of {len(samples)} images can be read{reason}")
-    if bad:
-        log.warning("%d of %d images cannot be read and are left out, such as %s", len(bad), len(samples), bad[0][1])
+    xs, shown = [], []
+    function = (lambda x_BCHW: encoder([x_BCHW])) if head else encoder.backbone
+    for x_BD, numbers in apply(encoder, function, source, samples, device, config):
+        xs.append(F.normalize(x_BD, dim=1))
+        shown.append(numbers)
+    agree(None if xs else f"none of {len(samples)} images can be read, such as {source.name(int(samples[0]))}")
     samples_N = torch.cat(shown)
     labels_N = torch.from_numpy(source.labels[samples_N.numpy()])
     return Features(torch.cat(xs), labels_N.to(device), samples_N)

@@ -101,9 +101,10 @@ def linear(
     The published protocol, or with --fast features are computed once and the best of many learning rates and weight
     decays is chosen on held-out training images. Stops and goes on as pretrain does. See docs/evaluation.md.
     """
-    from trainer.evaluate.linear import evaluate
+    from trainer.evaluate.linear import VERB
+    from trainer.evaluate.verb import run_verb
 
-    _stoppable(lambda: evaluate(run, [*(overrides or []), *(["linear.fast=true"] if fast else [])], name))
+    _stoppable(lambda: run_verb(VERB, run, [*(overrides or []), *(["linear.fast=true"] if fast else [])], name))
 
 
 @app.command()
@@ -113,9 +114,22 @@ def finetune(run: RunPath, overrides: Overrides = None, name: Name = None) -> No
     finetune.labels=0.01 (default), 0.1 or 1 is the share of the training images whose labels are used;
     finetune.subset_list=FILE names them. Stops and goes on as pretrain does. See docs/evaluation.md.
     """
-    from trainer.evaluate.finetune import evaluate
+    from trainer.evaluate.finetune import VERB
+    from trainer.evaluate.verb import run_verb
 
-    _stoppable(lambda: evaluate(run, overrides or [], name))
+    _stoppable(lambda: run_verb(VERB, run, overrides or [], name))
+
+
+@app.command()
+def voc07(run: RunPath, overrides: Overrides = None, name: Name = None) -> None:
+    """Evaluate a run's newest checkpoint by linear SVMs on PASCAL VOC 2007, into RUN/NAME: mean average precision.
+
+    voc07.root=VOCdevkit/VOC2007 is where the development kit lies, with trainval and test. See docs/evaluation.md.
+    """
+    from trainer.evaluate.verb import run_verb
+    from trainer.evaluate.voc07 import VERB
+
+    run_verb(VERB, run, overrides or [], name)
 
 
 @app.command()

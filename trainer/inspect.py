@@ -15,6 +15,7 @@ from trainer.build import make_game, weights
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.evaluate import knn
+from trainer.evaluate.encoder import load_encoder
 from trainer.evaluate.features import embed
 from trainer.metrics import set_up_logging
 from trainer.report import Gallery, Image, render
@@ -33,11 +34,11 @@ def evaluate_knn(run: Path, overrides: list[str]) -> None:
     config = read_config(run, overrides)
     with distributed.started(config.run.device) as place:
         set_up_logging(place.rank)
-        game, step = load_game(config, place, run)
+        encoder, _, step = load_encoder(run, config, place)
         train, val = open_sources(config, run)
         if val is None:
             raise ValueError(f"{run}: kNN needs labelled images to test on; give data.val=…")
-        accuracy = knn.evaluate(game.student, train, val, place.device, config)
+        accuracy = knn.evaluate(encoder, train, val, place.device, config)
         if place.rank == 0:
             print(
                 json.dumps({"knn": accuracy, "k": config.eval.k, "temperature": config.eval.temperature, "step": step})

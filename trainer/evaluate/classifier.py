@@ -23,10 +23,9 @@ from data.views import Augment, View
 from models.encoder import Encoder
 from trainer import checkpoint
 from trainer.build import autocast_type, make_batches
-from trainer.config import Config
-from trainer.distributed import Place
 from trainer.engine import LossScale, named_state, set_named_state, squared_norm, update
 from trainer.evaluate.features import apply
+from trainer.evaluate.verb import Job
 from trainer.metrics import Averages, Recorder, memory
 from trainer.run_dir import Unreadable
 from trainer.stop import Stop, deadline
@@ -92,26 +91,22 @@ def fit(
     optimizer: torch.optim.Optimizer,
     train: Source,
     recipe: Recipe,
-    config: Config,
-    place: Place,
+    job: Job,
     folder: Path,
-    started: float,
 ) -> float:
     """Train by cross-entropy on random crops and flips, from the newest checkpoint in `folder`; seconds it took.
 
     Each step's batch is the same for any number of ranks. Raises `trainer.stop.Stopped` where it was asked to end
     early, and ValueError where the gradient is not finite.
     """
+    config, place = job.config, job.place
     data = {
         "views": (View(size=config.eval.size or config.data.views[0].size, scale=recipe.scale),),
         "augment": Augment(jitter=0, gray=0, blur=0),
         "batch_size": recipe.batch_size,
     }
     config = config.model_copy(
-        update={
-            "data": config.data.model_copy(update=data),
-            "run": config.run.model_copy(update={"seed": recipe.seed}),
-        }
+        update={"data": config.data.model_copy(update=data), "run": config.run.model_copy(update={"seed": recipe.seed})}
     )
     epoch_steps = steps_per_epoch(len(train), recipe.batch_size)
     steps = epoch_steps * recipe.epochs
@@ -142,7 +137,7 @@ def fit(
     run, since, seconds = config.run, start, 0.0
     with (
         Recorder(folder, start, steps, active=place.rank == 0) as recorder,
-        Stop(folder, deadline(run.max_minutes, started)) as stop,
+        Stop(folder, deadline(run.max_minutes, job.started)) as stop,
         Watchdog(folder, place.rank) as watchdog,
     ):
         for step in range(start + 1, steps + 1):
@@ -187,15 +182,16 @@ def fit(
         return recorder.seconds
 
 
-def score(network: Classifier, test: Source, classes: list[str], place: Place, config: Config) -> Score:
+def score(network: Classifier, test: Source, classes: list[str], job: Job) -> Score:
     """On the central views of the test images, each seen by one rank. classes: of the training images.
 
     Raises ValueError, on all ranks, if no image can be read.
     """
+    place = job.place
     labels_C = torch.tensor([classes.index(name) for name in test.classes])
     mine = np.arange(place.rank, len(test), place.world)
     right = torch.zeros(3, dtype=torch.int64, device=place.device)  # among the first, the first five, all
-    for logits_BC, numbers in apply(network, network, test, mine, place.device, config):
+    for logits_BC, numbers in apply(network, network, test, mine, place.device, job.config):
         labels_B1 = labels_C[torch.from_numpy(test.labels)[numbers]].to(place.device)[:, None]
         hit_B5 = logits_BC.topk(min(5, len(classes))).indices == labels_B1
         right += torch.stack([hit_B5[:, 0].sum(), hit_B5.sum(), torch.tensor(len(numbers), device=place.device)])

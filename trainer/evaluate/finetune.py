@@ -9,11 +9,10 @@ ranks' batches, so that the result does not depend on their number.
 The published subsets are files of names (finetune.subset_list); without one the subset is drawn, see `data.subset`.
 """
 
+import copy
 import hashlib
-import json
 import logging
 import statistics
-import time
 from pathlib import Path
 from typing import Any
 
@@ -23,74 +22,51 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 from timm.optim import param_groups_layer_decay
-from torch import nn
 
 from data.index import Source
 from data.order import steps_per_epoch
 from data.subset import Subset, balanced, named, read_names
 from models.shuffle_bn import synchronise_bn
-from trainer import distributed
 from trainer.config import Config, Finetune
-from trainer.distributed import Place
 from trainer.evaluate.classifier import Classifier, Recipe, fit, score
-from trainer.evaluate.encoder import load_encoder
-from trainer.evaluate.folder import RESULTS, fingerprint, machine, opened
-from trainer.evaluate.linear import about, common, labelled_sources
-from trainer.metrics import set_up_logging
+from trainer.evaluate.verb import RESULTS, Job, Results, Verb, labelled_sources
 from trainer.optim import cosine, scaled_lr
-from trainer.run_dir import read_config, read_json, write_atomically, write_json
+from trainer.run_dir import read_json, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
 
-def evaluate(run: Path, overrides: list[str], name: str | None) -> None:
-    """Fine-tune a run's newest checkpoint once for each seed into RUN/NAME/seed-N; print the table, and JSON.
-
-    Raises ValueError and `trainer.stop.Stopped` as `trainer.evaluate.linear.evaluate` does, and ValueError where the
-    list of labelled images does not fit the data.
-    """
-    started = time.time()
-    config = read_config(run, overrides)
-    finetune = config.finetune
-    with distributed.started(config.run.device) as place:
-        set_up_logging(place.rank)
-        pretrained = load_encoder(run, config, place)
-        settings = {
-            **common(config, fingerprint(pretrained.encoder.backbone)),
-            **finetune.model_dump(exclude={"save_every"}),
-            "subset_list": checksum(names_of(finetune)),
-        }
-        with opened(run, name or default_name(finetune), settings, place) as folder:
-            if not (folder / RESULTS).exists():
-                whole, test = labelled_sources(config, folder)
-                train = Subset(whole, labelled(whole, finetune))
-                if place.rank == 0:
-                    lines = "".join(f"{train.name(i)}\n" for i in range(len(train)))
-                    write_atomically(folder / "subset.txt", lines)
-                log.info("%d of %d images with labels, %d epochs", len(train), len(whole), epochs(finetune))
-                results = [
-                    _one_seed(run, seed, train, test, config, place, folder / f"seed-{seed}", started)
-                    for seed in finetune.seeds
-                ]
-                if place.rank == 0:
-                    labels = np.bincount(train.labels, minlength=len(train.classes))
-                    found = {
-                        **about(pretrained, train),
-                        **summarise(results),
-                        "protocol": "fine-tuning",
-                        "labels": len(train),
-                        "labels_a_class": [int(labels.min()), int(labels.max())],
-                        "epochs": epochs(finetune),
-                        "seeds": results,
-                    }
-                    write_json(folder / RESULTS, {**found, **machine(place)})
-            if place.rank == 0:
-                _show(read_json(folder / RESULTS))
+def _settings(config: Config) -> dict[str, Any]:
+    finetune = config.finetune.model_dump(exclude={"save_every"})
+    finetune["subset_list"] = checksum(names_of(config.finetune))
+    return {"train": config.data.train, "val": config.data.val, **finetune}
 
 
-def default_name(finetune: Finetune) -> str:
-    """finetune-1pct for 1 % of the labels."""
-    return f"finetune-{100 * finetune.labels:g}pct"
+def _evaluate(job: Job) -> Results:
+    """One training for each seed, in folders seed-N. Raises ValueError where the list of images does not fit them."""
+    finetune = job.config.finetune
+    whole, test = labelled_sources(job.config, job.folder)
+    train = Subset(whole, labelled(whole, finetune))
+    if job.place.rank == 0:
+        write_atomically(job.folder / "subset.txt", "".join(f"{train.name(i)}\n" for i in range(len(train))))
+    log.info("%d of %d images with labels, %d epochs", len(train), len(whole), epochs(finetune))
+    results = [_one_seed(seed, train, test, job) for seed in finetune.seeds]
+    counts = np.bincount(train.labels, minlength=len(train.classes))
+    summary = {
+        **summarise(results),
+        "classes": len(train.classes),
+        "protocol": "fine-tuning",
+        "labels": len(train),
+        "labels_a_class": [int(counts.min()), int(counts.max())],
+        "epochs": epochs(finetune),
+        "seeds": results,
+    }
+    if job.place.rank == 0:
+        _show(summary)
+    return summary
+
+
+VERB = Verb(lambda config: f"finetune-{100 * config.finetune.labels:g}pct", _settings, _evaluate)
 
 
 def epochs(finetune: Finetune) -> int:
@@ -141,20 +117,15 @@ def groups(network: Classifier, finetune: Finetune) -> list[dict[str, Any]]:
     return [*({**group, "lr_scale": group["lr_scale"] / most} for group in backbone), head]
 
 
-def _one_seed(
-    run: Path, seed: int, train: Source, test: Source, config: Config, place: Place, folder: Path, started: float
-) -> dict[str, Any]:
+def _one_seed(seed: int, train: Source, test: Source, job: Job) -> Results:
+    folder, place, finetune = job.folder / f"seed-{seed}", job.place, job.config.finetune
     if (folder / RESULTS).exists():
         return read_json(folder / RESULTS)
     if place.rank == 0:
         folder.mkdir(exist_ok=True)
-    finetune = config.finetune
-    network: nn.Module = Classifier(
-        load_encoder(run, config, place).encoder, len(train.classes), frozen=False, seed=seed
-    )
+    network = Classifier(copy.deepcopy(job.encoder), len(train.classes), frozen=False, seed=seed)
     if place.world > 1:
-        network = synchronise_bn(network, place.device)
-    assert isinstance(network, Classifier)
+        synchronise_bn(network, place.device)
     lr = scaled_lr(finetune.lr, finetune.batch_size)
     optimizer: torch.optim.Optimizer
     if finetune.optimizer == "adamw":
@@ -172,8 +143,8 @@ def _one_seed(
         seed,
         finetune.save_every,
     )
-    seconds = fit(network, optimizer, train, recipe, config, place, folder, started)
-    result = {"seed": seed, **score(network, test, train.classes, place, config)._asdict(), "seconds": seconds}
+    seconds = fit(network, optimizer, train, recipe, job, folder)
+    result = {"seed": seed, **score(network, test, train.classes, job)._asdict(), "seconds": seconds}
     if place.rank == 0:
         write_json(folder / RESULTS, result)
     return result
@@ -187,4 +158,3 @@ def _show(results: dict[str, Any]) -> None:
         means = (f"{results[key]:.4f} ± {results[f'{key}_deviation']:.4f}" for key in ("top1", "top5"))
         table.add_row("mean", *means)
     Console(stderr=True).print(table)
-    print(json.dumps(results))

@@ -18,15 +18,16 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from data.index import Source
 from data.order import samples_between, steps_per_epoch
 from data.subset import balanced
 from models.encoder import Encoder
-from trainer.config import Config, Fast
+from trainer.config import Fast
 from trainer.distributed import Place, agree
 from trainer.evaluate.features import apply
+from trainer.evaluate.verb import Job
 from trainer.optim import cosine
 
 log = logging.getLogger(__name__)
@@ -57,18 +58,19 @@ class Choice(NamedTuple):
     accuracy: float
 
 
-def cache(encoder: Encoder, source: Source, place: Place, config: Config, folder: Path) -> Cache:
+def cache(encoder: Encoder, source: Source, job: Job) -> Cache:
     """The features of the central views of every R-th sample; called by all ranks.
 
     In host memory, or in a file in `folder` that goes with the process if they are more than half of what is free; on a
     GPU if they take less than half of what is free there. Raises ValueError, on all ranks, if one can read nothing.
     """
-    inner = encoder.head[0].in_features
+    place, inner = job.place, encoder.head[0]
+    assert isinstance(inner, nn.Linear)
     mine = np.arange(place.rank, len(source), place.world)
-    x_ND = _room(len(mine), int(inner) + 1, place, folder)  # type: ignore[arg-type]
+    x_ND = _room(len(mine), inner.in_features + 1, place, job.folder)
     shown: list[Tensor] = []
     filled = 0
-    for x_BD, numbers in apply(encoder, encoder.backbone, source, mine, place.device, config):
+    for x_BD, numbers in apply(encoder, encoder.backbone, source, mine, place.device, job.config):
         x_ND[filled : filled + len(numbers), :-1] = x_BD.cpu()
         filled += len(numbers)
         shown.append(numbers)

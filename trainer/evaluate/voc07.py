@@ -1,0 +1,158 @@
+"""PASCAL VOC 2007 classification by linear SVMs on frozen features: mean over classes of the average precision (mAP).
+
+Protocol of Goyal et al. (arXiv 1905.01235; code facebookresearch/fair_self_supervision_benchmark, tools/svm), whose
+figures most papers print: backbone's features after pooling, of the central view, at unit length; for each class an SVM
+(liblinear: squared hinge loss, L2, weight 2 for pictures that show the class), C from cross-validation on trainval by
+average precision; trained on trainval, tried on test. Pictures that show only difficult ones of a class count for that
+class neither in training nor in testing.
+
+Average precision has two definitions, and both are printed. `map`: area under the precision envelope, VOC's own since
+2010 and that of the code above. `map_11_point`: mean of the envelope at recall 0, 0.1, …, 1, VOC's own in 2007
+(Everingham et al., IJCV 2010, sec. 4.2). Neither is AdCo's published figure, which ranks the classes of each picture
+instead of the pictures of each class (`average_precision` of rows instead of columns): `per_image`, printed to compare.
+"""
+
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch.distributed as dist
+from numpy.typing import NDArray
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import average_precision_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
+from sklearn.svm import LinearSVC
+
+from data.voc import read_split
+from trainer.config import Voc07
+from trainer.distributed import agree
+from trainer.evaluate.features import embed
+from trainer.evaluate.verb import Job, Results, Verb
+
+log = logging.getLogger(__name__)
+
+
+def _evaluate(job: Job) -> Results:
+    began, place = time.monotonic(), job.place
+    features, labels, unreadable = {}, {}, 0
+    classes: list[str] = []
+    for split in ("trainval", "test"):
+        x_ND, labels_NC, names, total = _features(job, split)
+        if classes and names != classes:
+            raise ValueError(f"voc07.root: trainval has the classes {classes}, test {names}")
+        classes, features[split], labels[split] = names, x_ND, labels_NC
+        unreadable += total - len(x_ND)
+    log.info("features of %d and %d images", len(features["trainval"]), len(features["test"]))
+    # Each rank has its classes.
+    mine = {}
+    for c in range(place.rank, len(classes), place.world):
+        train, test = (labels[split][:, c] for split in ("trainval", "test"))
+        mine[c] = classify(features["trainval"], train, features["test"], test, job.config.voc07, classes[c])
+        log.info("%s: average precision %.4f, C %g", classes[c], mine[c]["average_precision"], mine[c]["cost"])
+    everyones: list[dict[int, dict[str, Any]]] = [mine] * place.world
+    dist.all_gather_object(everyones, mine)
+    found = {c: result for part in everyones for c, result in part.items()}
+    scores_NC = np.stack([found[c].pop("scores") for c in range(len(classes))], axis=1)
+    return {
+        "protocol": "VOC07 SVM",
+        "map": float(np.mean([found[c]["average_precision"] for c in found])),
+        "map_11_point": float(np.mean([found[c]["average_precision_11_point"] for c in found])),
+        "per_image": per_image(labels["test"], scores_NC),
+        "classes": {classes[c]: found[c] for c in sorted(found)},
+        "images": [len(features["trainval"]), len(features["test"])],
+        "unreadable": unreadable,
+        "seconds": time.monotonic() - began,
+    }
+
+
+def classify(
+    train_ND: NDArray[np.float32],
+    train_N: NDArray[np.int64],
+    test_ND: NDArray[np.float32],
+    test_N: NDArray[np.int64],
+    settings: Voc07,
+    name: str = "",
+) -> dict[str, Any]:
+    """One class: labels 1, -1 and 0 (left out); its average precisions, the C chosen, and `scores` of all test images.
+
+    Raises ValueError if a class has too few pictures for cross-validation, or none to test on.
+    """
+    known, asked = train_N != 0, test_N != 0
+    shown = int((train_N == 1).sum())
+    if min(shown, int((train_N == -1).sum())) < settings.folds:
+        raise ValueError(
+            f"voc07: {shown} of {int(known.sum())} pictures show {name}: too few for {settings.folds} folds"
+        )
+    if not (test_N == 1).any():
+        raise ValueError(f"voc07: no test picture shows {name}")
+    folds = StratifiedKFold(settings.folds)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # as in the published protocol: 2,000 rounds
+        tried = [
+            float(cross_val_score(_svm(cost, settings), train_ND[known], train_N[known], cv=folds,
+                                  scoring="average_precision").mean())
+            for cost in settings.costs
+        ]  # fmt: skip
+        cost = settings.costs[int(np.argmax(tried))]
+        scores_N = _svm(cost, settings).fit(train_ND[known], train_N[known]).decision_function(test_ND)
+    relevant = test_N[asked] == 1
+    return {
+        "average_precision": average_precision(relevant, scores_N[asked]),
+        "average_precision_11_point": average_precision(relevant, scores_N[asked], points=11),
+        "cost": cost,
+        "cross_validation": max(tried),
+        "scores": scores_N,
+    }
+
+
+def _svm(cost: float, settings: Voc07) -> LinearSVC:
+    return LinearSVC(
+        C=cost, class_weight={1: 2, -1: 1}, penalty="l2", loss="squared_hinge", dual=True, tol=1e-4, max_iter=2000,
+        random_state=settings.seed,
+    )  # fmt: skip
+
+
+def average_precision(relevant: NDArray[np.bool_], scores: NDArray[np.floating], points: int | None = None) -> float:
+    """Of a ranking of N images by falling score, ties in their order.
+
+    Precision at a recall is the best precision at that recall or a higher one (the envelope). The area under it, or
+    with `points` its mean at so many recalls from 0 to 1.
+    """
+    order = np.argsort(-scores, kind="stable")
+    hits = np.cumsum(relevant[order])
+    recall, precision = hits / hits[-1], hits / np.arange(1, len(hits) + 1)
+    envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    if points:
+        # Counts, not shares: 3 of 10 is recall 0.3, and in floating point less than that.
+        needed = np.array([-(-i * int(hits[-1]) // (points - 1)) for i in range(points)])
+        return float(np.mean(envelope[np.searchsorted(hits, needed)]))
+    return float(np.sum(np.diff(recall, prepend=0.0) * envelope))
+
+
+def per_image(labels_NC: NDArray[np.int64], scores_NC: NDArray[np.floating]) -> float:
+    """What is not mAP: the mean over images of the average precision of the ranking of their classes."""
+    rows = [(row == 1, scores) for row, scores in zip(labels_NC, scores_NC, strict=True) if (row == 1).any()]
+    return float(np.mean([average_precision_score(shown, scores) for shown, scores in rows]))
+
+
+def _features(job: Job, split: str) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str], int]:
+    """Unit rows of the images that can be read, in their order, and their labels, on all ranks; classes; all images."""
+    place, error = job.place, None
+    try:
+        images, classes, labels_NC = read_split(Path(job.config.voc07.root), split)
+    except ValueError as refusal:
+        error = f"voc07.root: {refusal}"
+    agree(error)
+    found = embed(job.encoder, images, np.arange(place.rank, len(images), place.world), place.device, job.config)
+    part = (found.x_ND.cpu().numpy(), found.samples_N.numpy())
+    parts = [part] * place.world
+    dist.all_gather_object(parts, part)
+    samples = np.concatenate([numbers for _, numbers in parts])
+    order = np.argsort(samples)
+    return np.concatenate([x for x, _ in parts])[order], labels_NC[samples[order]], classes, len(images)
+
+
+VERB = Verb(lambda config: "voc07", lambda config: config.voc07.model_dump(), _evaluate)

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +36,6 @@ FAST = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """For networks so small, many are slower."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_images(tmp_path_factory.mktemp("images") / "train")
@@ -56,7 +46,7 @@ def run(tmp_path: Path, images: Path) -> Path:
     return write_run(tmp_path / "run", images)
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 @pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
 def test_what_can_be_told_apart_is(run: Path, settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     results = evaluate_here(VERB, run, settings)
@@ -73,7 +63,7 @@ def test_what_can_be_told_apart_is(run: Path, settings: list[str], capsys: pytes
         evaluate_here(VERB, run, settings, "../x")
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 def test_the_published_step(run: Path, images: Path) -> None:
     """The head's first steps are those of a plain loop over the features of the same crops."""
     settings = ["linear.epochs=2", "linear.batch_size=36", "linear.lr=10"]
@@ -140,7 +130,7 @@ def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path, setti
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 def test_a_backbone_that_changes_is_noticed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """BatchNorm in training mode, as in some published code."""
     monkeypatch.setattr(Classifier, "train", torch.nn.Module.train)
@@ -157,7 +147,7 @@ def test_a_fingerprint_sees_one_bit() -> None:
     assert fingerprint(network) != before
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 def test_the_test_images_choose_nothing(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other labels on them nothing is another but the accuracy; and they are looked at once."""
     poisoned = tmp_path / "poisoned"
@@ -176,7 +166,7 @@ def test_the_test_images_choose_nothing(tmp_path: Path, images: Path, monkeypatc
     assert {k for k in good if good[k] != bad[k]} <= {"top1", "seconds"}
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 def test_classes_that_the_test_images_list_otherwise(tmp_path: Path, images: Path) -> None:
     """Only two of three classes there: their numbers are others."""
     few = tmp_path / "few"
@@ -188,7 +178,7 @@ def test_classes_that_the_test_images_list_otherwise(tmp_path: Path, images: Pat
     assert results["top1"] > 0.9
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 @pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
 def test_images_that_cannot_be_read(tmp_path: Path, settings: list[str]) -> None:
     train, test = write_images(tmp_path / "train"), write_images(tmp_path / "test", each=5)
@@ -211,7 +201,7 @@ class Labels:
         self.labels, self.classes = np.array(labels), [str(c) for c in sorted(set(labels))]
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 def test_each_head_learns_as_if_alone() -> None:
     """Also beside one that diverges; and as by torch's SGD and autograd."""
     generator = torch.Generator().manual_seed(0)
@@ -288,7 +278,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 def test_what_is_refused(run: Path, tmp_path: Path, images: Path) -> None:
     with pytest.raises(ValueError, match=r"give data\.val"):
         evaluate_here(VERB, run, ["data.val=null"])
@@ -308,7 +298,7 @@ def test_what_is_refused(run: Path, tmp_path: Path, images: Path) -> None:
         evaluate_here(VERB, run, [])
 
 
-@pytest.mark.usefixtures("group")
+@pytest.mark.usefixtures("small_group")
 def test_weights_of_another_backbone(run: Path) -> None:
     with pytest.raises(ValueError, match=r"weights\.safetensors: .*size mismatch"):
         evaluate_here(VERB, run, ["model.backbone_args={channels: [8, 8, 8, 8], layers: [1, 1, 1, 1]}"])

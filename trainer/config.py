@@ -216,7 +216,6 @@ class Linear(Section):
 
     lr: float = Field(10.0, gt=0)
     lr_final: float = Field(0.01, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(256, ge=1)
     epochs: int = Field(100, ge=1)
@@ -233,7 +232,6 @@ class Fast(Section):
 
     lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
     weight_decays: tuple[float, ...] = (0.0, 1e-6, 1e-5, 1e-4)
-    momentum: float = Field(0.9, ge=0, lt=1)
     batch_size: int = Field(1024, ge=1)
     epochs: int = Field(20, ge=1)
     holdout: float = Field(0.1, gt=0, lt=1)
@@ -262,7 +260,6 @@ class Finetune(Section):
     lr: float = Field(0.05, gt=0)
     head_lr: float = Field(1.0, gt=0)
     layer_decay: float = Field(1.0, gt=0, le=1)
-    momentum: float = Field(0.9, ge=0, lt=1)
     weight_decay: float = Field(0.0, ge=0)
     batch_size: int = Field(256, ge=1)
     epochs: int | None = Field(None, ge=1)

@@ -230,6 +230,12 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of what the run in `folder` was evaluated by, by the names of their folders."""
+    found = {path.parent.name: read_json(path.with_name("results.json")) for path in folder.glob("*/settings.json")}
+    return {name: results for name, results in sorted(found.items()) if results}
+
+
 def read_rows(path: Path) -> list[Row]:
     """The rows of a metrics.jsonl, [] if there is none. A line cut short, by a kill while writing, is left out."""
     rows = []

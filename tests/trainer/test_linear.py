@@ -24,6 +24,7 @@ from trainer.evaluate import classifier, heads, linear, verb
 from trainer.evaluate.classifier import Classifier
 from trainer.evaluate.linear import VERB
 from trainer.evaluate.verb import Results, fingerprint
+from trainer.run_dir import evaluations
 from trainer.stop import Stopped
 
 FULL = ["linear.epochs=4", "linear.batch_size=12", "linear.lr=1", "linear.scale=[0.5,1]"]
@@ -308,4 +309,4 @@ def test_the_command(run: Path) -> None:
     result = CliRunner().invoke(app, ["linear", str(run), *FAST, "--fast", "--name", "mine"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["protocol"] == "fast linear"
-    assert verb.evaluations(run).keys() == {"mine"}
+    assert evaluations(run).keys() == {"mine"}

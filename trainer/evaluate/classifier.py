@@ -31,6 +31,8 @@ from trainer.run_dir import Unreadable
 from trainer.stop import Stop, deadline
 from trainer.watchdog import Watchdog
 
+MOMENTUM = 0.9  # of SGD, in every protocol
+
 
 class Classifier(nn.Module):
     """Images to logits, by an encoder's backbone and a linear layer, which computes in fp32.

@@ -28,7 +28,7 @@ from data.order import steps_per_epoch
 from data.subset import Subset, balanced, named, read_names
 from models.shuffle_bn import synchronise_bn
 from trainer.config import Config, Finetune
-from trainer.evaluate.classifier import Classifier, Recipe, fit, score
+from trainer.evaluate.classifier import MOMENTUM, Classifier, Recipe, fit, score
 from trainer.evaluate.verb import RESULTS, Job, Results, Verb, labelled_sources
 from trainer.optim import cosine, scaled_lr
 from trainer.run_dir import read_json, write_atomically, write_json
@@ -131,9 +131,7 @@ def _one_seed(seed: int, train: Source, test: Source, job: Job) -> Results:
     if finetune.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups(network, finetune), lr=lr)
     else:
-        optimizer = torch.optim.SGD(
-            groups(network, finetune), lr=lr, momentum=finetune.momentum, nesterov=finetune.momentum > 0
-        )
+        optimizer = torch.optim.SGD(groups(network, finetune), lr=lr, momentum=MOMENTUM, nesterov=True)
     steps = steps_per_epoch(len(train), finetune.batch_size) * epochs(finetune)
     recipe = Recipe(
         finetune.batch_size,

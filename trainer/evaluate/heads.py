@@ -26,6 +26,7 @@ from data.subset import balanced
 from models.encoder import Encoder
 from trainer.config import Fast
 from trainer.distributed import Place, agree
+from trainer.evaluate.classifier import MOMENTUM
 from trainer.evaluate.features import apply
 from trainer.evaluate.verb import Job
 from trainer.optim import cosine
@@ -161,7 +162,7 @@ def train(
         grad_HCD = (grad_BHC.flatten(1).T @ x_BD).view_as(w_HCD) / batch_size
         if place.world > 1:
             dist.all_reduce(grad_HCD)
-        velocity_HCD.mul_(fast.momentum).add_(grad_HCD).addcmul_(decay_H11, w_HCD)
+        velocity_HCD.mul_(MOMENTUM).add_(grad_HCD).addcmul_(decay_H11, w_HCD)
         w_HCD.addcmul_(lr_H11, velocity_HCD, value=-cosine(step, steps, 1.0, 0.0))
     return w_HCD
 

@@ -17,7 +17,7 @@ import torch
 
 from trainer.config import Config
 from trainer.evaluate import heads
-from trainer.evaluate.classifier import Classifier, Recipe, fit, score
+from trainer.evaluate.classifier import MOMENTUM, Classifier, Recipe, fit, score
 from trainer.evaluate.verb import Job, Results, Verb, labelled_sources
 from trainer.optim import cosine
 
@@ -44,7 +44,7 @@ def _full(job: Job) -> Results:
     linear = job.config.linear
     network = Classifier(job.encoder, len(train.classes), frozen=True, seed=linear.seed)
     optimizer = torch.optim.SGD(
-        network.head.parameters(), lr=linear.lr, momentum=linear.momentum, weight_decay=linear.weight_decay
+        network.head.parameters(), lr=linear.lr, momentum=MOMENTUM, weight_decay=linear.weight_decay
     )
     epoch_steps = len(train) // linear.batch_size
 

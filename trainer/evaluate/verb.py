@@ -111,7 +111,7 @@ def _take(folder: Path, settings: dict[str, Any]) -> None:
         if changed:
             listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed)
             raise ValueError(f"{folder} holds another evaluation: {listed}. Choose another --name")
-    elif any(path.name != "lock" for path in folder.iterdir()):
+    elif any(path.name not in ("lock", "stop") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not the folder of an evaluation. Choose another --name")
     write_json(stored, settings)
 
@@ -124,11 +124,6 @@ def labelled_sources(config: Config, folder: Path) -> tuple[Source, Source]:
     if len(train.classes) < 2:
         raise ValueError(f"an evaluation needs labels, and {config.data.train} has one class, {train.classes[0]}")
     return train, test
-
-
-def evaluations(run: Path) -> dict[str, Results]:
-    """The results of the evaluations in a run's directory, by name."""
-    return {path.parent.name: read_json(path) for path in sorted(run.glob(f"*/{RESULTS}"))}
 
 
 def fingerprint(network: nn.Module) -> str:

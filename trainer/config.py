@@ -278,7 +278,7 @@ class Voc07(Section):
     """SVMs on frozen features, see `trainer.evaluate.voc07`. costs: C, tried by cross-validation; folds: of it."""
 
     root: str = "VOCdevkit/VOC2007"
-    costs: tuple[float, ...] = (0.01, 0.1, *(0.5**power for power in range(4, 20)))
+    costs: tuple[float, ...] = (*(10.0**power for power in range(-7, 3)), *(0.5**power for power in range(4, 20)))
     folds: int = Field(3, ge=2)
     seed: int = Field(0, ge=0, lt=2**31)
 

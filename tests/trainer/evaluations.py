@@ -15,7 +15,11 @@ from trainer.distributed import Place
 from trainer.evaluate.verb import Results, Verb, evaluate
 from trainer.run_dir import read_config
 
-NARROW = {"backbone": "resnet18", "backbone_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}, "dim": 16}
+NARROW: dict[str, Any] = {
+    "backbone": "resnet18",
+    "backbone_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]},
+    "dim": 16,
+}
 
 
 def write_run(folder: Path, images: Path, **sections: dict[str, Any]) -> Path:

@@ -3,6 +3,7 @@
 import json
 import statistics
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -92,7 +93,7 @@ def test_the_mean_and_the_deviation() -> None:
 
 
 @pytest.mark.parametrize("model", [NARROW, VIT], ids=["resnet", "vit"])
-def test_learning_rates_of_layers(model: dict) -> None:
+def test_learning_rates_of_layers(model: dict[str, Any]) -> None:
     encoder = Encoder(**model)
     network = Classifier(encoder, 3, frozen=False, seed=0)
     found = groups(network, Finetune(layer_decay=0.5, head_lr=10, weight_decay=0.1))

@@ -157,8 +157,12 @@ def test_the_test_images_choose_nothing(tmp_path: Path, images: Path, monkeypatc
         (poisoned / f"class-{c}").symlink_to(images / f"class-{(c + 1) % 3}")
     run = write_run(tmp_path / "run", images)
     calls = []
-    plain = classifier.score
-    monkeypatch.setattr(linear, "score", lambda *arguments: calls.append(1) or plain(*arguments))
+
+    def score(*arguments: Any) -> classifier.Score:
+        calls.append(arguments)
+        return classifier.score(*arguments)
+
+    monkeypatch.setattr(linear, "score", score)
     good = evaluate_here(VERB, run, FAST, "good")
     bad = evaluate_here(VERB, run, [*FAST, f"data.val={poisoned}"], "bad")
     assert len(calls) == 2
@@ -255,7 +259,7 @@ def interrupted(run: Path) -> str:
             os.kill(os.getpid(), signal.SIGTERM)
         plain(*arguments)
 
-    classifier.update = update
+    classifier.update = update  # type: ignore[assignment]
     try:
         evaluate_here(VERB, run, FULL)
     except Stopped as stopped:

@@ -227,7 +227,8 @@ class Linear(Section):
 
 class Fast(Section):
     """The fast linear protocol, see `trainer.evaluate.heads`: every lr with every weight decay, for features of which
-    the average squared length is 1. holdout: share of the training images on which the best is chosen.
+    the average squared length is 1. holdout: share of the training images on which the best is chosen. crops: random
+    ones of each training image, as linear.scale says; 0 for the central view alone.
     """
 
     lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -235,6 +236,7 @@ class Fast(Section):
     batch_size: int = Field(1024, ge=1)
     epochs: int = Field(20, ge=1)
     holdout: float = Field(0.1, gt=0, lt=1)
+    crops: int = Field(4, ge=0)
 
     @field_validator("lrs", "weight_decays")
     @classmethod

@@ -198,7 +198,7 @@ def test_images_that_cannot_be_read(tmp_path: Path, settings: list[str]) -> None
 def standardised(x_ND: torch.Tensor) -> heads.Cache:
     x_ND = torch.cat([x_ND, torch.empty(len(x_ND), 1)], dim=1)
     mean_D, scale = heads._standardise(x_ND)
-    return heads.Cache(x_ND, np.arange(len(x_ND)), np.arange(len(x_ND)), mean_D, scale)
+    return heads.Cache(x_ND[:, None], np.arange(len(x_ND)), np.arange(len(x_ND)), mean_D, scale)
 
 
 class Labels:
@@ -212,8 +212,8 @@ def test_each_head_learns_as_if_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     x_ND, labels = 7 + 3 * torch.randn(60, 5, generator=generator), [i % 3 for i in range(60)]
     features, place = standardised(x_ND.clone()), Place(torch.device("cpu"), 0, 1, 1)
-    assert features.x_ND[:, :-1].mean(0).abs().max() < 1e-6
-    assert features.x_ND[:, :-1].square().sum(1).mean() == pytest.approx(1)
+    assert features.x_NVD[:, 0, :-1].mean(0).abs().max() < 1e-6
+    assert features.x_NVD[:, 0, :-1].square().sum(1).mean() == pytest.approx(1)
     fast = Config.model_validate(
         {"run": {"dir": "x", "epochs": 1}, "data": {"train": "x"}, "fast": {"batch_size": 60, "epochs": 7}}
     ).fast
@@ -228,12 +228,12 @@ def test_each_head_learns_as_if_alone() -> None:
         for step in range(7):
             optimizer.param_groups[0]["lr"] = lr * (1 + np.cos(np.pi * step / 7)) / 2
             optimizer.zero_grad()
-            F.cross_entropy(features.x_ND @ weight.T, torch.tensor(labels)).backward()
+            F.cross_entropy(features.x_NVD[:, 0] @ weight.T, torch.tensor(labels)).backward()
             optimizer.step()
         torch.testing.assert_close(w_HCD[number], weight.detach(), rtol=1e-4, atol=1e-5)
     layer = heads.as_layer(w_HCD[0], features)
     torch.testing.assert_close(
-        x_ND @ layer["weight"].T + layer["bias"], features.x_ND @ w_HCD[0].T, rtol=1e-4, atol=1e-5
+        x_ND @ layer["weight"].T + layer["bias"], features.x_NVD[:, 0] @ w_HCD[0].T, rtol=1e-4, atol=1e-5
     )
     accuracies = heads._accuracies(features, source, samples, w_HCD, place)  # type: ignore[arg-type]
     assert accuracies[1] == 0
@@ -242,7 +242,7 @@ def test_each_head_learns_as_if_alone() -> None:
 
 def test_features_that_memory_does_not_take_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", lambda name: 1)
-    room = heads._room(10, 4, Place(torch.device("cpu"), 0, 1, 1), tmp_path)
+    room = heads._room((10, 4), Place(torch.device("cpu"), 0, 1, 1), tmp_path)
     room[:] = 3
     assert room.sum() == 120
     assert not list(tmp_path.iterdir()), "the file has no name"

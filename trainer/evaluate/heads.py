@@ -1,14 +1,17 @@
-"""Fast linear evaluation: features of the training images once, then many linear classifiers trained together.
+"""Fast linear evaluation: features of the training images a few times, then many linear classifiers trained together.
 
 Each learning rate with each weight decay is a classifier; all of them see the same batches, so that a step is two
-matrix products. The best on held-out training images is trained again on all of them. Features are moved and scaled by
-the same numbers for all images (mean 0, average squared length 1), so that one range of learning rates suits every
-backbone; a linear classifier of these is one of the features as they are.
+matrix products. They learn from some random crops of each image, one after another, as the full protocol from ever new
+ones. The best by the central views of held-out training images is trained again on all of them.
 
-N features of a rank, H classifiers, B images of a batch, C classes, D features with a 1 behind them for the bias.
+Features are moved and scaled by the same numbers for all images (mean 0, average squared length 1), so that one range
+of learning rates suits every backbone; a linear classifier of these is one of the features as they are.
+
+N images of a rank, V views of each, H classifiers, B images of a batch, C classes, D features, the last always 1.
 """
 
 import logging
+import math
 import os
 import tempfile
 from pathlib import Path
@@ -21,8 +24,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.index import Source
+from data.loader import Crops
 from data.order import samples_between, steps_per_epoch
 from data.subset import balanced
+from data.views import Augment, View
 from models.encoder import Encoder
 from trainer.config import Fast
 from trainer.distributed import Place, agree
@@ -39,12 +44,13 @@ _CHUNK = 4096  # rows that are looked at together
 class Cache(NamedTuple):
     """This rank's part of the features.
 
-    x_ND: float32, standardised, the last column 1; on the device or in host memory. place_S: int64, for each sample of
-    the source its row, -1 if it is another rank's or cannot be read. readable: samples of all ranks, sorted. mean_D and
-    scale: what took the features' mean away and their length to 1 (without the last column).
+    x_NVD: float32, standardised, the last column 1; on the device or in host memory. View 0 is the central one.
+    place_S: int64, for each sample of the source its row, -1 if it is another rank's or cannot be read. readable:
+    samples of all ranks, sorted. mean_D and scale: what took the features' mean away and their length to 1 (without the
+    last column).
     """
 
-    x_ND: Tensor
+    x_NVD: Tensor
     place_S: NDArray[np.int64]
     readable: NDArray[np.int64]
     mean_D: Tensor
@@ -60,42 +66,49 @@ class Choice(NamedTuple):
 
 
 def cache(encoder: Encoder, source: Source, job: Job) -> Cache:
-    """The features of the central views of every R-th sample; called by all ranks.
+    """The features of every R-th sample: of its central view, and fast.crops random ones; called by all ranks.
 
     In host memory, or in a file in `folder` that goes with the process if they are more than half of what is free; on a
     GPU if they take less than half of what is free there. Raises ValueError, on all ranks, if one can read nothing.
     """
-    place, inner = job.place, encoder.head[0]
+    place, config, inner = job.place, job.config, encoder.head[0]
     assert isinstance(inner, nn.Linear)
+    view = View(size=config.eval.size or config.data.views[0].size, scale=config.linear.scale)
+    augment = Augment(jitter=0, gray=0, blur=0)
     mine = np.arange(place.rank, len(source), place.world)
-    x_ND = _room(len(mine), inner.in_features + 1, place, job.folder)
-    shown: list[Tensor] = []
-    filled = 0
-    for x_BD, numbers in apply(encoder, encoder.backbone, source, mine, place.device, job.config):
-        x_ND[filled : filled + len(numbers), :-1] = x_BD.cpu()
-        filled += len(numbers)
-        shown.append(numbers)
-    agree(None if filled else f"data.train: none of {len(mine)} images can be read")
-    x_ND = x_ND[:filled]
-    samples = torch.cat(shown).numpy()
-    everyones: list[NDArray[np.int64]] = [samples] * place.world
-    dist.all_gather_object(everyones, samples)
-    mean_D, scale = _standardise(x_ND)
+    x_NVD = _room((len(mine), config.fast.crops + 1, inner.in_features + 1), place, job.folder)
+    for v in range(config.fast.crops + 1):
+        crops = Crops(view, augment, config.linear.seed, v - 1) if v else None
+        shown: list[Tensor] = []
+        filled = 0
+        for x_BD, numbers in apply(encoder, encoder.backbone, source, mine, place.device, config, crops):
+            x_NVD[filled : filled + len(numbers), v, :-1] = x_BD.cpu()
+            filled += len(numbers)
+            shown.append(numbers)
+        agree(None if filled else f"data.train: none of {len(mine)} images can be read")
+        if not v:
+            mine = torch.cat(shown).numpy()
+        agree(None if filled == len(mine) else "data.train: images can be read now and not then")
+    x_NVD = x_NVD[: len(mine)]
+    everyones: list[NDArray[np.int64]] = [mine] * place.world
+    dist.all_gather_object(everyones, mine)
+    mean_D, scale = _standardise(x_NVD.flatten(0, 1))
     place_S = np.full(len(source), -1)
-    place_S[samples] = np.arange(filled)
-    if place.device.type == "cuda" and 2 * x_ND.nbytes < torch.cuda.mem_get_info(place.device)[0]:
-        x_ND = x_ND.to(place.device)
-    return Cache(x_ND, place_S, np.sort(np.concatenate(everyones)), mean_D, scale)
+    place_S[mine] = np.arange(len(mine))
+    if place.device.type == "cuda" and 2 * x_NVD.nbytes < torch.cuda.mem_get_info(place.device)[0]:
+        x_NVD = x_NVD.to(place.device)
+    return Cache(x_NVD, place_S, np.sort(np.concatenate(everyones)), mean_D, scale)
 
 
-def _room(rows: int, columns: int, place: Place, folder: Path) -> Tensor:
-    """float32 [rows, columns] in host memory, or mapped from a file without a name."""
+def _room(shape: tuple[int, ...], place: Place, folder: Path) -> Tensor:
+    """float32 in host memory, or mapped from a file without a name."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if 4 * rows * columns * place.local_world * 2 < free:
-        return torch.empty(rows, columns)
-    log.warning("features take %.3g GB and are kept in a file in %s", 4e-9 * rows * columns, folder)
+    size = 4 * math.prod(shape)
+    if 2 * size * place.local_world < free:
+        return torch.empty(shape)
+    log.warning("features take %.3g GB and are kept in a file in %s", size / 1e9, folder)
     with tempfile.TemporaryFile(dir=folder) as file:  # the mapping stays when it is closed
-        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=(rows, columns)))
+        return torch.from_numpy(np.memmap(file, np.float32, "w+", shape=shape))
 
 
 def _standardise(x_ND: Tensor) -> tuple[Tensor, float]:
@@ -146,17 +159,17 @@ def train(
     The batches are those of `data.order` over `samples`, whatever the number of ranks: each computes what it has the
     features of. One that diverges does not disturb the others.
     """
-    device, classes = place.device, len(source.classes)
+    device, classes, crops = place.device, len(source.classes), features.x_NVD.shape[1] - 1
     batch_size = min(fast.batch_size, len(samples))
     epoch_steps = steps_per_epoch(len(samples), batch_size)
     steps = epoch_steps * fast.epochs
-    w_HCD = torch.zeros(len(pairs), classes, features.x_ND.shape[1], device=device)
+    w_HCD = torch.zeros(len(pairs), classes, features.x_NVD.shape[2], device=device)
     velocity_HCD = torch.zeros_like(w_HCD)
     lr_H11, decay_H11 = (torch.tensor(x, device=device)[:, None, None] for x in zip(*pairs, strict=True))
     for step in range(steps):
         epoch, first = divmod(step, epoch_steps)
         order = samples_between(len(samples), seed, epoch, first * batch_size, (first + 1) * batch_size)
-        x_BD, labels_B = _rows(features, source, samples[order], device)
+        x_BD, labels_B = _rows(features, source, samples[order], device, 1 + epoch % crops if crops else 0)
         grad_BHC = (x_BD @ w_HCD.flatten(0, 1).T).view(len(x_BD), *w_HCD.shape[:2]).softmax(2)
         grad_BHC[torch.arange(len(x_BD), device=device), :, labels_B] -= 1
         grad_HCD = (grad_BHC.flatten(1).T @ x_BD).view_as(w_HCD) / batch_size
@@ -173,11 +186,13 @@ def as_layer(w_CD: Tensor, features: Cache) -> dict[str, Tensor]:
     return {"weight": weight_CD, "bias": bias_C - weight_CD @ features.mean_D.to(w_CD.device)}
 
 
-def _rows(features: Cache, source: Source, samples: NDArray[np.int64], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Features and labels of those of `samples` that this rank has."""
+def _rows(
+    features: Cache, source: Source, samples: NDArray[np.int64], device: torch.device, view: int
+) -> tuple[Tensor, Tensor]:
+    """Features of a view, and labels, of those of `samples` that this rank has."""
     rows = features.place_S[samples]
     labels_B = torch.from_numpy(source.labels[samples[rows >= 0]]).to(device)
-    x_BD = features.x_ND[torch.from_numpy(rows[rows >= 0]).to(features.x_ND.device)]
+    x_BD = features.x_NVD[torch.from_numpy(rows[rows >= 0]).to(features.x_NVD.device), view]
     return x_BD.to(device), labels_B
 
 
@@ -186,7 +201,7 @@ def _accuracies(
 ) -> list[float]:
     right_H = torch.zeros(len(w_HCD), dtype=torch.int64, device=place.device)
     for part in np.split(samples, range(_CHUNK, len(samples), _CHUNK)):
-        x_BD, labels_B = _rows(features, source, part, place.device)
+        x_BD, labels_B = _rows(features, source, part, place.device, 0)
         logits_BHC = (x_BD @ w_HCD.flatten(0, 1).T).view(len(x_BD), *w_HCD.shape[:2])
         right_H += ((logits_BHC.argmax(2) == labels_B[:, None]) & logits_BHC.isfinite().all(2)).sum(0)
     dist.all_reduce(right_H)

@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 def _settings(config: Config) -> dict[str, Any]:
     linear = config.linear
-    recipe: dict[str, Any] = {"fast": config.fast.model_dump(), "seed": linear.seed}
+    recipe: dict[str, Any] = {"fast": config.fast.model_dump(), "seed": linear.seed, "scale": linear.scale}
     if not linear.fast:
         recipe = linear.model_dump(exclude={"save_every"})
     return {"train": config.data.train, "val": config.data.val, **recipe}

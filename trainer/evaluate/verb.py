@@ -118,7 +118,8 @@ def _take(folder: Path, settings: dict[str, Any]) -> None:
 
 def labelled_sources(config: Config, folder: Path) -> tuple[Source, Source]:
     """Training and validation images. Raises ValueError if there are none of the latter, or no classes."""
-    train, test = open_sources(config, folder)
+    data = config.data.model_copy(update={"batch_size": 1})  # not that of pre-training
+    train, test = open_sources(config.model_copy(update={"data": data}), folder)
     if test is None:
         raise ValueError("an evaluation needs labelled images to test on; give data.val=…")
     if len(train.classes) < 2:

@@ -17,6 +17,7 @@ from trainer.engine import update
 from trainer.evaluate.classifier import Classifier
 from trainer.evaluate.finetune import VERB, groups, summarise
 from trainer.evaluate.verb import Results
+from trainer.stop import Stopped
 
 SMALL = ["finetune.labels=0.5", "finetune.batch_size=12", "finetune.epochs=4", "finetune.lr=1", "finetune.seeds=[0,7]"]
 
@@ -80,6 +81,26 @@ def test_a_finished_seed_is_not_trained_again(tmp_path: Path, images: Path) -> N
     second = evaluate_here(VERB, run, SMALL)
     assert second["seeds"][0] == first["seeds"][0]
     assert second["top1"] == first["top1"]
+
+
+@pytest.mark.usefixtures("small_group")
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
+    """By a file that is there before it starts."""
+    cut, whole = write_run(tmp_path / "cut", images), write_run(tmp_path / "whole", images)
+    folder = cut / "finetune-50pct"
+    folder.mkdir()
+    (folder / "stop").touch()
+    with pytest.raises(Stopped, match=r"stopped after step 2 \(asked by file\)"):
+        evaluate_here(VERB, cut, SMALL)
+    assert json.loads((folder / "stopped.json").read_text())["step"] == 2
+    results = [evaluate_here(VERB, run, SMALL) for run in (cut, whole)]
+    assert results[0]["seeds"][0]["top1"] == results[1]["seeds"][0]["top1"]
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "finetune-50pct/seed-0/metrics.jsonl").read_text().splitlines()]
+        for run in (cut, whole)
+    ]
+    assert losses[0] == losses[1]
+    assert not (folder / "stopped.json").exists()
 
 
 def test_the_mean_and_the_deviation() -> None:

@@ -98,8 +98,9 @@ def fit(
 ) -> float:
     """Train by cross-entropy on random crops and flips, from the newest checkpoint in `folder`; seconds it took.
 
-    Each step's batch is the same for any number of ranks. Raises `trainer.stop.Stopped` where it was asked to end
-    early, and ValueError where the gradient is not finite.
+    folder: for what it writes; the file `stop` is looked for in the job's. Each step's batch is the same for any number
+    of ranks. Raises `trainer.stop.Stopped` where it was asked to end early, and ValueError where the gradient is not
+    finite.
     """
     config, place = job.config, job.place
     data = {
@@ -139,7 +140,7 @@ def fit(
     run, since, seconds = config.run, start, 0.0
     with (
         Recorder(folder, start, steps, active=place.rank == 0) as recorder,
-        Stop(folder, deadline(run.max_minutes, job.started)) as stop,
+        Stop(job.folder, deadline(run.max_minutes, job.started)) as stop,
         Watchdog(folder, place.rank) as watchdog,
     ):
         for step in range(start + 1, steps + 1):

@@ -85,7 +85,8 @@ def _fast(job: Job) -> Results:
         "protocol": "fast linear",
         "lr": best.lr,
         "weight_decay": best.weight_decay,
-        "lr_of_protocol": best.lr / features.scale**2,
+        # For features of their own length, and the protocol's batches.
+        "lr_of_protocol": best.lr / features.scale**2 * job.config.linear.batch_size / fast.batch_size,
         "held_out": best.accuracy,
         "epochs": fast.epochs,
         "seconds": seconds,

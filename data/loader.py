@@ -9,7 +9,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -117,20 +117,36 @@ def readable(load: Callable[[int], T], n: int, sample: int, bad: list[tuple[int,
     raise ValueError(f"{tries} samples in a row cannot be read, the last is {bad[-1][1]}: check the data set")
 
 
+class Crops(NamedTuple):
+    """The random views that `train_batches` shows in an epoch with a seed, as views[0]."""
+
+    view: View
+    augment: Augment
+    seed: int
+    epoch: int
+
+    def draw(self, samples: NDArray[np.int64]) -> ViewParams:
+        return draw(self.seed, self.epoch, samples, 0, self.view, self.augment)
+
+
 @dataclass
 class _EvalChunks(Dataset[EvalBatch]):
     source: Source
     samples: NDArray[np.int64]
     size: int
     batch_size: int
+    crops: Crops | None
 
     def __getitem__(self, chunk: int) -> EvalBatch:
         images: list[NDArray[np.uint8]] = []
         read: list[int] = []
         bad: list[tuple[int, str]] = []
-        for sample in self.samples[chunk * self.batch_size : (chunk + 1) * self.batch_size].tolist():
+        samples = self.samples[chunk * self.batch_size : (chunk + 1) * self.batch_size]
+        params = self.crops.draw(samples) if self.crops else None
+        for i, sample in enumerate(samples.tolist()):
             try:
-                images.append(render_center(self.source.image(sample), self.size))
+                image = self.source.image(sample)
+                images.append(render(image, params, i, self.size) if params else render_center(image, self.size))
                 read.append(sample)
             except UnreadableImage as error:
                 bad.append((sample, str(error)))
@@ -217,9 +233,14 @@ def train_batches(
 
 
 def eval_batches(
-    source: Source, samples: NDArray[np.int64], size: int, batch_size: int, workers: int
+    source: Source,
+    samples: NDArray[np.int64],
+    size: int,
+    batch_size: int,
+    workers: int,
+    crops: Crops | None = None,
 ) -> Iterator[EvalBatch]:
-    """The central views of `samples` (int64 [n]) in their order, in batches of at most `batch_size`.
+    """The central views of `samples` (int64 [n]), or random ones, in their order, in batches of at most `batch_size`.
 
     Yields (uint8 [B, size, size, 3], the int64 [B] samples they are of, the unreadable ones with the reason);
     unreadable samples are left out, so B may be smaller, even 0.
@@ -227,7 +248,7 @@ def eval_batches(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     watched = Watched(source)
-    dataset = _EvalChunks(watched, np.asarray(samples, np.int64), size, batch_size)
+    dataset = _EvalChunks(watched, np.asarray(samples, np.int64), size, batch_size, crops)
     return watched.batches(_start(dataset, range(-(-len(samples) // batch_size)), workers, 2, pin_memory=False))
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Counter = int | NDArray[np.integer]
 
 # First counter of every user of the generator, so that none of them ever sees another's numbers.
-ORDER, VIEWS, NETWORK, BANK, BLOCKS = 1, 2, 3, 4, 5
+ORDER, VIEWS, NETWORK, BANK, BLOCKS, SUBSET = 1, 2, 3, 4, 5, 6
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
 _MASK = 0xFFFFFFFFFFFFFFFF

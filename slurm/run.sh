@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# One start of a job: preflight on all nodes, training, and what follows from how it ended. Runs in the batch shell on
-# the first node, from the snapshot that job.sh took.
+# One start of a job: preflight on all nodes, training (or, with VERB=linear, evaluation), and what follows from how it
+# ended. Runs in the batch shell on the first node, from the snapshot that job.sh took.
 #
 #   finished              exit 0
 #   asked to stop (USR1 before the time limit, TERM of a preemption): checkpoint, requeue
@@ -72,7 +72,8 @@ run_dir=
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
 
-# Each task of an array has its own seed, or its own line of the file SWEEP, and its own run directory.
+# Each task of an array has its own seed, or its own line of the file SWEEP, and its own folder.
+verb=${VERB:-pretrain}
 task=${SLURM_ARRAY_TASK_ID:-}
 state=$job/${task:+task-$task}
 mkdir -p "$state"
@@ -82,15 +83,21 @@ if [[ -n $task && -f $job/code/sweep ]]; then
     read -ra line <<<"${line[0]:?SWEEP has no line $task}"
     settings+=("${line[@]}")
 elif [[ -n $task ]]; then
-    settings+=("run.seed=$task")
+    if [[ $verb == pretrain ]]; then settings+=("run.seed=$task"); else settings+=("$verb.seed=$task"); fi
 fi
 run_dir=$(srun --nodes=1 --ntasks=1 "${srun_options[@]}" "${container[@]}" \
     python -m trainer config "$config" "${settings[@]}" --get run.dir) || {
     ((restarts)) && failed "the configuration cannot be read"
     say "the configuration cannot be read: not started" && exit 1
 }
-run_dir=$run_dir${task:+-$task}
-settings+=("run.dir=$run_dir")
+if [[ $verb == pretrain ]]; then
+    run_dir=$run_dir${task:+-$task}
+    work=(pretrain "$config")
+    settings+=("run.dir=$run_dir")
+else # its folder, in the directory of the run that it is of, is like a run's
+    work=("$verb" "$run_dir" --name "$NAME${task:+-$task}")
+    run_dir=$run_dir/$NAME${task:+-$task}
+fi
 
 say "start $restarts of job $SLURM_JOB_ID: $SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $ranks ranks, $run_dir"
 say "code and configuration of $(date -r "$job/code" '+%F %T'), in $job/code"
@@ -110,7 +117,7 @@ if [[ ${PREFLIGHT:-1} == 1 ]]; then
 fi
 [[ -z $asked ]] || requeue "asked to stop by $asked before training"
 status=0
-await launch pretrain "$config" "${settings[@]}" || status=$?
+await launch "${work[@]}" "${settings[@]}" || status=$?
 
 if [[ -f $run_dir/results.json ]]; then
     say "finished: $run_dir"

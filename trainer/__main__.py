@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -33,6 +34,7 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that replace the file's: optim.lr=0.06", metavar="[KEY=VALUE]...")
 ]
 RunPath = Annotated[Path, typer.Argument(help="Run directory of a pre-training", metavar="RUN")]
+Name = Annotated[str | None, typer.Option(help="Folder in RUN for it; the verb's name if not given")]
 Precision = Literal["fp32", "fp16", "bf16"]
 DataPath = Annotated[str, typer.Argument(help="What data.train may be: a folder, shards, an index", metavar="SRC")]
 Threads = Annotated[int, typer.Option(help="Pictures read at a time", min=1)]
@@ -49,10 +51,16 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     """
     from trainer.config import load
     from trainer.pretrain import pretrain
+
+    _stoppable(lambda: pretrain(load(config, overrides)))
+
+
+def _stoppable(work: Callable[[], None]) -> None:
+    """With the exit code that says so where it was asked to end early."""
     from trainer.stop import Stopped, exit_code
 
     try:
-        pretrain(load(config, overrides))
+        work()
     except Stopped as stopped:
         print(stopped, file=sys.stderr)
         raise typer.Exit(exit_code()) from None
@@ -135,6 +143,52 @@ def embed(
 
     if told := embed(run, src, out, network, points, overrides or []):
         print(told)
+
+
+@app.command()
+def linear(
+    run: RunPath,
+    overrides: Overrides = None,
+    fast: Annotated[bool, typer.Option("--fast", help="Features once, many learning rates (linear.fast=true)")] = False,
+    name: Name = None,
+    network: NetworkName = "student",
+) -> None:
+    """Evaluate a run's newest checkpoint by a linear classifier on the frozen backbone, into RUN/NAME.
+
+    The published protocol, or with --fast features are computed once and the best of many learning rates and weight
+    decays is chosen on held-out training images. Stops and goes on as pretrain does. See docs/evaluation.md.
+    """
+    from trainer.evaluate.linear import VERB
+    from trainer.evaluate.verb import run_verb
+
+    _stoppable(
+        lambda: run_verb(VERB, run, [*(overrides or []), *(["linear.fast=true"] if fast else [])], name, network)
+    )
+
+
+@app.command()
+def finetune(run: RunPath, overrides: Overrides = None, name: Name = None, network: NetworkName = "student") -> None:
+    """Train a run's newest checkpoint on with few labels, once for each seed, into RUN/NAME: mean and deviation.
+
+    finetune.labels=0.01 (default), 0.1 or 1 is the share of the training images whose labels are used;
+    finetune.subset_list=FILE names them. Stops and goes on as pretrain does. See docs/evaluation.md.
+    """
+    from trainer.evaluate.finetune import VERB
+    from trainer.evaluate.verb import run_verb
+
+    _stoppable(lambda: run_verb(VERB, run, overrides or [], name, network))
+
+
+@app.command()
+def voc07(run: RunPath, overrides: Overrides = None, name: Name = None, network: NetworkName = "student") -> None:
+    """Evaluate a run's newest checkpoint by linear SVMs on PASCAL VOC 2007, into RUN/NAME: mean average precision.
+
+    voc07.root=VOCdevkit/VOC2007 is where the development kit lies, with trainval and test. See docs/evaluation.md.
+    """
+    from trainer.evaluate.verb import run_verb
+    from trainer.evaluate.voc07 import VERB
+
+    run_verb(VERB, run, overrides or [], name, network)
 
 
 @app.command()

@@ -14,22 +14,23 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import Config, flatten
-from trainer.report import format_percent, format_seconds, is_number, latest, thin
-from trainer.run_dir import Row, read_config, read_json, read_rows, write_atomically
+from trainer.report import format_evaluation, format_percent, format_seconds, is_number, latest, thin
+from trainer.run_dir import Row, evaluations, read_config, read_json, read_rows, write_atomically
 
-METRICS = {"knn": "kNN", "linear": "Linear"}  # key of a row, name for readers
+METRICS = {"knn": "kNN"}  # key of a row, name for readers
 POSITIONS = {"epoch": "epochs", "images": "images seen", "hours": "hours"}
 # What tells where a run lay and how it was watched, and not what it learned from.
 APART = ("run.dir", "run.log_every", "run.save_every", "run.keep", "run.max_minutes", "eval.knn_every")
 
 
 class Run(NamedTuple):
-    """What a run directory has. accuracies: rows with an evaluation."""
+    """What a run directory has. accuracies: rows with an evaluation. evaluations: results of other verbs, by name."""
 
     name: str
     config: Config
     rows: list[Row]
     results: dict[str, Any]
+    evaluations: dict[str, dict[str, Any]]
 
     def accuracies(self, metric: str) -> list[Row]:
         return [row for row in self.rows if is_number(row.get(metric))]
@@ -41,7 +42,7 @@ def compare(folders: list[Path], out: Path) -> None:
     Raises ValueError where a folder is not a run, or none of them has an evaluation.
     """
     runs = [read(folder, folders) for folder in folders]
-    if not any(run.accuracies(metric) for run in runs for metric in METRICS):
+    if not any(run.evaluations or run.accuracies(metric) for run in runs for metric in METRICS):
         raise ValueError(f"{', '.join(map(str, folders))}: no run has been evaluated yet: nothing to compare")
     columns, rows = tabulate(runs)
     table = Table(box=None, pad_edge=False)
@@ -62,7 +63,8 @@ def read(folder: Path, folders: list[Path]) -> Run:
     config = read_config(folder)
     alike = [other for other in folders if other.resolve().name == folder.resolve().name]
     name = folder.resolve().name if len(alike) == 1 else str(folder)
-    return Run(name, config, read_rows(folder / "metrics.jsonl"), read_json(folder / "results.json"))
+    rows, results = read_rows(folder / "metrics.jsonl"), read_json(folder / "results.json")
+    return Run(name, config, rows, results, evaluations(folder))
 
 
 def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
@@ -70,11 +72,12 @@ def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     shown = {key: label for key, label in METRICS.items() if any(run.accuracies(key) for run in runs)}
     columns = ["run", "method", "epochs", "images", "time"]
     columns += [text for label in shown.values() for text in (f"{label} before", f"{label} best", f"{label} last")]
-    columns += ["feature std", "effective rank"]
-    return columns, [_describe(run, list(shown)) for run in runs]
+    names = sorted({name for run in runs for name in run.evaluations})
+    columns += [*names, "feature std", "effective rank"]
+    return columns, [_describe(run, list(shown), names) for run in runs]
 
 
-def _describe(run: Run, metrics: list[str]) -> list[str]:
+def _describe(run: Run, metrics: list[str], evaluated: list[str]) -> list[str]:
     def number(key: str, form: str) -> str:
         value = latest(key, run.rows)
         return form.format(value) if is_number(value) else ""
@@ -88,6 +91,7 @@ def _describe(run: Run, metrics: list[str]) -> list[str]:
         texts += [format_percent(found[0][metric]) if found and found[0]["step"] == 0 else ""]
         texts += [f"{format_percent(best[metric])} (epoch {best['epoch']:.4g})" if best else ""]
         texts += [format_percent(found[-1][metric]) if found else ""]
+    texts += [format_evaluation(run.evaluations[name]) if name in run.evaluations else "" for name in evaluated]
     return [*texts, number("feature_std", "{:.2f}"), number("effective_rank", "{:.1f}")]
 
 

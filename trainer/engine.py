@@ -189,7 +189,7 @@ def update(
     """One step, unless `norm` is not finite; gradients are gone afterwards.
 
     grads: what the optimizer's parameters have, a list for each device. norm: length of the whole gradient, without
-    the loss scale that is still in `grads`; it is cut to `clip`.
+    the loss scale that is still in `grads`; it is cut to `clip`. A group's learning rate is `lr` times its `lr_scale`.
     """
     if math.isfinite(norm):
         factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / (scale.value if scale else 1.0)
@@ -197,7 +197,7 @@ def update(
             if tensors and factor != 1.0:
                 torch._foreach_mul_(tensors, factor)
         for group in optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
         optimizer.step()
     optimizer.zero_grad()
     if scale:

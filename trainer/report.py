@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from trainer.run_dir import Row
+from trainer.run_dir import Row, evaluations
 
 Image = NDArray[np.uint8]
 
@@ -165,8 +165,9 @@ def render(
     """The page, as HTML.
 
     `config` is the resolved configuration, `rows` those of metrics.jsonl, `results` the content of
-    results.json ({} while the run is not finished). `neighbours` are images with their nearest neighbours,
-    `negatives` are negatives with the images nearest to them; either may be empty.
+    results.json ({} while the run is not finished); evaluations that `run_dir` has are shown, too. `neighbours` are
+    images with their nearest neighbours, `negatives` are negatives with the images nearest to them; either may be
+    empty.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from markupsafe import Markup
@@ -194,6 +195,7 @@ def render(
         },
         charts=charts,
         phases=summarise_phases(rows),
+        evaluations=summarise_evaluations(evaluations(run_dir)),
         gaps=count_non_finite(rows),
         neighbours=neighbours,
         negatives=negatives,
@@ -333,6 +335,36 @@ def summarise_phases(rows: list[Row]) -> list[dict[str, str]]:
         }
         for (name, seconds), last in zip(means.items(), timed[-1].values(), strict=True)
     ]
+
+
+def summarise_evaluations(found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
+    """A row for each evaluation: its name, its result, and what that is of."""
+    formats = {
+        "protocol": "{}",
+        "step": "checkpoint of step {:,}",
+        "labels": "{:,} labels",
+        "epochs": "{} epochs",
+        "lr": "learning rate {:g}",
+        "top5": "top-5 {:.1%}",
+        "map_11_point": "11-point mAP {:.1%}",
+        "unreadable": "{} images unreadable",
+    }
+    return [
+        {
+            "name": name,
+            "result": format_evaluation(results),
+            "detail": ", ".join(write.format(results[key]) for key, write in formats.items() if results.get(key)),
+        }
+        for name, results in found.items()
+    ]
+
+
+def format_evaluation(results: dict[str, Any]) -> str:
+    """The figure of an evaluation's results, with the deviation where there are several."""
+    if "map" in results:
+        return f"mAP {format_percent(results['map'])}"
+    deviation = results.get("top1_deviation")
+    return format_percent(results["top1"]) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
 
 
 def latest(key: str, rows: list[Row]) -> Any:

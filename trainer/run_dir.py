@@ -14,6 +14,7 @@ stacks-rank-*.txt   what a process that hung was doing
 replay/             a step whose loss or gradient was not finite, see `trainer.replay`
 trace.json.gz       of the steps that run.profile asks for, for chrome://tracing or ui.perfetto.dev
 report.html         see `trainer.report`
+NAME/               an evaluation, see `trainer.evaluate.verb`
 
 An imported model's has config.yaml, weights.safetensors and imported.json (`trainer.import_weights`).
 """
@@ -23,7 +24,7 @@ import json
 import logging
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -60,6 +61,10 @@ FREE = (
     "data.max_unreadable",
     "engine.",
     "eval.",
+    "linear.",
+    "fast.",
+    "finetune.",
+    "voc07.",
     "monitor.",
 )
 
@@ -87,13 +92,19 @@ def claim(config: Config, place: Place) -> Iterator[Path]:
 
     Raises ValueError, on all ranks, if it is that of another configuration, of something else, or in use.
     """
-    folder = Path(config.run.dir)
+    with claimed(Path(config.run.dir), place, lambda folder: _take(folder, config)) as folder:
+        yield folder
+
+
+@contextmanager
+def claimed(folder: Path, place: Place, take: Callable[[Path], None]) -> Iterator[Path]:
+    """The folder, kept from other processes; `take`, on rank 0, raises ValueError if it is of something else."""
     error = None
     with ExitStack() as stack:
         if place.rank == 0:
             try:
                 stack.enter_context(_lock(folder))
-                _take(folder, config)
+                take(folder)
             except (ValueError, OSError) as refusal:
                 error = str(refusal)
         agree(error)
@@ -225,6 +236,12 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values
+
+
+def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of what the run in `folder` was evaluated by, by the names of their folders."""
+    found = {path.parent.name: read_json(path.with_name("results.json")) for path in folder.glob("*/settings.json")}
+    return {name: results for name, results in sorted(found.items()) if results}
 
 
 def read_rows(path: Path) -> list[Row]:

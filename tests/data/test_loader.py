@@ -10,7 +10,7 @@ from torchvision.transforms import functional as tvf
 
 from data.cpu import render, render_center
 from data.index import ImageFolder, Source, UnreadableImage, open_source
-from data.loader import Batch, EvalBatch, eval_batches, normalize, train_batches
+from data.loader import Batch, Crops, EvalBatch, eval_batches, normalize, train_batches
 from data.order import batch_samples
 from data.views import Augment, View, draw
 from tests.data.pictures import photograph, write_folder
@@ -216,6 +216,16 @@ def test_eval_batches(source: Source) -> None:
     assert bad == []
     assert pixels.dtype == torch.uint8
     assert (pixels.numpy() == np.stack([render_center(source.image(i), 32) for i in asked])).all()
+
+
+def test_eval_of_the_crops_of_an_epoch(source: Source) -> None:
+    """Those that training shows."""
+    *_, shown = train(source, stop=4, batch_size=8, seed=5)  # the first batch of the second epoch
+    crops = Crops(VIEWS[0], Augment(solarize=0.2), 5, 1)
+    ((pixels, numbers, bad),) = eval_batches(source, shown.samples.numpy(), VIEWS[0].size, 8, 0, crops)
+    assert numbers.tolist() == shown.samples.tolist()
+    assert torch.equal(pixels, shown.views[0])
+    assert not bad
 
 
 def test_eval_leaves_out_unreadable_samples(damaged: Source) -> None:

@@ -52,17 +52,25 @@ def site(make_site: Callable[[], Path]) -> Path:
 class Job:
     """A job with these options and settings; two nodes of one rank if not told otherwise."""
 
-    def __init__(self, cluster: Cluster, site: Path, *options: str, by_hand: bool = False, **environment: str) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        site: Path,
+        *options: str,
+        by_hand: bool = False,
+        script: str = "slurm/adco_800ep.sh",
+        **environment: str,
+    ) -> None:
         self.cluster, self.site = cluster, site
         split = next((i for i, option in enumerate(options) if not option.startswith("-")), len(options))
-        script, before, after = "slurm/adco_800ep.sh", ["--nodes=2", *SMALL, *options[:split]], options[split:]
+        before, after = ["--nodes=2", *SMALL, *options[:split]], options[split:]
         order = [script, *before, *after] if by_hand else ["sbatch", *before, script, *after]
         said = cluster(*order, cwd=site, env={"CONFIG": "configs/small.yaml", "PREFLIGHT": "0"} | environment)
         self.id = re.findall(r"job (\d+)", said)[0]
 
     @property
     def log(self) -> str:
-        return "".join(path.read_text() for path in self.site.glob(f"adco_?00ep-{self.id}.log"))
+        return "".join(path.read_text() for path in self.site.glob(f"*-{self.id}.log"))
 
     def says(self, text: str, times: int = 1, seconds: float = 240) -> None:
         try:
@@ -301,7 +309,27 @@ def test_a_scaling_study_submits_its_sizes(cluster: Cluster, site: Path) -> None
     assert re.findall(r"strong +\d+ +(\d+)", table) == ["1", "2"], table  # ranks: all nodes are one host
 
 
-@pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh", "scaling_study.sh"])
+def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undisturbed: object) -> None:
+    """Of a run that is there, on other data than it names, until a signal and then to the end."""
+    run, images = site / "runs" / "undisturbed", load(site / "configs" / "small.yaml").data.train
+    settings = ["run.dir=runs/undisturbed", f"data.val={images}", "linear.batch_size=12", "linear.save_every=10"]
+    job = Job(cluster, site, *settings, "linear.lr=1", "linear.epochs=30", script="slurm/linear.sh", PREFLIGHT="1")
+    step = job.in_progress(run / "linear")
+    cluster("scancel", "--signal=USR1", job.id)
+    job.send(signal.SIGCONT)
+    job.says("requeued: stopped in good order")
+    job.ends()
+    (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(SIGUSR1\)", job.log))
+    assert step <= stopped <= step + 20
+    assert "slurm: finished: runs/undisturbed/linear" in job.log
+    results = json.loads((run / "linear" / "results.json").read_text())
+    assert (results["ranks"], results["images"], results["step"]) == (2, 72, STEPS)
+    assert results["top1"] > 0.9
+    steps = [json.loads(line)["step"] for line in (run / "linear" / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(10, STEPS + 1, 10))
+
+
+@pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh", "linear.sh", "scaling_study.sh"])
 def test_dry_run(cluster: Cluster, site: Path, script: str) -> None:
     """With nothing on the sbatch line but the number of nodes, and with a larger one than there is."""
     cluster("sbatch", "--test-only", "--nodes=4", f"slurm/{script}", cwd=site)

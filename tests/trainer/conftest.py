@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
+import torch
 
 from trainer.distributed import started
 
@@ -11,3 +12,12 @@ from trainer.distributed import started
 def group() -> Iterator[None]:
     with started("cpu"):
         yield
+
+
+@pytest.fixture
+def small_group(group: None) -> Iterator[None]:
+    """With one thread: for networks so small, many are slower."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -26,7 +26,9 @@ def write_run(folder: Path, accuracies: list[float], linear: float | None = None
         rows += [{**position, "loss": 1.0, "feature_std": 0.5, "effective_rank": 7.25}] if number else []
         rows += [{**position, "knn": accuracy}]
     if linear:
-        rows.append({**position, "linear": linear})
+        (folder / "linear").mkdir()
+        (folder / "linear" / "settings.json").write_text("{}")
+        (folder / "linear" / "results.json").write_text(json.dumps({"top1": linear, "protocol": "linear"}))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     if len(accuracies) == 4:
         (folder / "results.json").write_text(json.dumps({"knn": accuracies[-1]}), encoding="utf-8")
@@ -50,7 +52,7 @@ def test_the_table(folders: list[Path]) -> None:
     assert [row["kNN before"] for row in table] == ["10.0 %", "10.0 %", "20.0 %"]
     assert [row["kNN best"] for row in table] == ["70.0 % (epoch 2)", "40.0 % (epoch 1)", "50.0 % (epoch 3)"]
     assert [row["kNN last"] for row in table] == ["60.0 %", "40.0 %", "50.0 %"]
-    assert [row["Linear best"] for row in table] == ["", "", "65.0 % (epoch 3)"]
+    assert [row["linear"] for row in table] == ["", "", "65.0 %"]
     assert [row["images"] for row in table] == ["216", "72", "216"]
     assert [row["time"] for row in table] == ["1 h 30 min", "30 min 0 s", "1 h 30 min"]
     assert table[0]["effective rank"] == "7.2"
@@ -66,12 +68,10 @@ def test_what_differs(folders: list[Path]) -> None:
 
 def test_lines_against_each_position(folders: list[Path]) -> None:
     drawn = {chart["id"]: chart for chart in charts([read(folder, folders) for folder in folders])}
-    assert list(drawn) == [f"{metric}-{x}" for metric in ("knn", "linear") for x in ("epoch", "images", "hours")]
+    assert list(drawn) == [f"{metric}-{x}" for metric in ("knn",) for x in ("epoch", "images", "hours")]
     assert drawn["knn-images"]["lines"][1]["x"] == [0, 72]
     assert drawn["knn-hours"]["lines"][0]["x"] == [0, 0.5, 1, 1.5]
     assert drawn["knn-hours"]["lines"][0]["y"] == [0.1, 0.5, 0.7, 0.6]
-    (linear,) = drawn["linear-epoch"]["lines"]
-    assert (linear["color"], linear["x"], linear["y"]) == (2, [3], [0.65])
 
 
 def test_the_page(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,8 +88,8 @@ def test_the_page(folders: list[Path], tmp_path: Path, capsys: pytest.CaptureFix
                    f"--user-data-dir={tmp_path}/browser", "--enable-logging=stderr", "--virtual-time-budget=8000",
                    "--dump-dom", (tmp_path / "new/page.html").as_uri()]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
-        assert len(re.findall(r'class="plot js-plotly-plot"', done.stdout)) == 6
-        assert len(re.findall(r'<g class="trace scatter trace', done.stdout)) == 3 * (3 + 1)
+        assert len(re.findall(r'class="plot js-plotly-plot"', done.stdout)) == 3
+        assert len(re.findall(r'<g class="trace scatter trace', done.stdout)) == 3 * 3
         assert not [line for line in done.stderr.splitlines() if "CONSOLE" in line]
 
 

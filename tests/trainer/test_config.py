@@ -134,7 +134,8 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("data.on=3", "data.on: unknown key, did you mean data.train?"),
         ("data.vews=3", "data.vews: unknown key, did you mean data.views?"),
         ("optm.lr=1", "optm: unknown key, did you mean optim?"),
-        ("epoch=3", "epoch: unknown key, did you mean run.epochs?"),
+        ("workrs=3", "workrs: unknown key, did you mean data.workers?"),
+        ("epoch=3", "epoch: unknown key, did you mean run.epochs or linear.epochs or fast.epochs or finetune.epochs?"),
         ("momentums=0", "momentums: unknown key, did you mean bank.momentum or optim.momentum?"),
     ],
 )

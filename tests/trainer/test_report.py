@@ -148,6 +148,27 @@ def test_the_page_says_what_the_run_reached(page: Path) -> None:
         assert said in text, said
 
 
+def test_evaluations(tmp_path: Path) -> None:
+    found = {
+        "linear": {"top1": 0.7, "top5": 0.9, "protocol": "linear", "step": 7020, "lr": 10.0, "unreadable": 0},
+        "finetune-1pct": {"top1": 0.5, "top1_deviation": 0.0123, "labels": 600, "protocol": "fine-tuning"},
+        "voc07": {"map": 0.812, "map_11_point": 0.79, "protocol": "VOC07 SVM"},
+        "not-finished": {},
+    }
+    for name, results in found.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text("{}")
+        if results:
+            (tmp_path / name / "results.json").write_text(json.dumps(results))
+    html = own_text(render(tmp_path, {}, evaluation_rows(), {}, [], []))
+    rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td><code>.*?)</tr>", html)]
+    assert rows == [
+        ["<code>finetune-1pct</code>", "50.0 % ± 1.2", "fine-tuning, 600 labels"],
+        ["<code>linear</code>", "70.0 %", "linear, checkpoint of step 7,020, learning rate 10, top-5 90.0%"],
+        ["<code>voc07</code>", "mAP 81.2 %", "VOC07 SVM, 11-point mAP 79.0%"],
+    ]
+
+
 def test_where_the_time_goes(page: Path) -> None:
     html = own_text(page.read_text(encoding="utf-8"))
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", html)]

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data.index import Source
-from data.loader import eval_batches, normalize
+from data.loader import Crops, eval_batches, normalize
 from models.encoder import Encoder
 from trainer.build import autocast_type, data_workers
 from trainer.config import Config
@@ -37,15 +37,16 @@ def apply(
     samples: NDArray[np.int64],
     device: torch.device,
     config: Config,
+    crops: Crops | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`function` of the central views of `samples` (int64 [N]), in fp32, and the samples that they are of.
+    """`function` of the central views of `samples` (int64 [N]), or random ones, in fp32, and the samples they are of.
 
     network: in evaluation mode meanwhile. Images that cannot be read are left out; at the end the log says how many.
     """
     size = config.eval.size or config.data.views[0].size
     precision = autocast_type(config, device)
     bad: list[tuple[int, str]] = []
-    batches = eval_batches(source, samples, size, config.eval.batch_size, data_workers(config, device))
+    batches = eval_batches(source, samples, size, config.eval.batch_size, data_workers(config, device), crops)
     for images, numbers, unreadable in batches:
         bad += unreadable
         if len(images):

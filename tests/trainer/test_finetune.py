@@ -1,0 +1,152 @@
+"""Fine-tuning: seeds and their mean, the subset that is kept, layers' learning rates, going on after a stop."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from models.encoder import Encoder
+from tests.ranks import run_ranks
+from tests.trainer.evaluations import NARROW, evaluate_here, write_run
+from tests.trainer.small import VIT, write_images
+from trainer.config import Config, Finetune
+from trainer.engine import update
+from trainer.evaluate.classifier import Classifier
+from trainer.evaluate.finetune import VERB, groups, summarise
+from trainer.evaluate.verb import Results
+from trainer.stop import Stopped
+
+SMALL = ["finetune.labels=0.5", "finetune.batch_size=12", "finetune.epochs=4", "finetune.lr=1", "finetune.seeds=[0,7]"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "train")
+
+
+@pytest.mark.usefixtures("small_group")
+def test_two_seeds_and_their_mean(tmp_path: Path, images: Path) -> None:
+    run = write_run(tmp_path / "run", images)
+    results = evaluate_here(VERB, run, SMALL)
+    assert [result["seed"] for result in results["seeds"]] == [0, 7]
+    values = [result["top1"] for result in results["seeds"]]
+    assert results["top1"] == statistics.mean(values) > 0.8
+    assert results["top1_deviation"] == pytest.approx(statistics.stdev(values))
+    assert (results["labels"], results["labels_a_class"], results["images"]) == (36, [12, 12], 72)
+    subset = (run / "finetune-50pct" / "subset.txt").read_text().splitlines()
+    assert len(set(subset)) == 36
+    # The same by that list, and with another seed first; the seeds' trainings are different ones.
+    listed = ["finetune.seeds=[7]", f"finetune.subset_list={run}/finetune-50pct/subset.txt"]
+    again = evaluate_here(VERB, run, [*SMALL, *listed], "listed")
+    assert again["seeds"][0]["top1"] == results["seeds"][1]["top1"]
+    assert again["top1_deviation"] is None
+    assert (run / "listed" / "subset.txt").read_text().splitlines() == subset
+    rows = [
+        [json.loads(line)["loss"] for line in (run / path / "metrics.jsonl").read_text().splitlines()]
+        for path in ("finetune-50pct/seed-0", "finetune-50pct/seed-7", "listed/seed-7")
+    ]
+    assert rows[0] != rows[1] == rows[2]
+    with pytest.raises(ValueError, match="nowhere: No such file"):
+        evaluate_here(VERB, run, [*SMALL, "finetune.subset_list=nowhere"])
+    with pytest.raises(ValueError, match="subset_seed was 0, now 1"):
+        evaluate_here(VERB, run, [*SMALL, "finetune.subset_seed=1"])
+
+
+def on_ranks(run: Path) -> Results:
+    return evaluate_here(VERB, run, [*SMALL, "finetune.seeds=[0]"])
+
+
+def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path) -> None:
+    """BatchNorm is over all of them."""
+    losses = []
+    for world in (1, 2):
+        run = write_run(tmp_path / f"run-{world}", images)
+        run_ranks(world, on_ranks, run)
+        text = (run / "finetune-50pct/seed-0/metrics.jsonl").read_text()
+        losses.append([json.loads(line)["loss"] for line in text.splitlines()])
+    assert len(losses[0]) == 12
+    assert losses[0][:6] == pytest.approx(losses[1][:6], rel=1e-2)
+
+
+@pytest.mark.usefixtures("small_group")
+def test_a_finished_seed_is_not_trained_again(tmp_path: Path, images: Path) -> None:
+    run = write_run(tmp_path / "run", images)
+    first = evaluate_here(VERB, run, SMALL)
+    folder = run / "finetune-50pct"
+    (folder / "results.json").unlink()  # as if it had ended before the last line
+    (folder / "seed-7" / "results.json").unlink()
+    second = evaluate_here(VERB, run, SMALL)
+    assert second["seeds"][0] == first["seeds"][0]
+    assert second["top1"] == first["top1"]
+
+
+@pytest.mark.usefixtures("small_group")
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
+    """By a file that is there before it starts."""
+    cut, whole = write_run(tmp_path / "cut", images), write_run(tmp_path / "whole", images)
+    folder = cut / "finetune-50pct"
+    folder.mkdir()
+    (folder / "stop").touch()
+    with pytest.raises(Stopped, match=r"stopped after step 2 \(asked by file\)"):
+        evaluate_here(VERB, cut, SMALL)
+    assert json.loads((folder / "stopped.json").read_text())["step"] == 2
+    results = [evaluate_here(VERB, run, SMALL) for run in (cut, whole)]
+    assert results[0]["seeds"][0]["top1"] == results[1]["seeds"][0]["top1"]
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "finetune-50pct/seed-0/metrics.jsonl").read_text().splitlines()]
+        for run in (cut, whole)
+    ]
+    assert losses[0] == losses[1]
+    assert not (folder / "stopped.json").exists()
+
+
+def test_the_mean_and_the_deviation() -> None:
+    """By hand: 0.5, 0.6 and 0.7 deviate by 0.1 (two degrees of freedom, not three)."""
+    results = [{"seed": i, "top1": x, "top5": 1.0, "images": 9, "unreadable": 1} for i, x in enumerate((0.5, 0.6, 0.7))]
+    summary = summarise(results)
+    assert summary["top1"] == pytest.approx(0.6)
+    assert summary["top1_deviation"] == pytest.approx(0.1)
+    assert summary["top5_deviation"] == 0
+    assert (summary["images"], summary["unreadable"]) == (9, 1)
+
+
+@pytest.mark.parametrize("model", [NARROW, VIT], ids=["resnet", "vit"])
+def test_learning_rates_of_layers(model: dict[str, Any]) -> None:
+    encoder = Encoder(**model)
+    network = Classifier(encoder, 3, frozen=False, seed=0)
+    found = groups(network, Finetune(layer_decay=0.5, head_lr=10, weight_decay=0.1))
+    assert sum(p.numel() for group in found for p in group["params"]) == sum(p.numel() for p in network.parameters())
+    scales = {id(p): group["lr_scale"] for group in found for p in group["params"]}
+    backbone = [scales[id(p)] for p in network.backbone.parameters()]
+    assert backbone[0] == min(backbone) < 0.3
+    assert max(backbone) == 1
+    assert scales[id(network.head.weight)] == 10
+    decays = {id(p): group["weight_decay"] for group in found for p in group["params"]}
+    assert all(decays[id(p)] == (0.1 if p.ndim > 1 else 0) for p in network.backbone.parameters() if p.ndim != 3)
+    even = groups(network, Finetune())
+    assert {group["lr_scale"] for group in even} == {1.0}
+
+
+def test_the_rates_reach_the_optimizer() -> None:
+    network = Classifier(Encoder(**NARROW), 3, frozen=False, seed=0)
+    found = groups(network, Finetune(layer_decay=0.1, head_lr=2.0))
+    optimizer = torch.optim.SGD(found, lr=1.0)
+    for p in network.parameters():
+        p.grad = torch.ones_like(p)
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    update(optimizer, [[p.grad for p in network.parameters() if p.grad is not None]], 1.0, None, None, 0.5)
+    moved = {name: float((before[name] - p.detach()).mean()) for name, p in network.named_parameters()}
+    assert moved["head.weight"] == pytest.approx(1.0)
+    assert moved["backbone.layer4.0.conv1.weight"] == pytest.approx(0.5)
+    assert moved["backbone.conv1.weight"] < 0.01
+
+
+def test_seeds_that_are_refused() -> None:
+    for seeds in ([], [1, 1], [-1]):
+        with pytest.raises(ValueError, match="need different numbers from 0 on"):
+            Config.model_validate(
+                {"run": {"dir": "x", "epochs": 1}, "data": {"train": "x"}, "finetune": {"seeds": seeds}}
+            )

@@ -1,0 +1,314 @@
+"""Linear evaluation, full and fast: what it reaches, that the backbone stays as it is and nothing is chosen on test."""
+
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from typer.testing import CliRunner
+
+from tests.ranks import run_ranks
+from tests.trainer.evaluations import NARROW, evaluate_here, write_run
+from tests.trainer.small import small_config, write_images
+from trainer import checkpoint
+from trainer.__main__ import app
+from trainer.build import make_encoder
+from trainer.config import Config
+from trainer.distributed import Place
+from trainer.evaluate import classifier, heads, linear, verb
+from trainer.evaluate.classifier import Classifier
+from trainer.evaluate.linear import VERB
+from trainer.evaluate.verb import Results, fingerprint
+from trainer.run_dir import evaluations
+from trainer.stop import Stopped
+
+FULL = ["linear.epochs=4", "linear.batch_size=12", "linear.lr=1", "linear.scale=[0.5,1]"]
+FAST = [
+    "linear.fast=true",
+    "fast.batch_size=16",
+    "fast.epochs=30",
+    "fast.lrs=[0.1,1,10]",
+    "fast.weight_decays=[0,1e-4]",
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_images(tmp_path_factory.mktemp("images") / "train")
+
+
+@pytest.fixture
+def run(tmp_path: Path, images: Path) -> Path:
+    return write_run(tmp_path / "run", images)
+
+
+@pytest.mark.usefixtures("small_group")
+@pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
+def test_what_can_be_told_apart_is(run: Path, settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    results = evaluate_here(VERB, run, settings)
+    assert results["top1"] >= 0.98
+    assert (results["top5"], results["images"], results["unreadable"]) == (1.0, 72, 0)
+    name = "linear-fast" if settings is FAST else "linear"
+    assert json.loads((run / name / "results.json").read_text()) == results
+    again = evaluate_here(VERB, run, settings, "again")
+    assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in results.items() if k != "seconds"}
+    assert evaluate_here(VERB, run, settings) == results  # finished: only shown
+    with pytest.raises(ValueError, match=rf"{name} holds another evaluation: seed was 0, now 1. Choose another --name"):
+        evaluate_here(VERB, run, [*settings, "linear.seed=1"])
+    with pytest.raises(ValueError, match=r"\.\./x"):
+        evaluate_here(VERB, run, settings, "../x")
+
+
+@pytest.mark.usefixtures("small_group")
+def test_the_published_step(run: Path, images: Path) -> None:
+    """The head's first steps are those of a plain loop over the features of the same crops."""
+    settings = ["linear.epochs=2", "linear.batch_size=36", "linear.lr=10"]
+    evaluate_here(VERB, run, settings)
+    saved = checkpoint.newest(run / "linear" / "checkpoints")
+    assert saved
+    state = {"classifier": {"weight": torch.empty(3, 16), "bias": torch.empty(3)}}
+    checkpoint.load(saved, state)
+
+    config = small_config(run, images, model=NARROW, data={"batch_size": 36})
+    encoder = make_encoder(config).eval()
+    data = config.data.model_copy(
+        update={
+            "views": (classifier.View(size=16, scale=(0.08, 1)),),
+            "augment": classifier.Augment(jitter=0, gray=0, blur=0),
+        }
+    )
+    weight = torch.empty(3, 16).normal_(std=0.01, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    bias = torch.zeros(3, requires_grad=True)
+    optimizer = torch.optim.SGD([weight, bias], lr=10, momentum=0.9)
+    train = verb.open_sources(config, run)[0]
+    place = Place(torch.device("cpu"), 0, 1, 1)
+    for step, batch in enumerate(classifier.make_batches(config.model_copy(update={"data": data}), place, train, 0, 4)):
+        with torch.no_grad():
+            x = encoder.backbone(classifier.normalize(batch.views[0], torch.float32))
+        optimizer.param_groups[0]["lr"] = [10, 10, 5.005, 5.005][step]  # after an epoch, half way from 10 to 0.01
+        optimizer.zero_grad()
+        F.cross_entropy(x @ weight.T + bias, torch.from_numpy(train.labels)[batch.samples]).backward()
+        optimizer.step()
+    torch.testing.assert_close(state["classifier"]["weight"], weight.detach())
+    torch.testing.assert_close(state["classifier"]["bias"], bias.detach())
+
+
+def on_ranks(run: Path, settings: list[str]) -> Results:
+    return evaluate_here(VERB, run, settings)
+
+
+@pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
+def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path, settings: list[str]) -> None:
+    """Noise in the labels, so that not all is told."""
+    noisy = write_images(tmp_path / "noisy", each=25)
+    for path in sorted(noisy.glob("class-0/*"))[:9]:
+        path.rename(noisy / "class-1" / f"from-0-{path.name}")
+    found = []
+    for world in (1, 2):
+        run = write_run(tmp_path / f"run-{world}", noisy)
+        ranks = run_ranks(world, on_ranks, run, settings)
+        assert ranks[0] == ranks[-1]
+        found.append(ranks[0])
+    one, two = found
+    assert one["images"] == two["images"] == 75
+    assert one["top1"] < 1
+    assert one["top1"] == pytest.approx(two["top1"], abs=1.5 / 75)
+    if settings is FAST:
+        assert (one["lr"], one["weight_decay"]) == (two["lr"], two["weight_decay"])
+    else:
+        losses = [
+            [
+                json.loads(line)["loss"]
+                for line in (tmp_path / f"run-{world}/linear/metrics.jsonl").read_text().splitlines()
+            ]
+            for world in (1, 2)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@pytest.mark.usefixtures("small_group")
+def test_a_backbone_that_changes_is_noticed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BatchNorm in training mode, as in some published code."""
+    monkeypatch.setattr(Classifier, "train", torch.nn.Module.train)
+    with pytest.raises(RuntimeError, match="the backbone has changed"):
+        evaluate_here(VERB, run, FULL)
+    assert not (run / "linear" / "results.json").exists()
+
+
+def test_a_fingerprint_sees_one_bit() -> None:
+    network = torch.nn.BatchNorm1d(3)
+    before = fingerprint(network)
+    assert fingerprint(network) == before
+    network.running_mean.view(torch.int32)[1] ^= 1  # type: ignore[union-attr]
+    assert fingerprint(network) != before
+
+
+@pytest.mark.usefixtures("small_group")
+def test_the_test_images_choose_nothing(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other labels on them nothing is another but the accuracy; and they are looked at once."""
+    poisoned = tmp_path / "poisoned"
+    for c in range(3):
+        (poisoned / f"class-{c}").parent.mkdir(exist_ok=True)
+        (poisoned / f"class-{c}").symlink_to(images / f"class-{(c + 1) % 3}")
+    run = write_run(tmp_path / "run", images)
+    calls = []
+
+    def score(*arguments: Any) -> classifier.Score:
+        calls.append(arguments)
+        return classifier.score(*arguments)
+
+    monkeypatch.setattr(linear, "score", score)
+    good = evaluate_here(VERB, run, FAST, "good")
+    bad = evaluate_here(VERB, run, [*FAST, f"data.val={poisoned}"], "bad")
+    assert len(calls) == 2
+    assert good["top1"] > 0.9
+    assert bad["top1"] < 0.1
+    assert {k for k in good if good[k] != bad[k]} <= {"top1", "seconds"}
+
+
+@pytest.mark.usefixtures("small_group")
+def test_classes_that_the_test_images_list_otherwise(tmp_path: Path, images: Path) -> None:
+    """Only two of three classes there: their numbers are others."""
+    few = tmp_path / "few"
+    few.mkdir()
+    for c in (1, 2):
+        (few / f"class-{c}").symlink_to(images / f"class-{c}")
+    results = evaluate_here(VERB, write_run(tmp_path / "run", images), [*FAST, f"data.val={few}"])
+    assert (results["images"], results["classes"]) == (48, 3)
+    assert results["top1"] > 0.9
+
+
+@pytest.mark.usefixtures("small_group")
+@pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
+def test_images_that_cannot_be_read(tmp_path: Path, settings: list[str]) -> None:
+    train, test = write_images(tmp_path / "train"), write_images(tmp_path / "test", each=5)
+    for folder in (train, test):
+        (folder / "class-1" / "003.png").write_bytes(b"no picture")
+    run = write_run(tmp_path / "run", train, data={"val": str(test), "max_unreadable": 0.1})
+    results = evaluate_here(VERB, run, settings)
+    assert (results["images"], results["unreadable"]) == (14, 1)
+    assert results["top1"] > 0.9
+
+
+def standardised(x_ND: torch.Tensor) -> heads.Cache:
+    x_ND = torch.cat([x_ND, torch.empty(len(x_ND), 1)], dim=1)
+    mean_D, scale = heads._standardise(x_ND)
+    return heads.Cache(x_ND[:, None], np.arange(len(x_ND)), np.arange(len(x_ND)), mean_D, scale)
+
+
+class Labels:
+    def __init__(self, labels: list[int]) -> None:
+        self.labels, self.classes = np.array(labels), [str(c) for c in sorted(set(labels))]
+
+
+@pytest.mark.usefixtures("small_group")
+def test_each_head_learns_as_if_alone() -> None:
+    """Also beside one that diverges; and as by torch's SGD and autograd."""
+    generator = torch.Generator().manual_seed(0)
+    x_ND, labels = 7 + 3 * torch.randn(60, 5, generator=generator), [i % 3 for i in range(60)]
+    features, place = standardised(x_ND.clone()), Place(torch.device("cpu"), 0, 1, 1)
+    assert features.x_NVD[:, 0, :-1].mean(0).abs().max() < 1e-6
+    assert features.x_NVD[:, 0, :-1].square().sum(1).mean() == pytest.approx(1)
+    fast = Config.model_validate(
+        {"run": {"dir": "x", "epochs": 1}, "data": {"train": "x"}, "fast": {"batch_size": 60, "epochs": 7}}
+    ).fast
+    samples, source = np.arange(60), Labels(labels)
+    pairs = [(1.0, 0.0), (1e38, 1.0), (3.0, 0.01)]
+    w_HCD = heads.train(features, source, samples, pairs, fast, 0, place)  # type: ignore[arg-type]
+    assert not w_HCD[1].isfinite().all()
+    for number in (0, 2):
+        weight = torch.zeros(3, 6, requires_grad=True)
+        lr, decay = pairs[number]
+        optimizer = torch.optim.SGD([weight], lr=lr, momentum=0.9, weight_decay=decay)
+        for step in range(7):
+            optimizer.param_groups[0]["lr"] = lr * (1 + np.cos(np.pi * step / 7)) / 2
+            optimizer.zero_grad()
+            F.cross_entropy(features.x_NVD[:, 0] @ weight.T, torch.tensor(labels)).backward()
+            optimizer.step()
+        torch.testing.assert_close(w_HCD[number], weight.detach(), rtol=1e-4, atol=1e-5)
+    layer = heads.as_layer(w_HCD[0], features)
+    torch.testing.assert_close(
+        x_ND @ layer["weight"].T + layer["bias"], features.x_NVD[:, 0] @ w_HCD[0].T, rtol=1e-4, atol=1e-5
+    )
+    accuracies = heads._accuracies(features, source, samples, w_HCD, place)  # type: ignore[arg-type]
+    assert accuracies[1] == 0
+    assert min(accuracies[0], accuracies[2]) > 0
+
+
+def test_features_that_memory_does_not_take_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    room = heads._room((10, 4), Place(torch.device("cpu"), 0, 1, 1), tmp_path)
+    room[:] = 3
+    assert room.sum() == 120
+    assert not list(tmp_path.iterdir()), "the file has no name"
+
+
+def interrupted(run: Path) -> str:
+    """Stopped in its fifth step, and then to the end."""
+    plain = classifier.update
+    steps = []
+
+    def update(*arguments: Any) -> None:
+        steps.append(1)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        plain(*arguments)
+
+    classifier.update = update  # type: ignore[assignment]
+    try:
+        evaluate_here(VERB, run, FULL)
+    except Stopped as stopped:
+        words = str(stopped)
+    classifier.update = plain
+    evaluate_here(VERB, run, FULL)
+    return words
+
+
+def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
+    cut, whole = write_run(tmp_path / "cut", images), write_run(tmp_path / "whole", images)
+    (words,) = run_ranks(1, interrupted, cut)
+    assert words == "stopped after step 6 (SIGTERM): the same command goes on from there"
+    run_ranks(1, on_ranks, whole, FULL)
+    manifests = [(run / "linear/checkpoints/step-00000024/manifest.json").read_text() for run in (cut, whole)]
+    assert json.loads(manifests[0])["__0_0.distcp"] == json.loads(manifests[1])["__0_0.distcp"]
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "linear/metrics.jsonl").read_text().splitlines()][-10:]
+        for run in (cut, whole)
+    ]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.usefixtures("small_group")
+def test_what_is_refused(run: Path, tmp_path: Path, images: Path) -> None:
+    with pytest.raises(ValueError, match=r"give data\.val"):
+        evaluate_here(VERB, run, ["data.val=null"])
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / "step-00000004").mkdir()
+    with pytest.raises(ValueError, match="checkpoints is not the folder of an evaluation"):
+        evaluate_here(VERB, run, [], "checkpoints")
+    with pytest.raises(ValueError, match=r"epoch.*not finite|not finite.*lower learning rate"):
+        evaluate_here(VERB, run, [*FULL, "linear.lr=1e38"], "large")
+    (run / "weights.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match=r"weights\.safetensors is not a safetensors file"):
+        evaluate_here(VERB, run, [])
+    (run / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match="has no usable checkpoint"):
+        evaluate_here(VERB, run, [])
+
+
+@pytest.mark.usefixtures("small_group")
+def test_weights_of_another_backbone(run: Path) -> None:
+    with pytest.raises(ValueError, match=r"weights\.safetensors does not fit .*other shapes"):
+        evaluate_here(VERB, run, ["model.backbone_args={channels: [8, 8, 8, 8], layers: [1, 1, 1, 1]}"])
+
+
+def test_the_command(run: Path) -> None:
+    result = CliRunner().invoke(app, ["linear", str(run), *FAST, "--fast", "--name", "mine"])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout.splitlines()[-1])["protocol"] == "fast linear"
+    assert evaluations(run).keys() == {"mine"}

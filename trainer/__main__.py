@@ -161,9 +161,8 @@ def linear(
     from trainer.evaluate.linear import VERB
     from trainer.evaluate.verb import run_verb
 
-    _stoppable(
-        lambda: run_verb(VERB, run, [*(overrides or []), *(["linear.fast=true"] if fast else [])], name, network)
-    )
+    settings = [*(overrides or []), *(["linear.fast=true"] if fast else [])]
+    _stoppable(lambda: run_verb(VERB, run, settings, name, network))
 
 
 @app.command()

@@ -23,6 +23,7 @@ from data.views import Augment, View
 from models.encoder import Encoder
 from trainer import checkpoint
 from trainer.build import autocast_type, make_batches
+from trainer.config import MonitorSettings
 from trainer.engine import LossScale, named_state, set_named_state, squared_norm, update
 from trainer.evaluate.features import apply
 from trainer.evaluate.verb import Job

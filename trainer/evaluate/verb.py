@@ -82,9 +82,8 @@ def evaluate(
         "precision": config.run.precision,
         **verb.settings(config),
     }
-    with opened(
-        run, name or verb.name(config) + ("-teacher" if network == "teacher" else ""), settings, place
-    ) as folder:
+    name = name or verb.name(config) + ("-teacher" if network == "teacher" else "")
+    with opened(run, name, settings, place) as folder:
         if not (folder / RESULTS).exists():
             results = verb.evaluate(Job(encoder, config, place, folder, started))
             if fingerprint(encoder.backbone) != before:

@@ -34,6 +34,9 @@ ELSEWHERE = {
     "scale": "test_scale.py",
     "replay": "test_replay.py",
     "doctor": "test_doctor.py",
+    "linear": "test_linear.py",
+    "finetune": "test_finetune.py",
+    "voc07": "test_voc07.py",
 }
 
 

@@ -28,9 +28,9 @@ Network = Literal["student", "teacher"]
 def load_encoder(run: Path, config: Config, network: Network = "student") -> tuple[Encoder, int]:
     """A network of the run directory in host memory, and the step it is of (0 for an imported one).
 
-    `config` is that of the run, or another of the same backbone, for which head and predictor that are not in the file
-    stay untrained. Called by all ranks. Raises ValueError, on all of them, where there are no weights, or they do not
-    fit the configuration.
+    `config` is that of the run, or another of the same backbone: a head or predictor that is not in the file stays
+    untrained, one that the encoder lacks is left. Called by all ranks. Raises ValueError, on all of them, where there
+    are no weights, or they do not fit the configuration.
     """
     encoder = make_encoder(config)
     if network == "teacher":
@@ -58,11 +58,18 @@ def _fill(encoder: Encoder, path: Path, network: Network) -> None:
     own = {name.removeprefix(f"{network}."): x for name, x in tensors.items() if name.startswith(f"{network}.")}
     if not own:
         raise ValueError(f"{path} has no {network}, only {', '.join(sorted({name.split('.')[0] for name in tensors}))}")
-    parts = {"backbone", *(name.split(".")[0] for name in own)}
-    wanted = {name: x for name, x in encoder.state_dict().items() if name.split(".")[0] in parts}
+    state = encoder.state_dict()
+    parts = {"backbone"} | {_part(name) for name in own} & {_part(name) for name in state}
+    own = {name: x for name, x in own.items() if _part(name) in parts}
+    wanted = {name: x for name, x in state.items() if _part(name) in parts}
     if difference := differences(own, wanted):
         raise ValueError(f"{path} does not fit the configuration: {difference}")
     encoder.load_state_dict(own, strict=False)  # but for the parts that are not there, they are the same names
+
+
+def _part(name: str) -> str:
+    """backbone, head or predictor."""
+    return name.split(".")[0]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -395,5 +395,12 @@ def test_training_starts_from_imported_weights(tmp_path: Path) -> None:
         ValueError, match=r"does not fit the configuration: other shapes: head\.2\.weight is \[12, 16\]"
     ):
         pretrain(wrong)
+    other = {**RESNET, "dim": 12, "predictor": 8, "weights": str(tmp_path / "run")}  # a predictor comes, and goes
+    pretrain(small_config(tmp_path / "run4", images, run={"epochs": 1, "save_every": 2}, model=other, **rates))
+    with started("cpu"):
+        encoder, _ = load_encoder(tmp_path / "run4", config)
+        torch.testing.assert_close(
+            encoder.backbone.get_parameter("bn1.weight"), networks[0].get_parameter("bn1.weight")
+        )
     with pytest.raises(ValueError, match="nowhere has no usable checkpoint"):
         pretrain(small_config(tmp_path / "run3", images, model={**RESNET, "weights": "nowhere"}))

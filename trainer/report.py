@@ -353,7 +353,9 @@ def summarise_evaluations(found: dict[str, dict[str, Any]]) -> list[dict[str, st
         {
             "name": name,
             "result": format_evaluation(results),
-            "detail": ", ".join(write.format(results[key]) for key, write in formats.items() if results.get(key)),
+            "detail": ", ".join(
+                write.format(results[key]).replace("%", " %") for key, write in formats.items() if results.get(key)
+            ),
         }
         for name, results in found.items()
     ]

@@ -164,8 +164,8 @@ def test_evaluations(tmp_path: Path) -> None:
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td><code>.*?)</tr>", html)]
     assert rows == [
         ["<code>finetune-1pct</code>", "50.0 % ± 1.2", "fine-tuning, 600 labels"],
-        ["<code>linear</code>", "70.0 %", "linear, checkpoint of step 7,020, learning rate 10, top-5 90.0%"],
-        ["<code>voc07</code>", "mAP 81.2 %", "VOC07 SVM, 11-point mAP 79.0%"],
+        ["<code>linear</code>", "70.0 %", "linear, checkpoint of step 7,020, learning rate 10, top-5 90.0 %"],
+        ["<code>voc07</code>", "mAP 81.2 %", "VOC07 SVM, 11-point mAP 79.0 %"],
     ]
 
 

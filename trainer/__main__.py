@@ -21,9 +21,6 @@ bench_app = typer.Typer(no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
 data_app = typer.Typer(no_args_is_help=True, help="List, check and rewrite a data set.")
 app.add_typer(data_app, name="data")
-plan_app = typer.Typer(no_args_is_help=True, help="Predict what a run will need, on any machine.")
-app.add_typer(plan_app, name="plan")
-
 scale_app = typer.Typer(no_args_is_help=True, help="Study how throughput grows with nodes.")
 app.add_typer(scale_app, name="scale")
 
@@ -360,35 +357,44 @@ def data_views(
     print(out)
 
 
-@plan_app.callback()
-def plan() -> None:
-    """Predict what a run will need, on any machine."""
-
-
-@plan_app.command("memory")
-def plan_memory(
+@app.command("plan")
+def show_plan(
     config: ConfigPath,
     overrides: Overrides = None,
-    ranks: Annotated[str, typer.Option(help="Numbers of ranks, such as 8,64,1024")] = "8,64,1024",
-    images_per_rank: Annotated[
-        int | None, typer.Option(help="data.batch_size is this times the ranks, not what CONFIG says", min=1)
+    nodes: Annotated[str, typer.Option(help="Numbers of nodes: 1,2,8, or 1..1024 for powers of two")] = "1..16",
+    gpu: Annotated[str, typer.Option(help="v100, a100-40, a100, h100 or h200")] = "a100",
+    net: Annotated[
+        str, typer.Option(help="Between nodes: ib-hdr, ib-ndr, ib-edr, efa, ethernet-100 …, or Gb/s of a node")
+    ] = "ib-hdr",
+    gpus_per_node: Annotated[int, typer.Option(help="With a process each", min=1)] = 8,
+    images_per_gpu: Annotated[
+        int | None, typer.Option(help="data.batch_size is this times the GPUs, not what CONFIG says", min=1)
     ] = None,
-    ranks_per_node: Annotated[int, typer.Option(help="For what is placed by node", min=1)] = 8,
+    images: Annotated[int, typer.Option(help="Of the data set; ImageNet's if not given", min=1)] = 1_281_167,
+    price: Annotated[float | None, typer.Option(help="Of an hour of a GPU, for the cost", min=0)] = None,
+    data_rate: Annotated[float | None, typer.Option(help="Images/s that the loader of a node gives", min=1)] = None,
+    calibrate: Annotated[Path | None, typer.Option(help="Times measured by bench throughput --out FILE")] = None,
+    all_engines: Annotated[
+        bool, typer.Option("--all-engines", help="Rows for every engine, not only CONFIG's")
+    ] = False,
+    recommend: Annotated[bool, typer.Option(help="Compare engines, placements, batches on the most nodes")] = True,
     out: OutPath = None,
 ) -> None:
-    """Memory of a rank under every engine, by running the training step without its arithmetic: see docs/plan.md.
+    """Predict memory, traffic, time and cost of training CONFIG on any number of nodes: see docs/plan.md.
 
-    For a GPU, unless run.device=cpu. data.batch_size is of all ranks together and stays unless --images-per-rank says
-    otherwise.
+    It plays training steps without their arithmetic, on any machine. run.device=cpu: memory for the CPU, and times only
+    with --calibrate.
     """
-    from trainer import plan
     from trainer.config import load
+    from trainer.plan.report import report
+    from trainer.plan.rows import make_plan, parse_nodes
 
-    if not all(count.strip().isdigit() for count in ranks.split(",")):
-        raise ValueError(f"plan memory: got --ranks {ranks}, need numbers such as 8,64,1024")
     settings = load(config, overrides)
-    counts = [int(count) for count in ranks.split(",")]
-    plan.report(plan.plan_memory(settings, counts, ranks_per_node, images_per_rank), settings, out)
+    counts = parse_nodes(nodes)
+    plan = make_plan(
+        settings, counts, gpu, net, gpus_per_node, images_per_gpu, images, data_rate, calibrate, all_engines, recommend
+    )
+    report(plan, settings, price, out)
 
 
 @bench_app.callback()

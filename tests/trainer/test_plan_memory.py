@@ -2,23 +2,19 @@
 
 import functools
 import gc
-import json
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
-from typer.testing import CliRunner
 
 from tests.ranks import run_ranks
 from tests.trainer.engines import make_config, make_place
-from trainer.__main__ import app
 from trainer.build import autocast_type, make_engine, make_game
 from trainer.config import Config
-from trainer.plan import ENGINES, Memory, count_memory, plan_memory, report
+from trainer.plan.count import ENGINES, STEPS, Memory, count
 from trainer.step import Learner, Rates
 
 # Parameters and activations of the same order: what both of them need has to be right.
@@ -59,7 +55,7 @@ def allocated(config: Config) -> int:
         game.bank.fill(torch.randn_like(game.bank.w_KD))
         engine = make_engine(game, config, place)
         learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
-        for step in range(2):
+        for step in range(STEPS):
             each, sizes = config.data.batch_size // place.world, [view.size for view in config.data.views]
             views = [torch.randn(each, 3, size, size).to(memory_format=torch.channels_last) for size in sizes]
             learner.step(views, step, Rates(1e-3, 3.0, 0.99))
@@ -76,7 +72,7 @@ def all_allocated(world: int) -> list[int]:
 
 
 def all_counted(world: int) -> list[Memory]:
-    return count_memory(list(cases(world).values()), world, world)
+    return [counted.memory for counted in count(list(cases(world).values()), world, world)]
 
 
 @functools.cache
@@ -106,49 +102,9 @@ def test_within_a_tenth_of_what_is_allocated(world: int, network: str, engine: s
         assert memory.networks + memory.optimizer + memory.gradients > 0.2 * memory.peak
 
 
-def test_a_table_for_a_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every engine at once; what is cut is cut, and nothing real is allocated."""
-    config = make_config(
-        "vit",
-        run={"device": "auto"},
-        model={"dim": 32},
-        bank={"size": 1024},
-        optim={"name": "adamw", "lr": 1e-3},
-        engine={"kind": "fsdp"},
-    )
-    rows = plan_memory(config, [64], images_per_rank=2)
-    found = {row["engine"]: row for row in rows}
-    assert list(found) == list(ENGINES)
-    assert [row["engine"] for row in rows if row["own"]] == ["fsdp"]
-    assert {(row["images"], row["device"], row["precision"], row["fits"]) for row in rows} == {
-        (2, "gpu", "bf16", "40 GB")
-    }
-    assert found["fsdp"]["networks"] < 0.1 * found["ddp"]["networks"]
-    assert found["zero1"]["optimizer"] < found["ddp"]["optimizer"]
-    report(rows, config, tmp_path / "out/memory.json")
-    assert json.loads((tmp_path / "out/memory.json").read_text())["rows"] == rows
-    assert "fsdp*" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--ranks", "8,x"], "got --ranks 8,x, need numbers such as 8,64,1024"),
-        (["--ranks", "0"], "got 0 ranks, need at least 1"),
-        (["--ranks", "3"], "3 ranks: data.batch_size: 256 does not divide among 3 ranks; --images-per-rank N makes it"),
-        (["engine.kind=fsdp", "engine.cpu_offload=true"], "engine.cpu_offload moves memory to the host"),
-    ],
-)
-def test_what_cannot_be_planned(arguments: list[str], message: str) -> None:
-    config = Path(__file__).parents[2] / "configs/adco_r50_200ep.yaml"
-    result = CliRunner().invoke(app, ["plan", "memory", str(config), *arguments])
-    assert isinstance(result.exception, ValueError)
-    assert message in str(result.exception)
-
-
 @pytest.mark.parametrize(
     ("gib", "gpu"), [(30, "40 GB"), (34, "80 GB"), (69, "80 GB"), (71, "141 GB"), (124, "141 GB"), (125, "")]
 )
 def test_fits(gib: int, gpu: str) -> None:
     """With a tenth and 2 GiB to spare."""
-    assert Memory(gib * 2**30, 0, 0, 0, 0, "backward").fits == gpu
+    assert Memory(gib * 2**30, 0, 0, 0, 0, "backward").fits_on == gpu

@@ -62,9 +62,24 @@ class CollectiveTrace(TorchDispatchMode):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # it then runs first, and its collectives come back here
         if func.namespace in ("c10d", "_c10d_functional", "_dtensor"):
-            names = [argument.name for argument in func._schema.arguments]
-            self.collectives += _read(func, dict(zip(names, args, strict=False)) | (kwargs or {}))
+            self.collectives += _read(func, _by_name(func, args, kwargs or {}))
         return func(*args, **(kwargs or {}))
+
+
+def group_of(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """The ranks that a collective is of."""
+    return dist.get_process_group_ranks(_group(_by_name(func, args, kwargs)))
+
+
+def _by_name(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = [argument.name for argument in func._schema.arguments]
+    return dict(zip(names, args, strict=False)) | kwargs
+
+
+def _group(arguments: dict[str, Any]) -> dist.ProcessGroup:
+    if "process_group" in arguments:
+        return dist.ProcessGroup.unbox(arguments["process_group"])
+    return _resolve_process_group(arguments["group_name"])
 
 
 def _read(func: Any, arguments: dict[str, Any]) -> list[Collective]:
@@ -77,10 +92,7 @@ def _read(func: Any, arguments: dict[str, Any]) -> list[Collective]:
         raise NotImplementedError(f"{func}: how many bytes it sends is not known")
     handed = next(value for name, value in arguments.items() if name.startswith("input") or name == "tensors")
     tensors: list[Tensor] = tree_leaves(handed)
-    if "process_group" in arguments:
-        group = dist.ProcessGroup.unbox(arguments["process_group"])
-    else:
-        group = _resolve_process_group(arguments["group_name"])
+    group = _group(arguments)
     ranks = group.size()
     if operator == "all_to_all":
         keeps = _keeps(tensors, arguments.get("input_split_sizes"), group)

@@ -1,27 +1,22 @@
-"""What a run will need before there is a cluster to run it on: the memory of a rank, under every engine.
+"""What a step of a rank needs and does, before there is a cluster to run it on: memory, operators, collectives.
 
 Nothing is estimated by formula. Rank 0 of a fake process group of any size builds the game and its engine and plays
-two steps, by the code that trains, on tensors without values (`trainer.hollow`); what is alive at the worst moment is
-the prediction. That code runs on the CPU. For a GPU it is told to take the GPU's precision, kernels and optimizer; see
-docs/plan.md for what comes on top there.
+a few steps, by the code that trains, on tensors without values (`trainer.plan.hollow`); what is alive at the worst
+moment is the memory, and what the last step issues is the work. That code runs on the CPU. For a GPU it is told to
+take the GPU's precision, kernels and optimizer; see docs/plan.md for what comes on top there.
 """
 
 import gc
-import json
-import multiprocessing
-import os
+import logging
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from pydantic import ValidationError
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
 from torch import Tensor
+from torch.profiler import record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
@@ -33,8 +28,10 @@ from trainer.config import Config, EngineSettings, check_world
 from trainer.ddp import DDP
 from trainer.distributed import Place
 from trainer.engine import Engine
-from trainer.hollow import Hollow
 from trainer.optim import local
+from trainer.plan.hardware import GPUS, SIZES
+from trainer.plan.hollow import Hollow
+from trainer.plan.trace import Call, Op, StepTrace
 from trainer.step import Learner, Rates
 from trainer.zero import merge
 
@@ -46,10 +43,9 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": {"kind": "deepspeed", "stage": 3},
 }
 PARTS = ("networks", "optimizer", "gradients", "bank", "activations")
-# What torch.cuda.mem_get_info calls total on them, rounded down.
-GPUS = {"40 GB": 39 * 2**30, "80 GB": 79 * 2**30, "141 GB": 139 * 2**30}
 # Beside the tensors: the CUDA context, NCCL's and cuBLAS's buffers; and blocks that the allocator cannot fill.
 OVERHEAD_BYTES, OVERHEAD_SHARE = 2 * 2**30, 0.1
+STEPS = 4  # DDP finds its buckets in the third, ZeRO-3 its order in the second
 PROCESSORS = 108  # of an A100, by which Triton's `score` cuts its work
 
 
@@ -72,11 +68,21 @@ class Memory(NamedTuple):
     def peak(self) -> int:
         return self.networks + self.optimizer + self.gradients + self.bank + self.activations
 
+    def fits(self, size: int) -> bool:
+        """Into a GPU of so many bytes."""
+        return self.peak * (1 + OVERHEAD_SHARE) + OVERHEAD_BYTES <= size
+
     @property
-    def fits(self) -> str:
-        """The smallest of GPUS that takes it, "" if none does."""
-        need = self.peak * (1 + OVERHEAD_SHARE) + OVERHEAD_BYTES
-        return next((name for name, size in GPUS.items() if need <= size), "")
+    def fits_on(self) -> str:
+        """The smallest of SIZES that takes it, "" if none does."""
+        return next((name for name, size in SIZES.items() if self.fits(size)), "")
+
+
+class Counted(NamedTuple):
+    """events: of the last step, in order: none of what only first steps do."""
+
+    memory: Memory
+    events: list[Op | Call]
 
 
 def name_of(engine: EngineSettings) -> str:
@@ -84,65 +90,23 @@ def name_of(engine: EngineSettings) -> str:
     return f"zero{engine.stage}" if engine.kind == "deepspeed" else engine.kind
 
 
-def plan_memory(
-    config: Config, ranks: list[int], ranks_per_node: int = 8, images_per_rank: int | None = None
-) -> list[dict[str, Any]]:
-    """`count_memory` for each engine and number of ranks; the configuration's own engine with all of its options.
-
-    images_per_rank: data.batch_size is so many for each rank; None: it stays as it is, of all ranks together.
-    Keys: engine, own (whether it is the configuration's), ranks, images (per rank), device, precision, peak, fits,
-    and the fields of `Memory`. Raises ValueError where the batch or the bank does not fit a number of ranks, and for
-    engine.cpu_offload, which takes from one memory to give to another.
-    """
-    if config.engine.cpu_offload:
-        raise ValueError("plan memory: engine.cpu_offload moves memory to the host; need it off, both are one here")
-    jobs, tasks = [], []
-    # DeepSpeed keeps its group for the life of a process, so each number of ranks has its own.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "timm"])
-    with ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, max_tasks_per_child=1) as pool:
-        for count in ranks:
-            batch, node = (
-                images_per_rank * count if images_per_rank else config.data.batch_size,
-                min(ranks_per_node, count),
-            )
-            check_ranks(config, batch, count, node)
-            settings = {engine: _with(config, engine, batch) for engine in ENGINES}
-            jobs += [(engine, engine == name_of(config.engine), count, x) for engine, x in settings.items()]
-            tasks.append(pool.submit(count_memory, list(settings.values()), count, node))
-        memories = [
-            memory for task in track(tasks, "counting", console=Console(stderr=True)) for memory in task.result()
-        ]
-    return [
-        {
-            "engine": engine,
-            "own": own,
-            "ranks": count,
-            "images": settings.data.batch_size // count,
-            "device": "cpu" if config.run.device == "cpu" else "gpu",
-            "precision": settings.run.precision,
-            **memory._asdict(),
-            "peak": memory.peak,
-            "fits": memory.fits,
-        }
-        for (engine, own, count, settings), memory in zip(jobs, memories, strict=True)
-    ]
-
-
-def count_memory(configs: list[Config], world: int, ranks_per_node: int) -> list[Memory]:
+def count(configs: list[Config], world: int, ranks_per_node: int) -> list[Counted]:
     """Of rank 0 of `world`, for each configuration. In a process that has no group, nor had one of another size."""
+    logging.disable(logging.WARNING)  # DeepSpeed's, about what is played and not trained
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
         return [_count(config, Place(torch.device("cpu"), 0, world, ranks_per_node)) for config in configs]
     finally:
         dist.destroy_process_group()
+        logging.disable(logging.NOTSET)
 
 
-def _count(config: Config, place: Place) -> Memory:
-    """The game is built, the bank filled, two steps are taken."""
+def _count(config: Config, place: Place) -> Counted:
+    """The game is built, the bank filled, STEPS steps are taken."""
     gc.collect()  # what is left of another one takes no memory but address space
     gpu, compress = config.run.device != "cpu", config.engine.compress
     config = changed(config, {"engine": {"compress": "none"}})
+    trace = StepTrace(place.local_world)
     with Hollow(_kernels()) as hollow:
         game = make_game(config, place)
         engine = make_engine(game, config, place)
@@ -169,57 +133,18 @@ def _count(config: Config, place: Place) -> Memory:
             return take(lr)
 
         engine.step = step  # type: ignore[method-assign]
-        for number in range(2):
-            images, views = _batch(config, place.world)
-            ledger.tag("activations", [*images, *views])
-            learner.step(views, number, Rates(0.1, 3.0, 0.99))
+        for number in range(STEPS):
+            with trace if number == STEPS - 1 else nullcontext():
+                with record_function("normalize"):
+                    images, views = _batch(config, place.world)
+                ledger.tag("activations", [*images, *views])
+                learner.step(views, number, Rates(0.1, 3.0, 0.99))
             ledger.tag("optimizer", _held(_remembered(engine)))
         ledger.tag_rest("gradients")  # what else stays from step to step are buckets
     peak = ledger.peak()
     parts = {name: peak.parts.get(name, 0) for name in PARTS}
     parts["activations"] += peak.parts.get("", 0)
-    return Memory(**parts, phase=peak.phase or "building")
-
-
-def report(results: list[dict[str, Any]], config: Config, out: Path | None) -> None:
-    """Print what `plan_memory` gives and write it to `out` as JSON."""
-    first = results[0]
-    gpu = first["device"] == "gpu"
-    kept = f", {config.bank.size:,} negatives ({config.bank.placement})" if config.method.negatives != "none" else ""
-    table = Table(
-        title=f"{config.model.backbone}, {config.method.name}, {first['precision']}{kept}: "
-        f"GiB per rank on {'a GPU' if gpu else 'the CPU'}",
-        box=None,
-    )
-    for column in ("ranks", "images a rank", "engine", *PARTS, "peak", "in"):
-        table.add_column(column, justify="left" if column in ("engine", "in") else "right")
-    if gpu:
-        table.add_column("fits on")
-    for before, row in zip([None, *results], results, strict=False):
-        if before and before["ranks"] != row["ranks"]:
-            table.add_section()
-        table.add_row(
-            f"{row['ranks']:,}",
-            f"{row['images']:,}",
-            row["engine"] + ("*" if row["own"] else ""),
-            *(f"{row[part] / 2**30:.2f}" for part in (*PARTS, "peak")),
-            row["phase"],
-            *([row["fits"] or "none"] if gpu else []),
-        )
-    console = Console(width=max(140, Console().width))
-    console.print(table)
-    console.print("* the configuration's own engine")
-    if gpu:
-        console.print(
-            f"fits: with {100 * OVERHEAD_SHARE:.0f} % and {OVERHEAD_BYTES / 2**30:.0f} GiB more, "
-            "for what the allocator cannot fill and for CUDA, NCCL and cuBLAS; without DALI's memory"
-        )
-    if config.engine.compile:
-        console.print("counted without engine.compile")
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(result) for result in results)
-        out.write_text(f'{{"torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    return Counted(Memory(**parts, phase=peak.phase or "building"), trace.events)
 
 
 def changed(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
@@ -238,22 +163,22 @@ def check_ranks(config: Config, batch: int, ranks: int, ranks_per_node: int) -> 
     except ValidationError as error:
         raise ValueError(f"plan: {ranks} ranks: {error.errors()[0]['msg']}") from None
     except ValueError as error:
-        hint = "; --images-per-rank N makes it N times the ranks" if "batch_size" in str(error) else ""
+        hint = "; --images-per-gpu N makes it N times the GPUs" if "batch_size" in str(error) else ""
         raise ValueError(f"plan: {ranks} ranks: {error}{hint}") from None
 
 
-def _with(config: Config, engine: str, batch: int) -> Config:
-    """For another engine and batch, with the choices of `auto` made for the device that is meant."""
+def with_engine(config: Config, engine: str, placement: str, batch: int, gpu: str) -> Config:
+    """For another engine, placement of the bank and batch, with the choices of `auto` made for the GPU, of GPUS."""
     kept = config.engine.model_dump() if engine == name_of(config.engine) else {}
     settings = {**kept, **ENGINES[engine], "compile": False}
     settings["activation_checkpointing"] = config.engine.activation_checkpointing
-    changes = {"engine": settings, "data": {"batch_size": batch}}
-    gpu = config.run.device != "cpu"
+    changes = {"engine": settings, "data": {"batch_size": batch}, "bank": {"placement": placement}}
+    on_gpu = config.run.device != "cpu"
     if config.run.precision == "auto":
-        changes["run"] = {"precision": "bf16" if gpu else "fp32"}
-    if gpu and config.bank.kernels == "triton":  # which a CPU does not have
-        changes["bank"] = {"kernels": "auto"}
-    if gpu and engine.startswith("zero"):
+        changes["run"] = {"precision": "bf16" if on_gpu and "bfloat16" in GPUS[gpu].peaks.flops else "fp32"}
+    if on_gpu and config.bank.kernels == "triton":  # which a CPU does not have
+        changes["bank"]["kernels"] = "auto"
+    if on_gpu and engine.startswith("zero"):
         overlap = {"zero_optimization": {"overlap_comm": True}}
         settings["options"] = merge(overlap, settings.get("options", {}), "")
     return changed(config, changes)

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-_SMALL = 65536  # elements that a tensor made without any hollow one may have to get real values
+_SMALL = 65536  # numbers that a tensor made without any hollow one may have to get real values; integers always do
 _MANY = 16  # tensors for which fake ones take too long: ZeRO-3 puts a parameter together from a part for each rank
 _CPU = DispatchKeySet(DispatchKey.CPU)
 _COMPOSED = ("c10d", "_c10d_functional", "fsdp")  # operators made of others, which then come here one by one
@@ -202,7 +202,7 @@ class Hollow(TorchDispatchMode):
             return self._made(_empty_cat(*args, **kwargs))
         with self.shapes:
             out = func(*_map(self._fake, args), **_map(self._fake, kwargs))
-        if not hollow and all(x.numel() <= _SMALL for x in _tensors(out)):
+        if not hollow and all(x.numel() <= _SMALL or not x.is_floating_point() for x in _tensors(out)):
             return self._seen(func(*args, **kwargs))
         return _map(self._make, out)
 

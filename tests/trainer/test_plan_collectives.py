@@ -1,0 +1,120 @@
+"""Predicted collectives against those of real gloo processes: every call, its type and its bytes, exactly."""
+
+import functools
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from tests.ranks import run_ranks
+from tests.trainer.engines import NARROW, make_config, make_learner, make_place
+from trainer.bench.collectives import Collective
+from trainer.config import Config
+from trainer.plan.count import ENGINES, STEPS, count, with_engine
+from trainer.plan.trace import Call, Op, StepTrace
+from trainer.step import Rates
+
+Found = list[tuple[str, Collective, int, bool]]
+
+# By ranks, of which two make a node.
+PLACEMENTS = {1: ("sharded",), 2: ("replicated", "sharded"), 4: ("replicated", "sharded", "node")}
+OTHERS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "compressed": ("ddp", 2, {"engine": {"kind": "ddp", "compress": "bf16"}}),
+    "bf16": ("fsdp", 2, {"engine": {"kind": "fsdp"}, "run": {"precision": "bf16"}}),
+    "node by node": ("fsdp", 4, {"engine": {"kind": "fsdp", "placement": "node"}}),
+    "kept after forward": ("fsdp", 2, {"engine": {"kind": "fsdp", "reshard_after_forward": False}}),
+    "lars in two parts": (
+        "fsdp",
+        2,
+        {"engine": {"kind": "fsdp"}, "optim": {"name": "lars", "lr": 0.1, "accumulate": 2}},
+    ),
+    "synchronised": ("ddp", 2, {"method": {"bn": "sync"}}),
+    "symmetric": ("ddp", 2, {"method": {"bn": "shuffle", "symmetric": True}}),
+    "moco": ("zero2", 2, {"method": {"name": "moco"}, "bank": {"size": 64}}),
+    "simclr": ("ddp", 2, {"method": {"name": "simclr"}}),
+}
+
+
+def cases(world: int) -> dict[str, Config]:
+    """All engines and placements, and what else changes what is sent."""
+    configs: dict[str, tuple[str, str, dict[str, Any]]] = {
+        f"{e}, {p}": (e, p, {}) for e, p in product(ENGINES, PLACEMENTS[world])
+    }
+    configs |= {
+        name: (engine, "sharded", sections) for name, (engine, ranks, sections) in OTHERS.items() if ranks == world
+    }
+    found = {}
+    for name, (engine, placement, changes) in configs.items():
+        sections = {"method": {"bn": "shuffle"}, "data": {"batch_size": 16, "views": [{"size": 16}] * 2}, **changes}
+        config = make_config("resnet", model={**NARROW, "small_images": True, "stem_stride": 2}, **sections)
+        found[name] = with_engine(config, engine, placement, 16, "a100")
+    return found
+
+
+def per_node(world: int) -> int:
+    return min(world, 2)
+
+
+def calls(events: list[Op | Call]) -> Found:
+    return [(x.phase, x.collective, x.nodes, x.engine) for x in events if isinstance(x, Call)]
+
+
+def all_real(world: int) -> list[Found]:
+    """Of the last of a few real steps on this rank, for each case."""
+    found = []
+    for config in cases(world).values():
+        learner = make_learner(config, make_place(per_node(world)))
+        for step in range(STEPS):
+            each, sizes = config.data.batch_size // world, [view.size for view in config.data.views]
+            views = [torch.randn(each, 3, size, size).to(memory_format=torch.channels_last) for size in sizes]
+            with StepTrace(per_node(world)) as trace:
+                learner.step(views, step, Rates(1e-3, 3.0, 0.99))
+        found.append(calls(trace.events))
+    return found
+
+
+def all_predicted(world: int) -> list[Found]:
+    return [calls(counted.events) for counted in count(list(cases(world).values()), world, per_node(world))]
+
+
+def in_process(function: Callable[..., Any], *args: Any) -> Any:
+    """DeepSpeed keeps its groups for the life of a process."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
+        return pool.submit(function, *args).result()
+
+
+@functools.cache
+def real(world: int) -> dict[str, Found]:
+    return dict(zip(cases(world), run_ranks(world, all_real, world)[0], strict=True))
+
+
+@functools.cache
+def predicted(world: int) -> dict[str, Found]:
+    return dict(zip(cases(world), in_process(all_predicted, world), strict=True))
+
+
+@pytest.mark.parametrize(("world", "case"), [(world, case) for world in (1, 2, 4) for case in cases(world)])
+def test_every_call_is_predicted(world: int, case: str) -> None:
+    found, counted = predicted(world)[case], real(world)[case]
+    assert found == counted
+    if world > 1:
+        assert sum(call.sent for _, call, _, _ in found) > 10_000
+
+
+def test_nodes_and_issuers() -> None:
+    """Of four ranks on two nodes: what crosses nodes, and what is an engine's."""
+    found = predicted(4)["fsdp, node"]
+    assert {(call.ranks, nodes) for phase, call, nodes, _ in found if phase == "score"} == {
+        (2, 1),  # queries within a node
+        (2, 2),  # keys between
+    }
+    assert {phase for phase, _, _, engine in found if engine} == {"teacher", "student", "backward", "optimizer"}
+    assert {phase for phase, _, _, engine in found if not engine} == {"teacher", "score", "adversary"}
+    by_node = [call for call in predicted(4)["node by node"] if call[0] == "backward"]
+    kinds = {(call.operator, call.ranks, nodes) for _, call, nodes, _ in by_node}
+    assert kinds == {("all_gather", 2, 1), ("reduce_scatter", 2, 1), ("all_reduce", 2, 2)}
+    assert all(engine for _, _, _, engine in by_node)

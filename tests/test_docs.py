@@ -85,7 +85,7 @@ def test_it_is_understood(command: Command) -> None:
         assert words[0] in found.commands, f"there is no verb {words[0]}"
         found, words = found.commands[words[0]], words[1:]
     if not command.whole:
-        options = {option for parameter in found.params for option in parameter.opts}
+        options = {option for each in found.params for option in (*each.opts, *each.secondary_opts)}
         assert {word for word in words if word.startswith("--") and "=" not in word} <= options
         return
     with found.make_context("", words) as context:

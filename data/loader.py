@@ -262,15 +262,16 @@ def _scale_and_bias(device: torch.device, width: int) -> tuple[Tensor, Tensor]:
     return (1 / (255 * std)).repeat(width), (-mean / std).repeat(width)
 
 
-def normalize(images: Tensor, dtype: torch.dtype) -> Tensor:
+def normalize(images: Tensor, dtype: torch.dtype, whole: bool | None = None) -> Tensor:
     """uint8 [B, S, S, 3] to `dtype` [B, 3, S, S], ImageNet mean and deviation taken out, on the tensor's device.
 
     The result is channels_last: the bytes stay in their order. Computed in fp32, then rounded to `dtype`.
+    whole: by one operation, as suits a GPU; None: on a GPU.
     """
     _, height, width, _ = images.shape
     scale, bias = _scale_and_bias(images.device, width)
     rows = rearrange(images, "b h w c -> (b h) (w c)")
-    if images.is_cuda:
+    if images.is_cuda if whole is None else whole:
         out = torch.addcmul(bias, rows, scale)
     else:
         # Two types in one operation are ten times slower: convert, then in place, in parts that stay in the cache and

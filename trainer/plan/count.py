@@ -213,7 +213,7 @@ def _batch(config: Config, world: int) -> tuple[list[Tensor], list[Tensor]]:
     """The images of each view as the loader gives them, and as the network takes them."""
     each, sizes = config.data.batch_size // world, [view.size for view in config.data.views]
     images = [torch.empty(each, size, size, 3, dtype=torch.uint8) for size in sizes]
-    return images, [normalize(x, torch.float32) for x in images]
+    return images, [normalize(x, torch.float32, whole=config.run.device != "cpu") for x in images]
 
 
 @torch.no_grad()
@@ -221,7 +221,8 @@ def _first_keys(config: Config) -> None:
     """As `trainer.build.fill_bank` does for the untrained encoder's keys, of a data set of at least 256 images."""
     encoder = make_encoder(config).to(memory_format=torch.channels_last)
     size = config.data.views[0].size
-    encoder([normalize(torch.empty(256, size, size, 3, dtype=torch.uint8), torch.float32)])
+    images = torch.empty(256, size, size, 3, dtype=torch.uint8)
+    encoder([normalize(images, torch.float32, whole=config.run.device != "cpu")])
 
 
 def _held(tensors: Iterable[Any]) -> list[Tensor]:

@@ -40,6 +40,7 @@ def ema_update(
     """
     parameters, buffers = dict(student.named_parameters()), dict(student.named_buffers())
     targets, sources = [], []
+    counts, counted = [], []
     for name, p in teacher.named_parameters():
         targets.append(held(p))
         sources.append(held(parameters[name]))
@@ -48,7 +49,10 @@ def ema_update(
             targets.append(buffer)
             sources.append(buffers[name])
         else:
-            buffer.copy_(buffers[name])
+            counts.append(buffer)
+            counted.append(buffers[name])
+    if counts:  # of BatchNorm's batches: together, for a ResNet-50 would launch 53 of these copies
+        torch._foreach_copy_(counts, counted)
     for device in {target.device for target in targets}:  # two where parameters are offloaded and buffers are not
         here = [i for i, target in enumerate(targets) if target.device == device]
         torch._foreach_lerp_([targets[i] for i in here], [sources[i] for i in here], 1 - momentum)

@@ -36,6 +36,7 @@ Precision = Literal["fp32", "fp16", "bf16"]
 DataPath = Annotated[str, typer.Argument(help="What data.train may be: a folder, shards, an index", metavar="SRC")]
 Threads = Annotated[int, typer.Option(help="Pictures read at a time", min=1)]
 NetworkName = Annotated[Literal["student", "teacher"], typer.Option(help="Which of the run's networks")]
+Step = Annotated[int | None, typer.Option(help="Of the checkpoint, see run.keep_every; the newest if not given")]
 OutPath = Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file, too.")]
 
 
@@ -76,15 +77,16 @@ def replay(run: RunPath) -> None:
 
 
 @app.command()
-def knn(run: RunPath, overrides: Overrides = None, network: NetworkName = "student") -> None:
-    """Evaluate a run's newest checkpoint, or an imported model, by weighted k nearest neighbours.
+def knn(run: RunPath, overrides: Overrides = None, network: NetworkName = "student", step: Step = None) -> None:
+    """Evaluate a checkpoint of a run, or an imported model, by weighted k nearest neighbours.
 
     The run's own settings apply; eval.k=20 eval.temperature=0.07 is DINO's convention, eval.k=200
     eval.temperature=0.1 the original one, which lightly's benchmarks use.
     """
     from trainer.inspect import evaluate_knn
+    from trainer.weights import Which
 
-    evaluate_knn(run, overrides or [], network)
+    evaluate_knn(run, overrides or [], Which(network, step))
 
 
 @app.command("import")
@@ -111,6 +113,7 @@ def export(
     ],
     out: Annotated[Path, typer.Option(help="The new file; for huggingface, the new folder")],
     network: NetworkName = "student",
+    step: Step = None,
     licence: Annotated[str, typer.Option("--license", help="For the model card, such as apache-2.0")] = "unknown",
 ) -> None:
     """Write the backbone of a run for timm, torchvision, detectron2, onnxruntime or Hugging Face: docs/ecosystem.md.
@@ -118,8 +121,9 @@ def export(
     The student by default: it is what AdCo, MoCo, SimCLR and BYOL evaluate. DINO evaluates its teacher.
     """
     from trainer.export import export
+    from trainer.weights import Which
 
-    if told := export(run, to, out, network, licence):
+    if told := export(run, to, out, Which(network, step), licence):
         print(told)
 
 
@@ -130,6 +134,7 @@ def embed(
     out: Annotated[Path, typer.Option(help="The new file: .parquet, or .npy with a .csv of names")],
     overrides: Overrides = None,
     network: NetworkName = "student",
+    step: Step = None,
     points: Annotated[int, typer.Option(help="Images on the page beside OUT; 0: no page", min=0, max=5000)] = 2000,
 ) -> None:
     """Features of all images of SRC with their names, and a page with a map of them and their nearest neighbours.
@@ -137,8 +142,9 @@ def embed(
     KEY=VALUE are of eval.batch_size, eval.size (pixels), run.device and the like. See docs/ecosystem.md.
     """
     from trainer.embed import embed
+    from trainer.weights import Which
 
-    if told := embed(run, src, out, network, points, overrides or []):
+    if told := embed(run, src, out, Which(network, step), points, overrides or []):
         print(told)
 
 
@@ -149,42 +155,50 @@ def linear(
     fast: Annotated[bool, typer.Option("--fast", help="Features once, many learning rates (linear.fast=true)")] = False,
     name: Name = None,
     network: NetworkName = "student",
+    step: Step = None,
 ) -> None:
-    """Evaluate a run's newest checkpoint by a linear classifier on the frozen backbone, into RUN/NAME.
+    """Evaluate a checkpoint of a run by a linear classifier on the frozen backbone, into RUN/NAME.
 
     The published protocol, or with --fast features are computed once and the best of many learning rates and weight
     decays is chosen on held-out training images. Stops and goes on as pretrain does. See docs/evaluation.md.
     """
     from trainer.evaluate.linear import VERB
     from trainer.evaluate.verb import run_verb
+    from trainer.weights import Which
 
     settings = [*(overrides or []), *(["linear.fast=true"] if fast else [])]
-    _stoppable(lambda: run_verb(VERB, run, settings, name, network))
+    _stoppable(lambda: run_verb(VERB, run, settings, name, Which(network, step)))
 
 
 @app.command()
-def finetune(run: RunPath, overrides: Overrides = None, name: Name = None, network: NetworkName = "student") -> None:
-    """Train a run's newest checkpoint on with few labels, once for each seed, into RUN/NAME: mean and deviation.
+def finetune(
+    run: RunPath, overrides: Overrides = None, name: Name = None, network: NetworkName = "student", step: Step = None
+) -> None:
+    """Train a checkpoint of a run on with few labels, once for each seed, into RUN/NAME: mean and deviation.
 
     finetune.labels=0.01 (default), 0.1 or 1 is the share of the training images whose labels are used;
     finetune.subset_list=FILE names them. Stops and goes on as pretrain does. See docs/evaluation.md.
     """
     from trainer.evaluate.finetune import VERB
     from trainer.evaluate.verb import run_verb
+    from trainer.weights import Which
 
-    _stoppable(lambda: run_verb(VERB, run, overrides or [], name, network))
+    _stoppable(lambda: run_verb(VERB, run, overrides or [], name, Which(network, step)))
 
 
 @app.command()
-def voc07(run: RunPath, overrides: Overrides = None, name: Name = None, network: NetworkName = "student") -> None:
-    """Evaluate a run's newest checkpoint by linear SVMs on PASCAL VOC 2007, into RUN/NAME: mean average precision.
+def voc07(
+    run: RunPath, overrides: Overrides = None, name: Name = None, network: NetworkName = "student", step: Step = None
+) -> None:
+    """Evaluate a checkpoint of a run by linear SVMs on PASCAL VOC 2007, into RUN/NAME: mean average precision.
 
     voc07.root=VOCdevkit/VOC2007 is where the development kit lies, with trainval and test. See docs/evaluation.md.
     """
     from trainer.evaluate.verb import run_verb
     from trainer.evaluate.voc07 import VERB
+    from trainer.weights import Which
 
-    run_verb(VERB, run, overrides or [], name, network)
+    run_verb(VERB, run, overrides or [], name, Which(network, step))
 
 
 @app.command()

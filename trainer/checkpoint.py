@@ -145,18 +145,26 @@ def newest(folder: Path) -> Path | None:
 
     Damaged ones are named in the log and left where they are. Ranks share the reading.
     """
-    found: list[Path] = []
-    if dist.get_rank() == 0:
-        found = _list(folder)
-    listed: list[list[Path]] = [found]
-    dist.broadcast_object_list(listed)
-    for path in listed[0]:
-        damage = _any_failure(_damage(path, dist.get_rank(), dist.get_world_size()), dist.group.WORLD)
+    for path in _agreed_list(folder):
+        damage = _agreed_damage(path)
         if damage is None:
             return path
         if dist.get_rank() == 0:
             log.warning("checkpoint %s is damaged (%s): skipped", path, damage)
     return None
+
+
+def at(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, its files as its manifest says. Called by all ranks, who share the reading.
+
+    Raises ValueError, on all of them, where it is not there or damaged.
+    """
+    found = {step_of(path): path for path in _agreed_list(folder)}
+    if step not in found:
+        raise ValueError(f"{folder} has no checkpoint of step {step}, only of {', '.join(map(str, sorted(found)))}")
+    if damage := _agreed_damage(found[step]):
+        raise ValueError(f"checkpoint {found[step]} is damaged ({damage})")
+    return found[step]
 
 
 def step_of(path: Path) -> int:
@@ -283,6 +291,16 @@ def _list(folder: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def _agreed_list(folder: Path) -> list[Path]:
+    """As rank 0 sees it."""
+    found: list[Path] = []
+    if dist.get_rank() == 0:
+        found = _list(folder)
+    listed: list[list[Path]] = [found]
+    dist.broadcast_object_list(listed)
+    return listed[0]
+
+
 def _make_empty(path: Path) -> None:
     for left in path.parent.glob(".step-*"):  # of a process that was killed while saving
         shutil.rmtree(left)
@@ -332,6 +350,10 @@ def _damage(path: Path, rank: int, world: int) -> str | None:
     except (OSError, ValueError) as error:
         return str(error)
     return None
+
+
+def _agreed_damage(path: Path) -> str | None:
+    return _any_failure(_damage(path, dist.get_rank(), dist.get_world_size()), dist.group.WORLD)
 
 
 def _checksums(paths: list[Path], pace: _Pace | None) -> dict[str, Any]:

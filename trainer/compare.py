@@ -15,25 +15,45 @@ from rich.table import Table
 
 from trainer.config import Config, flatten
 from trainer.report import format_evaluation, format_percent, format_seconds, is_number, latest, thin
-from trainer.run_dir import Row, evaluations, read_config, read_json, read_rows, write_atomically
+from trainer.run_dir import (
+    Row,
+    evaluated_rows,
+    evaluations,
+    of_each_step,
+    read_config,
+    read_json,
+    read_rows,
+    write_atomically,
+)
 
-METRICS = {"knn": "kNN"}  # key of a row, name for readers
 POSITIONS = {"epoch": "epochs", "images": "images seen", "hours": "hours"}
 # What tells where a run lay and how it was watched, and not what it learned from.
-APART = ("run.dir", "run.log_every", "run.save_every", "run.keep", "run.max_minutes", "eval.knn_every")
+APART = (
+    "run.dir",
+    "run.log_every",
+    "run.save_every",
+    "run.keep",
+    "run.keep_every",
+    "run.max_minutes",
+    "eval.knn_every",
+)
 
 
 class Run(NamedTuple):
-    """What a run directory has. accuracies: rows with an evaluation. evaluations: results of other verbs, by name."""
+    """What a run directory has.
+
+    evaluations: results of other verbs by name, of the last step that each was made of. evaluated: `evaluated_rows`.
+    """
 
     name: str
     config: Config
     rows: list[Row]
     results: dict[str, Any]
     evaluations: dict[str, dict[str, Any]]
+    evaluated: list[Row]
 
     def accuracies(self, metric: str) -> list[Row]:
-        return [row for row in self.rows if is_number(row.get(metric))]
+        return [row for row in [*self.rows, *self.evaluated] if is_number(row.get(metric))]
 
 
 def compare(folders: list[Path], out: Path) -> None:
@@ -42,7 +62,7 @@ def compare(folders: list[Path], out: Path) -> None:
     Raises ValueError where a folder is not a run, or none of them has an evaluation.
     """
     runs = [read(folder, folders) for folder in folders]
-    if not any(run.evaluations or run.accuracies(metric) for run in runs for metric in METRICS):
+    if not any(run.evaluations or run.accuracies("knn") for run in runs):
         raise ValueError(f"{', '.join(map(str, folders))}: no run has been evaluated yet: nothing to compare")
     columns, rows = tabulate(runs)
     table = Table(box=None, pad_edge=False)
@@ -64,20 +84,20 @@ def read(folder: Path, folders: list[Path]) -> Run:
     alike = [other for other in folders if other.resolve().name == folder.resolve().name]
     name = folder.resolve().name if len(alike) == 1 else str(folder)
     rows, results = read_rows(folder / "metrics.jsonl"), read_json(folder / "results.json")
-    return Run(name, config, rows, results, evaluations(folder))
+    found = evaluations(folder)
+    last = {verb: list(by_step.values())[-1] for verb, by_step in of_each_step(found).items()}
+    return Run(name, config, rows, results, last, evaluated_rows(rows, found))
 
 
 def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     """Column names, and a row of texts for each run."""
-    shown = {key: label for key, label in METRICS.items() if any(run.accuracies(key) for run in runs)}
-    columns = ["run", "method", "epochs", "images", "time"]
-    columns += [text for label in shown.values() for text in (f"{label} before", f"{label} best", f"{label} last")]
+    columns = ["run", "method", "epochs", "images", "time", "kNN before", "kNN best", "kNN last"]
     names = sorted({name for run in runs for name in run.evaluations})
     columns += [*names, "feature std", "effective rank"]
-    return columns, [_describe(run, list(shown), names) for run in runs]
+    return columns, [_describe(run, names) for run in runs]
 
 
-def _describe(run: Run, metrics: list[str], evaluated: list[str]) -> list[str]:
+def _describe(run: Run, evaluated: list[str]) -> list[str]:
     def number(key: str, form: str) -> str:
         value = latest(key, run.rows)
         return form.format(value) if is_number(value) else ""
@@ -85,12 +105,11 @@ def _describe(run: Run, metrics: list[str], evaluated: list[str]) -> list[str]:
     seconds = latest("seconds", run.rows)
     texts = [run.name, run.config.method.name, number("epoch", "{:.4g}"), number("images", "{:,.0f}")]
     texts.append(format_seconds(seconds) if is_number(seconds) else "")
-    for metric in metrics:
-        found = run.accuracies(metric)
-        best = max(found, key=itemgetter(metric), default=None)
-        texts += [format_percent(found[0][metric]) if found and found[0]["step"] == 0 else ""]
-        texts += [f"{format_percent(best[metric])} (epoch {best['epoch']:.4g})" if best else ""]
-        texts += [format_percent(found[-1][metric]) if found else ""]
+    found = run.accuracies("knn")
+    best = max(found, key=itemgetter("knn"), default=None)
+    texts += [format_percent(found[0]["knn"]) if found and found[0]["step"] == 0 else ""]
+    texts += [f"{format_percent(best['knn'])} (epoch {best['epoch']:.4g})" if best else ""]
+    texts += [format_percent(found[-1]["knn"]) if found else ""]
     texts += [format_evaluation(run.evaluations[name]) if name in run.evaluations else "" for name in evaluated]
     return [*texts, number("feature_std", "{:.2f}"), number("effective_rank", "{:.1f}")]
 
@@ -104,9 +123,10 @@ def differences(runs: list[Run]) -> dict[str, list[str]]:
 
 
 def charts(runs: list[Run]) -> list[dict[str, Any]]:
-    """For each metric a chart against each position: lines with x and y, one for each run that has it."""
+    """For kNN, and what was evaluated at several steps, a chart against each position: a line for each run with it."""
     drawn = []
-    for metric, label in METRICS.items():
+    names = sorted({name for run in runs for row in run.evaluated for name in row.keys() & run.evaluations})
+    for metric, label in {"knn": "kNN", **{name: name for name in names}}.items():
         for position, words in POSITIONS.items():
             lines = []
             for number, run in enumerate(runs):

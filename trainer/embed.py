@@ -32,7 +32,7 @@ from trainer.embed_page import name_and_label, render_page
 from trainer.evaluate.features import apply
 from trainer.metrics import set_up_logging
 from trainer.run_dir import read_config, write_atomically
-from trainer.weights import Network, load_encoder, to_device
+from trainer.weights import Which, load_encoder, to_device
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Part(NamedTuple):
     samples: Path
 
 
-def embed(run: Path, src: str, out: Path, network: Network, points: int, overrides: list[str]) -> str:
+def embed(run: Path, src: str, out: Path, which: Which, points: int, overrides: list[str]) -> str:
     """Write the backbone's features of every picture of `src` to `out`, and a page of `points` of them beside it.
 
     They are as the backbone gives them, not of unit length. `points` 0: no page. Pictures that cannot be read are left
@@ -59,15 +59,15 @@ def embed(run: Path, src: str, out: Path, network: Network, points: int, overrid
     config = read_config(run, overrides)
     with distributed.started(config.run.device) as place:
         set_up_logging(place.rank)
-        return embed_here(run, config, place, src, out, network, points)
+        return embed_here(run, config, place, src, out, which, points)
 
 
-def embed_here(run: Path, config: Config, place: Place, src: str, out: Path, network: Network, points: int) -> str:
+def embed_here(run: Path, config: Config, place: Place, src: str, out: Path, which: Which, points: int) -> str:
     """`embed` in a group that there is; '' on all ranks but the first."""
     page = out.with_suffix(".html") if points else None
     new = [out, *([out.with_suffix(".csv")] if out.suffix == ".npy" else []), *([page] if page else [])]
     agree(_refusal(out, new) if place.rank == 0 else None)
-    encoder, _ = load_encoder(run, config, network)
+    encoder, _ = load_encoder(run, config, which)
     to_device(encoder, place.device)
     source = _open(src)
     mine = np.arange(len(source) * place.rank // place.world, len(source) * (place.rank + 1) // place.world)

@@ -32,7 +32,7 @@ from trainer.config import Config
 from trainer.layouts import from_torchvision_vit, to_detectron2
 from trainer.model_card import model_card
 from trainer.run_dir import read_config
-from trainer.weights import Network, differences, load_encoder
+from trainer.weights import Which, differences, load_encoder
 
 Format = Literal["timm", "torchvision", "detectron2", "onnx", "huggingface"]
 
@@ -40,7 +40,7 @@ TOLERANCE = 1e-4  # of the largest feature: another order of the same sums
 
 
 @torch.no_grad()
-def export(run: Path, to: Format, out: Path, network: Network, licence: str) -> str:
+def export(run: Path, to: Format, out: Path, which: Which, licence: str) -> str:
     """Write the backbone of a run to `out`, a new file or folder; says how to load it. See the module.
 
     licence: for the model card, an identifier of Hugging Face's. Raises ValueError where `out` exists, where there is
@@ -50,7 +50,7 @@ def export(run: Path, to: Format, out: Path, network: Network, licence: str) -> 
         raise ValueError(f"{out} exists: choose another name, nothing is overwritten")
     config = read_config(run)
     with distributed.started("cpu") as place:
-        encoder, step = load_encoder(run, config, network)
+        encoder, step = load_encoder(run, config, which)
         if place.rank > 0:
             return ""
     backbone = encoder.backbone.eval().requires_grad_(False)
@@ -76,7 +76,7 @@ def export(run: Path, to: Format, out: Path, network: Network, licence: str) -> 
         else:
             partial.mkdir()
             _write_folder(backbone, config, size, partial)
-            card = model_card(run, config, network, step, backbone, size, licence)
+            card = model_card(run, config, which.network, step, backbone, size, licence)
             (partial / "README.md").write_text(card, encoding="utf-8")
             told = f"timm.create_model('local-dir:{out}', pretrained=True)"
         os.rename(partial, out)
@@ -84,7 +84,7 @@ def export(run: Path, to: Format, out: Path, network: Network, licence: str) -> 
         if partial.is_dir():
             shutil.rmtree(partial)
         partial.unlink(missing_ok=True)
-    return f"{out}: the {network} of {run}" + (f" after {step:,} steps" if step else "") + f"; for {told}"
+    return f"{out}: the {which.network} of {run}" + (f" after {step:,} steps" if step else "") + f"; for {told}"
 
 
 def torchvision_weights(backbone: nn.Module, config: Config, size: int) -> dict[str, Tensor]:

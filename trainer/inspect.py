@@ -22,7 +22,7 @@ from trainer.evaluate.features import embed
 from trainer.metrics import set_up_logging
 from trainer.report import Gallery, Image, render
 from trainer.run_dir import open_sources, read_config, read_json, read_rows, write_atomically
-from trainer.weights import Network, load_encoder, to_device
+from trainer.weights import Which, load_encoder, to_device
 
 # Of the report's galleries.
 _QUERIES, _NEGATIVES, _NEIGHBOURS = 8, 12, 8
@@ -54,8 +54,8 @@ def draw_views(config: Config, out: Path, samples: int) -> None:
     out.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
 
 
-def evaluate_knn(run: Path, overrides: list[str], network: Network = "student") -> None:
-    """Print the kNN accuracy of the newest checkpoint, or of an imported model, as one JSON line.
+def evaluate_knn(run: Path, overrides: list[str], which: Which) -> None:
+    """Print the kNN accuracy of a checkpoint, or of an imported model, as one JSON line.
 
     `overrides` are of data.*, eval.* and run.device. Raises ValueError if there is no run, no usable checkpoint, or no
     validation set.
@@ -63,7 +63,7 @@ def evaluate_knn(run: Path, overrides: list[str], network: Network = "student") 
     config = read_config(run, overrides)
     with distributed.started(config.run.device) as place:
         set_up_logging(place.rank)
-        encoder, step = load_encoder(run, config, network)
+        encoder, step = load_encoder(run, config, which)
         train, val = open_sources(config, run)
         if val is None:
             raise ValueError(f"{run}: kNN needs labelled images to test on; give data.val=…")

@@ -10,8 +10,8 @@ from torch import nn
 
 from data.loader import MEAN, STD
 from trainer.config import Config
-from trainer.report import format_percent, format_seconds
-from trainer.run_dir import IMPORTED, read_json
+from trainer.report import format_percent, format_seconds, latest
+from trainer.run_dir import IMPORTED, read_json, read_rows
 
 METHODS = {
     "adco": "AdCo, adversarial contrast against learned negatives (arXiv 2011.08435)",
@@ -29,6 +29,7 @@ def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.
     environment = Environment(  # Markdown, not HTML: nothing to escape
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
+    rows = read_rows(run / "metrics.jsonl")
     return environment.get_template("model_card.md.j2").render(
         title=f"{config.model.backbone}, {run.resolve().name}",
         licence=licence,
@@ -41,7 +42,7 @@ def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.
         network=network,
         step=step,
         training=_training(config),
-        results=_results(read_json(run / "results.json")),
+        results=_results(read_json(run / "results.json")) if step == latest("step", rows) else [],  # of the last step
         size=size,
         mean=list(MEAN),
         std=list(STD),

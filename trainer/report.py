@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from trainer.run_dir import Row, evaluations
+from trainer.run_dir import Row, evaluated_rows, evaluations
 
 Image = NDArray[np.uint8]
 
@@ -75,6 +75,13 @@ CHARTS = (
         "kNN accuracy",
         "Weighted nearest neighbours on the frozen features, after each evaluated epoch.",
         (Line("knn", "kNN"),),
+        percent=(1,),
+    ),
+    Chart(
+        LEARNING,
+        "Linear accuracy",
+        "Of the checkpoints that were evaluated by a linear classifier on the frozen features.",
+        (Line("linear", "full protocol"), Line("linear-fast", "fast")),
         percent=(1,),
     ),
     Chart(
@@ -182,7 +189,8 @@ def render(
     )
     environment.filters["png"] = png_data_url
     environment.filters["crisp"] = lambda image: max(image.shape[:2]) <= CRISP_SIDE
-    charts = draw_charts(rows, results)
+    evaluated = evaluations(run_dir)
+    charts = draw_charts([*rows, *evaluated_rows(rows, evaluated)], results)
     return environment.get_template("report.html.j2").render(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
@@ -195,7 +203,7 @@ def render(
         },
         charts=charts,
         phases=summarise_phases(rows),
-        evaluations=summarise_evaluations(evaluations(run_dir)),
+        evaluations=summarise_evaluations(evaluated),
         gaps=count_non_finite(rows),
         neighbours=neighbours,
         negatives=negatives,

@@ -29,6 +29,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -37,6 +38,8 @@ from trainer.config import Config, dump, flatten, load
 from trainer.distributed import Place, agree
 
 log = logging.getLogger(__name__)
+
+POSITION = {"step", "epoch", "images", "seconds"}  # of a row of metrics.jsonl
 
 Row = dict[str, Any]
 
@@ -242,6 +245,33 @@ def evaluations(folder: Path) -> dict[str, dict[str, Any]]:
     """The results of what the run in `folder` was evaluated by, by the names of their folders."""
     found = {path.parent.name: read_json(path.with_name("results.json")) for path in folder.glob("*/settings.json")}
     return {name: results for name, results in sorted(found.items()) if results}
+
+
+def of_each_step(found: dict[str, dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """`evaluations` by name without the step and by step, ascending: linear-step780 of step 780 is a linear."""
+    grouped: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, results in sorted(found.items(), key=lambda item: item[1].get("step", 0)):
+        step = results.get("step", 0)
+        grouped.setdefault(name.removesuffix(f"-step{step}"), {})[step] = results
+    return grouped
+
+
+def evaluated_rows(rows: list[Row], found: dict[str, dict[str, Any]]) -> list[Row]:
+    """Evaluations of several steps as rows of metrics.jsonl, their accuracy under their name.
+
+    Epoch, images and seconds are those of `rows` around the step.
+    """
+    known = [row for row in rows if row.keys() >= POSITION]
+    if not known:
+        return []
+    steps = [row["step"] for row in known]
+    drawn = []
+    for name, by_step in of_each_step(found).items():
+        if len(by_step) > 1:
+            for step, results in by_step.items():
+                at = {key: float(np.interp(step, steps, [row[key] for row in known])) for key in POSITION}
+                drawn.append({**at, "step": step, name: results["map" if "map" in results else "top1"]})
+    return drawn
 
 
 def read_rows(path: Path) -> list[Row]:

@@ -1,4 +1,4 @@
-"""The learned networks of a run directory: of a pre-training's newest checkpoint, or of an imported model.
+"""The learned networks of a run directory: of a checkpoint of a pre-training, or of an imported model.
 
 A pre-training keeps them in checkpoints/step-N/weights.safetensors, `python -m trainer import` in weights.safetensors
 of the run directory itself. In both the tensors are called student.… and teacher.… as in `models.encoder.Encoder`; an
@@ -7,7 +7,7 @@ imported network may lack the head.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -25,32 +25,46 @@ from trainer.distributed import agree
 Network = Literal["student", "teacher"]
 
 
-def load_encoder(run: Path, config: Config, network: Network = "student") -> tuple[Encoder, int]:
+class Which(NamedTuple):
+    """network: of the two that a run has. step: of the checkpoint; None for the newest good one."""
+
+    network: Network = "student"
+    step: int | None = None
+
+
+NEWEST = Which()
+
+
+def load_encoder(run: Path, config: Config, which: Which = NEWEST) -> tuple[Encoder, int]:
     """A network of the run directory in host memory, and the step it is of (0 for an imported one).
 
     `config` is that of the run, or another of the same backbone: a head or predictor that is not in the file stays
     untrained, one that the encoder lacks is left. Called by all ranks. Raises ValueError, on all of them, where there
     are no weights, or they do not fit the configuration.
     """
+    network, step = which
     encoder = make_encoder(config)
     if network == "teacher":
         encoder = make_teacher(encoder)
-    path, step = run / WEIGHTS, 0
+    path, found = run / WEIGHTS, 0
+    if path.exists() and step is not None:
+        raise ValueError(f"{run} is an imported model: it has no checkpoint of step {step}")
     if not path.exists():
-        saved = checkpoint.newest(run / "checkpoints")
+        folder = run / "checkpoints"
+        saved = checkpoint.newest(folder) if step is None else checkpoint.at(folder, step)
         if saved is None:
             raise ValueError(f"{run} has no usable checkpoint")
-        path, step = saved / WEIGHTS, checkpoint.step_of(saved)
+        path, found = saved / WEIGHTS, checkpoint.step_of(saved)
         if not path.exists():  # as the first versions of this program left them
             checkpoint.load(saved, {network: encoder.state_dict()})
-            return encoder, step
+            return encoder, found
     error = None
     try:
         _fill(encoder, path, network)
     except (ValueError, OSError) as refusal:
         error = str(refusal)
     agree(error)
-    return encoder, step
+    return encoder, found
 
 
 def _fill(encoder: Encoder, path: Path, network: Network) -> None:

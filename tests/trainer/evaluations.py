@@ -14,6 +14,7 @@ from trainer.config import dump
 from trainer.distributed import Place
 from trainer.evaluate.verb import Results, Verb, evaluate
 from trainer.run_dir import read_config
+from trainer.weights import NEWEST
 
 NARROW: dict[str, Any] = {
     "backbone": "resnet18",
@@ -36,4 +37,4 @@ def evaluate_here(verb: Verb, run: Path, overrides: list[str], name: str | None 
     """In the group that this process is in."""
     world = dist.get_world_size()
     place = Place(torch.device("cpu"), dist.get_rank(), world, world)
-    return evaluate(verb, run, read_config(run, overrides), name, "student", place, time.time())
+    return evaluate(verb, run, read_config(run, overrides), name, NEWEST, place, time.time())

@@ -29,7 +29,7 @@ from trainer.embed_page import MAX_CLASSES, map_2d, nearest, render_page
 from trainer.import_weights import import_weights
 from trainer.pretrain import pretrain
 from trainer.run_dir import read_config
-from trainer.weights import load_encoder
+from trainer.weights import NEWEST, load_encoder
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -73,7 +73,7 @@ def expected(run: Path, pictures: Path) -> tuple[list[str], NDArray[np.float32]]
 def embed_on_ranks(run: Path, src: Path, out: Path, points: int = 0) -> str:
     place = Place(torch.device("cpu"), dist.get_rank(), dist.get_world_size(), dist.get_world_size())
     embed.CHUNK = 5  # rows of a part are joined in several chunks
-    return embed.embed_here(run, read_config(run), place, str(src), out, "student", points)
+    return embed.embed_here(run, read_config(run), place, str(src), out, NEWEST, points)
 
 
 @pytest.mark.parametrize("world", [1, 3])
@@ -228,5 +228,5 @@ def test_a_network_of_another_program(tmp_path: Path, pictures: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "a.pth")
     overrides = [f"model.backbone_args={VIT_ARGS}", "eval.size=16", "run.device=cpu", "data.workers=0"]
     import_weights(tmp_path / "a.pth", tmp_path / "run", "vit_tiny_patch16_224", overrides)
-    told = embed.embed(tmp_path / "run", str(pictures), tmp_path / "a.npy", "student", 0, [])
+    told = embed.embed(tmp_path / "run", str(pictures), tmp_path / "a.npy", NEWEST, 0, [])
     assert told == f"23 of 24 images, 32 features each: {tmp_path}/a.npy, {tmp_path}/a.csv"

@@ -25,7 +25,7 @@ from trainer.import_weights import import_weights
 from trainer.layouts import to_detectron2
 from trainer.pretrain import pretrain
 from trainer.run_dir import read_config
-from trainer.weights import load_encoder
+from trainer.weights import NEWEST, Which, load_encoder
 
 SIDE = 32  # pixels
 
@@ -79,7 +79,7 @@ def ours(run: Path, x_BCHW: Tensor, network: Any = "student") -> Tensor:
     from trainer.distributed import started
 
     with started("cpu"), torch.no_grad():
-        encoder, _ = load_encoder(run, read_config(run), network)
+        encoder, _ = load_encoder(run, read_config(run), Which(network))
         x_BD: Tensor = encoder.backbone.eval()(x_BCHW)
     return x_BD
 
@@ -90,7 +90,7 @@ def check(network: nn.Module, run: Path, x_BCHW: Tensor) -> None:
 
 
 def test_timm(resnet18: Path, tmp_path: Path, images: Tensor) -> None:
-    told = export(resnet18, "timm", tmp_path / "a.safetensors", "student", "unknown")
+    told = export(resnet18, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
     (how,) = re.findall(r"timm\.create_model\(.*\)", told)
     check(eval(how, {"timm": timm}), resnet18, images)
     again = tmp_path / "again"
@@ -99,13 +99,13 @@ def test_timm(resnet18: Path, tmp_path: Path, images: Tensor) -> None:
 
 
 def test_torchvision(resnet18: Path, vit: Path, tmp_path: Path, images: Tensor) -> None:
-    export(resnet18, "torchvision", tmp_path / "resnet.safetensors", "student", "unknown")
+    export(resnet18, "torchvision", tmp_path / "resnet.safetensors", NEWEST, "unknown")
     network = torchvision.models.resnet18()
     network.fc = nn.Identity()
     network.load_state_dict(load_file(tmp_path / "resnet.safetensors"))
     check(network, resnet18, images)
 
-    export(vit, "torchvision", tmp_path / "vit.safetensors", "student", "unknown")
+    export(vit, "torchvision", tmp_path / "vit.safetensors", NEWEST, "unknown")
     network = torchvision.models.VisionTransformer(SIDE, 8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=128)
     network.heads = nn.Identity()
     network.load_state_dict(load_file(tmp_path / "vit.safetensors"))
@@ -155,7 +155,7 @@ def test_detectron2_names_of_a_resnet50() -> None:
 
 def test_detectron2(resnet18: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.pkl"
-    told = export(resnet18, "detectron2", out, "student", "unknown")
+    told = export(resnet18, "detectron2", out, NEWEST, "unknown")
     assert "STRIDE_IN_1X1 False" in told
     assert b"_core" not in out.read_bytes(), "where numpy 2 has what older versions have elsewhere"
     with out.open("rb") as file:
@@ -179,7 +179,7 @@ def test_detectron2(resnet18: Path, tmp_path: Path) -> None:
 def test_onnx(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run, out = request.getfixturevalue(fixture), tmp_path / "a.onnx"
     side = SIDE if fixture == "resnet18" else 16
-    export(run, "onnx", out, "student", "unknown")
+    export(run, "onnx", out, NEWEST, "unknown")
     onnx.checker.check_model(str(out))
     assert {entry.key for entry in onnx.load(out).metadata_props} >= {"mean", "std"}
     session = onnxruntime.InferenceSession(str(out), providers=["CPUExecutionProvider"])
@@ -193,7 +193,7 @@ def test_onnx(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> N
 def test_a_folder_for_hugging_face(resnet18: Path, vit: Path, trained: Path, tmp_path: Path, images: Tensor) -> None:
     for run, x_BCHW in ((resnet18, images), (vit, images), (trained, images[:, :, :16, :16])):
         out = tmp_path / f"{run.name}-hf"
-        export(run, "huggingface", out, "student", "apache-2.0")
+        export(run, "huggingface", out, NEWEST, "apache-2.0")
         assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
         network = timm.create_model(f"local-dir:{out}", pretrained=True)
         check(network, run, x_BCHW)
@@ -208,7 +208,7 @@ def test_a_folder_for_hugging_face(resnet18: Path, vit: Path, trained: Path, tmp
 def test_the_model_card(resnet18: Path, trained: Path, tmp_path: Path) -> None:
     cards = []
     for run in (resnet18, trained):
-        export(run, "huggingface", tmp_path / run.name, "student", "cc-by-4.0")
+        export(run, "huggingface", tmp_path / run.name, NEWEST, "cc-by-4.0")
         text = (tmp_path / run.name / "README.md").read_text(encoding="utf-8")
         _, front, text = text.split("---\n", 2)
         assert yaml.safe_load(front)["license"] == "cc-by-4.0"
@@ -227,7 +227,7 @@ def test_the_model_card(resnet18: Path, trained: Path, tmp_path: Path) -> None:
 def test_the_networks_of_a_run(trained: Path, tmp_path: Path, images: Tensor) -> None:
     x_BCHW = images[:, :, :16, :16]
     assert not torch.equal(ours(trained, x_BCHW, "student"), ours(trained, x_BCHW, "teacher"))
-    told = export(trained, "timm", tmp_path / "a.safetensors", "teacher", "unknown")
+    told = export(trained, "timm", tmp_path / "a.safetensors", Which("teacher"), "unknown")
     assert "the teacher of" in told
     assert "after 2 steps" in told
     (how,) = re.findall(r"timm\.create_model\(.*\)", told)
@@ -280,8 +280,8 @@ def test_a_stem_for_small_images(tmp_path: Path, images: Tensor) -> None:
     )
     for to, who in (("torchvision", "torchvision"), ("detectron2", "torchvision"), ("huggingface", "Hugging Face")):
         with pytest.raises(ValueError, match=rf"{who}.* has no ResNet with a stem for small images .*stem_stride 2"):
-            export(folder, to, tmp_path / "a", "student", "unknown")  # type: ignore[arg-type]
-    told = export(folder, "timm", tmp_path / "a.safetensors", "student", "unknown")
+            export(folder, to, tmp_path / "a", NEWEST, "unknown")  # type: ignore[arg-type]
+    told = export(folder, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
     assert "once its conv1 is nn.Conv2d(3, conv1.out_channels, 3, 2, padding=1, bias=False)" in told
     network = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 16])
     network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, 2, padding=1, bias=False)

@@ -25,7 +25,7 @@ from trainer.import_weights import import_weights
 from trainer.inspect import evaluate_knn
 from trainer.pretrain import pretrain
 from trainer.run_dir import read_config, read_json
-from trainer.weights import Network, load_encoder
+from trainer.weights import NEWEST, Network, Which, load_encoder
 
 State = dict[str, Tensor]
 
@@ -173,7 +173,7 @@ OFFICIAL: list[tuple[Callable[[nn.Module, nn.Module], Any], str, bool, bool, lis
 
 
 def same_features(run: Path, network: Network, expected: nn.Module, side: int = 32) -> None:
-    encoder, step = load_encoder(run, read_config(run), network)
+    encoder, step = load_encoder(run, read_config(run), Which(network))
     assert step == 0
     x_BCHW = torch.randn(4, 3, side, side)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_official_layouts(tmp_path: Path, make: Any, name: str, teacher: bool, h
         same_features(run, "teacher", networks[1])
     else:
         with pytest.raises(ValueError, match="has no teacher, only student"):
-            load_encoder(run, read_config(run), "teacher")
+            load_encoder(run, read_config(run), Which("teacher"))
     assert ("with its head" in told) == head
     if head:
         config = read_config(run)
@@ -354,12 +354,12 @@ def test_an_imported_model_is_evaluated_and_never_trained_in(
     torch.save(adco(narrow_resnet(1), narrow_resnet(2)), file)
     import_weights(file, run, None, NARROW)
     with pytest.raises(ValueError, match="not-given does not exist"):
-        evaluate_knn(run, [])
+        evaluate_knn(run, [], NEWEST)
     given = [f"data.train={images}", f"data.val={images}", "data.workers=0", "eval.size=16", "eval.k=3"]
     networks: tuple[Network, ...] = ("student", "teacher")
     for network in networks:
         capsys.readouterr()
-        evaluate_knn(run, given, network)
+        evaluate_knn(run, given, Which(network))
         assert '"knn": ' in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds an imported model"):
         pretrain(read_config(run, given))
@@ -382,7 +382,7 @@ def test_training_starts_from_imported_weights(tmp_path: Path) -> None:
     with started("cpu"):
         kinds: tuple[Network, ...] = ("student", "teacher")
         for kind in kinds:
-            encoder, step = load_encoder(tmp_path / "run", config, kind)
+            encoder, step = load_encoder(tmp_path / "run", config, Which(kind))
             assert step == 2
             for name, x in networks[0].named_parameters():
                 torch.testing.assert_close(encoder.backbone.get_parameter(name), x, rtol=0, atol=1e-5)

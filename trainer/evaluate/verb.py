@@ -26,7 +26,7 @@ from trainer.config import Config, flatten
 from trainer.distributed import Place
 from trainer.metrics import set_up_logging
 from trainer.run_dir import claimed, open_sources, read_config, read_json, write_json
-from trainer.weights import Network, load_encoder, to_device
+from trainer.weights import Which, load_encoder, to_device
 
 RESULTS = "results.json"
 
@@ -54,8 +54,8 @@ class Verb(NamedTuple):
     evaluate: Callable[[Job], Results]
 
 
-def run_verb(verb: Verb, run: Path, overrides: list[str], name: str | None, network: Network) -> None:
-    """Evaluate a run's newest checkpoint, or an imported model, into RUN/NAME, and print the result as one JSON line.
+def run_verb(verb: Verb, run: Path, overrides: list[str], name: str | None, which: Which) -> None:
+    """Evaluate a checkpoint of a run, or an imported model, into RUN/NAME, and print the result as one JSON line.
 
     Goes on where it was stopped; what is finished is only printed. Raises ValueError if there is no run, no usable
     checkpoint, or what the evaluation needs is missing, and `trainer.stop.Stopped` where it was asked to end early.
@@ -64,16 +64,16 @@ def run_verb(verb: Verb, run: Path, overrides: list[str], name: str | None, netw
     config = read_config(run, overrides)
     with distributed.started(config.run.device) as place:
         set_up_logging(place.rank)
-        results = evaluate(verb, run, config, name, network, place, started)
+        results = evaluate(verb, run, config, name, which, place, started)
         if place.rank == 0:
             print(json.dumps(results))
 
 
 def evaluate(
-    verb: Verb, run: Path, config: Config, name: str | None, network: Network, place: Place, started: float
+    verb: Verb, run: Path, config: Config, name: str | None, which: Which, place: Place, started: float
 ) -> Results:
     """The results, on all ranks. Raises RuntimeError if the encoder is not bit for bit what it was."""
-    encoder, step = load_encoder(run, config, network)
+    encoder, step = load_encoder(run, config, which)
     to_device(encoder, place.device)
     before = fingerprint(encoder.backbone)
     settings = {
@@ -82,14 +82,16 @@ def evaluate(
         "precision": config.run.precision,
         **verb.settings(config),
     }
-    name = name or verb.name(config) + ("-teacher" if network == "teacher" else "")
+    if not name:
+        of_step = "" if which.step is None else f"-step{step}"
+        name = verb.name(config) + ("-teacher" if which.network == "teacher" else "") + of_step
     with opened(run, name, settings, place) as folder:
         if not (folder / RESULTS).exists():
             results = verb.evaluate(Job(encoder, config, place, folder, started))
             if fingerprint(encoder.backbone) != before:
                 raise RuntimeError("the backbone has changed while it was evaluated: the result would mean nothing")
             if place.rank == 0:
-                origin = {"network": network, "step": step}
+                origin = {"network": which.network, "step": step}
                 write_json(folder / RESULTS, {**results, **origin, **machine(place)})
         dist.barrier()
         return read_json(folder / RESULTS)

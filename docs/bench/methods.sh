@@ -4,8 +4,9 @@
 # CIFAR10: folder with train/ and test/. RUNS: folder for all runs. Started again it goes on; finished runs are kept.
 #
 # Every method has the same tuning: three learning rates, one more beyond the best if that is the first or the last,
-# then at the best of them a second value of the setting that the method is known to depend on most, two epochs each; the best by kNN runs for thirty epochs.
-# As many runs at once as there are cores, each on one thread: with networks this small that does twice the work.
+# then at the best of them a second value of the setting that the method is known to depend on most, two epochs each.
+# The best by kNN runs for 24 epochs. As many runs at once as there are cores, each on one thread: with networks
+# this small that does twice the work.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=$1 runs=$2
@@ -87,13 +88,13 @@ cat "$runs/tuning.txt"
 
 for method in "${methods[@]}"; do
     read -r rate own < <(best "$method")
-    start pretrain "$method" "$method" "$rate" "$own" run.epochs=30 run.keep=1 run.keep_every=6 eval.knn_every=3
+    start pretrain "$method" "$method" "$rate" "$own" run.epochs=24 run.keep=1 run.keep_every=6 eval.knn_every=3
 done
 # Of the second method: as it is; without mining; mining without the pairs' own term; no guard; fewer and more mined.
 read -r rate own < <(best acssl)
 for part in method.name=acssl method.hardest=0 method.pair_weight=0 method.guard_top=0 method.hardest=8 \
     method.hardest=32 method.hardest=100; do
-    start pretrain "parts/$part" acssl "$rate" "$own" run.epochs=10 eval.knn_every=5 "$part"
+    start pretrain "parts/$part" acssl "$rate" "$own" run.epochs=6 eval.knn_every=3 "$part"
 done
 finish
 for method in "${methods[@]}"; do

@@ -276,7 +276,8 @@ def _to_batch(outputs: tuple) -> Batch:
     bad, error = json.loads(bytes(note.at(0)))
     if error:
         raise ValueError(error)
-    # No copies: DALI keeps the memory until torch lets go of it, and orders its own work after torch's stream.
+    # No copies: DALI keeps the memory until torch lets go of it. It does not know of torch's stream: on a GPU, what is
+    # made of a batch has to be done before the batch is let go (training waits for each step's gradient norm).
     tensors = [torch.from_dlpack(view.as_tensor()) for view in views]
     return Batch(tensors, torch.from_numpy(shown.as_array().copy()), [(i, reason) for i, reason in bad])
 

@@ -54,11 +54,6 @@ class Listing(Source):
         start, stop = self._offsets.array[i : i + 2].tolist()
         return os.fsdecode(self._names.array[start:stop].tobytes())
 
-    @property
-    def bytes_per_sample(self) -> float:
-        """Memory of the list, and size of its index."""
-        return sum(array.nbytes for array in self._arrays().values()) / len(self)
-
     def without(self, samples: list[int]) -> Self:
         """The same list, less some samples; classes stay as they are."""
         keep = np.ones(len(self), bool)

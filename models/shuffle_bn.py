@@ -44,7 +44,8 @@ def plan(local_batch: int, rank: int, world: int, seed: int) -> Shuffle:
 def shuffle(images_BCHW: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
     """Exchange images over ranks: those that this rank's teacher will see, same shape and type, channels_last."""
     rows_BHWC = images_BCHW.permute(0, 2, 3, 1)  # the order of the bytes in channels_last: nothing is copied
-    sent_BHWC = rows_BHWC[route.send_B.to(rows_BHWC.device)].contiguous()
+    # non_blocking, here and below: else the host waits until the device has done all that it was given before.
+    sent_BHWC = rows_BHWC[route.send_B.to(rows_BHWC.device, non_blocking=True)].contiguous()
     received_BHWC = torch.empty_like(sent_BHWC)
     dist.all_to_all_single(received_BHWC, sent_BHWC, route.receives, route.sends, group=group)
     return received_BHWC.permute(0, 3, 1, 2)
@@ -55,7 +56,7 @@ def unshuffle(x_BD: Tensor, route: Shuffle, group: ProcessGroup | None = None) -
     returned_BD = torch.empty_like(x_BD, memory_format=torch.contiguous_format)
     dist.all_to_all_single(returned_BD, x_BD.contiguous(), route.sends, route.receives, group=group)
     restored_BD = torch.empty_like(returned_BD)
-    restored_BD[route.send_B.to(x_BD.device)] = returned_BD
+    restored_BD[route.send_B.to(x_BD.device, non_blocking=True)] = returned_BD
     return restored_BD
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # AdCo, ResNet-50, 800 epochs of ImageNet (or CONFIG=another.yaml):
-#   sbatch --nodes=4 --partition=gpu slurm/adco_800ep.sh data.train=/data/imagenet/train data.val=/data/imagenet/val
+#   sbatch --nodes=1 --partition=gpu slurm/adco_800ep.sh data.train=/data/imagenet/train data.val=/data/imagenet/val
 # Options on the sbatch line win over those below. docs/slurm.md has all of them, slurm/env.sh what your site needs.
 #SBATCH --job-name=adco_800ep
-#SBATCH --nodes=4
+#SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64

@@ -85,10 +85,12 @@ if [[ -n $task && -f $job/code/sweep ]]; then
 elif [[ -n $task ]]; then
     if [[ $verb == pretrain ]]; then settings+=("run.seed=$task"); else settings+=("$verb.seed=$task"); fi
 fi
+fits=()
+[[ $verb != pretrain ]] || fits=(--nodes "$SLURM_NNODES" --ranks-per-node "$ranks")
 run_dir=$(srun --nodes=1 --ntasks=1 "${srun_options[@]}" "${container[@]}" \
-    python -m trainer config "$config" "${settings[@]}" --get run.dir) || {
-    ((restarts)) && failed "the configuration cannot be read"
-    say "the configuration cannot be read: not started" && exit 1
+    python -m trainer config "$config" "${settings[@]}" "${fits[@]}" --get run.dir) || {
+    ((restarts)) && failed "the configuration is refused"
+    say "the configuration is refused: not started" && exit 1
 }
 if [[ $verb == pretrain ]]; then
     run_dir=$run_dir${task:+-$task}
@@ -119,7 +121,7 @@ fi
 status=0
 await launch "${work[@]}" "${settings[@]}" || status=$?
 
-if [[ -f $run_dir/results.json ]]; then
+if ((status == 0)) && [[ -f $run_dir/results.json ]]; then # which may be of an earlier start
     say "finished: $run_dir"
 elif [[ -f $run_dir/stopped.json ]]; then
     reason=$(sed -n 's/.*"reason": "\(.*\)".*/\1/p' "$run_dir/stopped.json")

@@ -152,15 +152,15 @@ def embed(
 def linear(
     run: RunPath,
     overrides: Overrides = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Features once, many learning rates (linear.fast=true)")] = False,
+    fast: Annotated[bool, typer.Option("--fast", help="Many learning rates, features kept (linear.fast=true)")] = False,
     name: Name = None,
     network: NetworkName = "student",
     step: Step = None,
 ) -> None:
     """Evaluate a checkpoint of a run by a linear classifier on the frozen backbone, into RUN/NAME.
 
-    The published protocol, or with --fast features are computed once and the best of many learning rates and weight
-    decays is chosen on held-out training images. Stops and goes on as pretrain does. See docs/evaluation.md.
+    The published protocol, which stops and goes on as pretrain does; or with --fast features are computed a few times
+    and the best of many learning rates and weight decays is chosen on held-out images. See docs/evaluation.md.
     """
     from trainer.evaluate.linear import VERB
     from trainer.evaluate.verb import run_verb
@@ -253,11 +253,15 @@ def show_config(
     config: ConfigPath,
     overrides: Overrides = None,
     get: Annotated[str | None, typer.Option(help="Only this value, such as run.dir")] = None,
+    nodes: Annotated[int, typer.Option(help="With --ranks-per-node", min=1)] = 1,
+    ranks_per_node: Annotated[int | None, typer.Option(help="Refuse what cannot train on so many ranks", min=1)] = None,
 ) -> None:
     """Print the resolved configuration, with everything that CONFIG leaves to the defaults."""
-    from trainer.config import dump, flatten, load
+    from trainer.config import check_world, dump, flatten, load
 
     resolved = load(config, overrides)
+    if ranks_per_node:
+        check_world(resolved, nodes * ranks_per_node, ranks_per_node)
     if get is None:
         print(dump(resolved), end="")
         return

@@ -52,7 +52,7 @@ def make_game(config: Config, place: Place, student: Encoder | None = None) -> M
     """
     method, bank = config.method, config.bank
     mesh = make_mesh(bank.placement, place.device, place.local_world)
-    check_world(config, place.world, mesh.size(1))
+    check_world(config, place.world, place.local_world)
     student = student or make_encoder(config)
     if method.bn == "sync":
         synchronise_bn(student, place.device)

@@ -222,7 +222,9 @@ class _Writer(dcp.FileSystemWriter):
     """Fails with the operating system's words: torch.save's zip writer covers them with its own."""
 
     def __init__(self, path: Path, pace: _Pace | None) -> None:
-        super().__init__(path, sync_files=True)  # fsync, so that the rename cannot come before the content
+        # fsync, so that the rename cannot come before the content. Nothing is copied ahead: all is in host memory, and
+        # the default would open a context on GPU 0 in every rank.
+        super().__init__(path, sync_files=True, per_thread_copy_ahead=0)
         if pace:
             self.fs = _PacedFiles(pace)
 

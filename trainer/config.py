@@ -31,8 +31,9 @@ class Run(Section):
     """Where and how long. log_every and save_every in steps; keep: checkpoints that stay. keep_every: in epochs; those
     that are saved then stay for good. profile: steps to trace, on rank 0, from the tenth after the start on.
 
-    max_minutes: after which training saves and stops, as it does before a SLURM job's end. step_timeout: seconds in
-    which a step must end, or the process ends itself; long_timeout: likewise for the first step and evaluations.
+    max_minutes: by which the process has ended: training saves and stops two minutes before; a SLURM job is requeued.
+    step_timeout: seconds in which a step must end, or the process ends itself; long_timeout: likewise for the first
+    step and evaluations.
     """
 
     dir: str
@@ -136,7 +137,8 @@ class Optim(Section):
 
     accumulate: parts that a rank cuts its batch into, one after the other, to save memory. Each part has its own
     batch statistics and its own batch keys. clip: the gradient's length is cut to it. decay_norm_and_bias: weight
-    decay (and LARS's adaptation) for vectors and scalars too, and not for matrices and filters alone.
+    decay (and LARS's adaptation) for vectors and scalars too, and not for matrices and filters alone. momentum: of sgd
+    and lars.
     """
 
     name: Literal["sgd", "lars", "adamw"] = "sgd"
@@ -334,8 +336,9 @@ class Config(Section):
         return self
 
 
-def check_world(config: Config, world: int, shards: int) -> None:
-    """Raise ValueError where the configuration does not fit `world` ranks and `shards` parts of the bank."""
+def check_world(config: Config, world: int, ranks_per_node: int) -> None:
+    """Raise ValueError where the configuration does not fit so many ranks."""
+    shards = {"replicated": 1, "sharded": world, "node": ranks_per_node}[config.bank.placement]
     batch, parts = config.data.batch_size, config.optim.accumulate
     if batch % (world * parts):
         raise ValueError(

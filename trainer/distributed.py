@@ -23,11 +23,16 @@ class Place(NamedTuple):
 def started(device: str) -> Iterator[Place]:
     """In the group that torchrun's environment describes, or in a group of one. `device`: auto, cpu or cuda.
 
-    Raises ValueError where a GPU is asked for and there is none for this rank.
+    Raises ValueError where a GPU is asked for and there is none for this rank, or the driver does not fit.
     """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "auto":
+        if torch.cuda.device_count() > 0 and not torch.cuda.is_available():
+            raise ValueError(
+                f"run.device: this machine has GPUs, but its driver is too old for torch {torch.__version__}; "
+                "run.device=cpu trains without them"
+            )
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -44,8 +49,12 @@ def started(device: str) -> Iterator[Place]:
     dist.init_process_group(backend, timeout=timedelta(minutes=30), **options)
     try:
         yield place
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL's end waits for the other ranks, who wait in a collective for this one: it has to say why, and go.
+        if place.device.type == "cpu" or world == 1:
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def agree(error: str | None) -> None:

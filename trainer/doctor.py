@@ -1,9 +1,11 @@
 """What this machine has for training, and what a configuration needs and lacks here."""
 
+import importlib
 import importlib.metadata
 import os
 import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
@@ -43,7 +45,12 @@ def show(checks: list[Check]) -> bool:
     return all(check.state != "missing" for check in checks)
 
 
-_PACKAGES = (("DALI", "nvidia-dali-cuda130"), ("Triton", "triton"), ("DeepSpeed", "deepspeed"), ("timm", "timm"))
+_PACKAGES = (
+    ("DALI", "nvidia-dali-cuda130", "nvidia.dali"),
+    ("Triton", "triton", "triton"),
+    ("DeepSpeed", "deepspeed", "deepspeed"),
+    ("timm", "timm", "timm"),
+)
 
 
 def _cpu() -> Check:
@@ -53,6 +60,8 @@ def _cpu() -> Check:
 
 def _gpus() -> list[Check]:
     if not torch.cuda.is_available():
+        if torch.cuda.device_count():
+            return [Check("GPU", "missing", f"the driver is too old for torch {torch.__version__}")]
         return [Check("GPU", "absent", f"torch {torch.__version__} sees none: training runs on the CPU")]
     found = []
     for i in range(torch.cuda.device_count()):
@@ -60,7 +69,8 @@ def _gpus() -> list[Check]:
         free, total = (x / 2**30 for x in torch.cuda.mem_get_info(i))
         bf16 = "bf16" if properties.major >= 8 else "no bf16"
         found.append(Check(f"GPU {i}", "ok", f"{properties.name}, {free:.0f} of {total:.0f} GiB free, {bf16}"))
-    return found
+    problem = compiler_problem()
+    return [*found, Check("compiler", "missing" if problem else "ok", problem or "for Triton")]
 
 
 def _nccl() -> Check:
@@ -69,11 +79,21 @@ def _nccl() -> Check:
     return Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def _package(name: str, package: str) -> Check:
+def _package(name: str, package: str, module: str) -> Check:
     try:
+        importlib.import_module(module)
         return Check(name, "ok", f"{package} {importlib.metadata.version(package)}")
-    except importlib.metadata.PackageNotFoundError:
-        return Check(name, "absent", f"pip install -r requirements.txt brings {package}")
+    except (ImportError, OSError, importlib.metadata.PackageNotFoundError) as error:
+        return Check(name, "absent", f"{error}; pip install -r requirements.txt brings {package}")
+
+
+def compiler_problem() -> str | None:
+    """What Triton lacks on this machine to compile its launcher at the first step on a GPU; None if nothing."""
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        return "no C compiler, which Triton needs: gcc or clang, or CC=…"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "no Python.h, which Triton compiles with: Debian's python3-dev"
+    return None
 
 
 def _slurm() -> Check:

@@ -64,7 +64,7 @@ def evaluate_knn(run: Path, overrides: list[str], which: Which) -> None:
     with distributed.started(config.run.device) as place:
         set_up_logging(place.rank)
         encoder, step = load_encoder(run, config, which)
-        train, val = open_sources(config, run)
+        train, val = open_sources(config.data, run)
         if val is None:
             raise ValueError(f"{run}: kNN needs labelled images to test on; give data.val=…")
         accuracy = knn.evaluate(to_device(encoder, place.device), train, val, place.device, config)
@@ -86,7 +86,7 @@ def write_report(run: Path) -> Path:
         set_up_logging(place.rank)
         if any((run / "checkpoints").glob("step-*")):
             game, _ = load_game(config, place, run)
-            train, val = open_sources(config, run)
+            train, val = open_sources(config.data, run)
             chosen = _spread(len(train), _MOST_IMAGES)
             if val:
                 neighbours = find_neighbours(game, config, place, train, val, chosen)

@@ -35,6 +35,7 @@ from data.index import find_files
 from trainer import distributed
 from trainer.config import Config
 from trainer.distributed import Place
+from trainer.doctor import compiler_problem
 from trainer.run_dir import existing_parent
 from trainer.watchdog import Watchdog
 
@@ -258,12 +259,15 @@ def _problems(config: Config | None) -> list[str]:
     problems = []
     ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     device = config.run.device if config else "auto"
-    if gpus < ranks and (device == "cuda" or (device == "auto" and gpus)):
+    expected = gpus or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)  # the driver may be too old, a container without
+    if gpus < ranks and (device == "cuda" or (device == "auto" and expected)):
         problems.append(f"sees {gpus} GPUs for {ranks} ranks")
     for i in range(min(gpus, ranks)):
         free, total = torch.cuda.mem_get_info(i)
         if free < 0.85 * total:
             problems.append(f"GPU {i}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: another process is on it")
+    if gpus and (problem := compiler_problem()):
+        problems.append(problem)
     if (shared := shutil.disk_usage("/dev/shm").total / 2**30) < 1:
         problems.append(f"/dev/shm has {shared:.2f} GiB, through which batches go: docker run --ipc=host")
     if config is None:

@@ -35,7 +35,7 @@ from trainer.flops import peak, step_flops
 from trainer.metrics import Averages, Recorder, memory, set_up_logging
 from trainer.optim import cosine, scaled_lr
 from trainer.phases import Spread, as_row, host_names, spread, straggler, traced
-from trainer.run_dir import Row, Unreadable, claim, open_sources, read_rows, write_json
+from trainer.run_dir import Row, Unreadable, check_batch, claim, open_sources, read_rows, write_json
 from trainer.step import Learner, NotFinite, Rates
 from trainer.stop import Stop, deadline
 from trainer.watchdog import Watchdog
@@ -61,7 +61,8 @@ def pretrain(config: Config) -> None:
 
 
 def _pretrain(config: Config, place: Place, folder: Path, started: float) -> None:
-    train, val = open_sources(config, folder)
+    train, val = open_sources(config.data, folder)
+    check_batch(config, train)
     epoch_steps = steps_per_epoch(len(train), config.data.batch_size)
     steps = epoch_steps * config.run.epochs
     saved = checkpoint.newest(folder / "checkpoints")

@@ -53,7 +53,8 @@ def dump(
     dist.all_gather_object(failures, failure)
     if reasons := [f for f in failures if f]:
         return f"{listed}; nothing kept to replay it: {reasons[0]}"
-    return f"{listed}; python -m trainer replay {folder} does this step again"
+    on = f", on {world} ranks as the run (torchrun)," if world > 1 else ""
+    return f"{listed}; python -m trainer replay {folder}{on} does this step again"
 
 
 def _some(samples: list[int]) -> str:

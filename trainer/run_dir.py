@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 
 from data.index import Source, open_source
-from trainer.config import Config, dump, flatten, load
+from trainer.config import Config, Data, dump, flatten, load
 from trainer.distributed import Place, agree
 
 log = logging.getLogger(__name__)
@@ -121,9 +121,10 @@ def _lock(folder: Path) -> IO[str]:
         lock = (folder / "lock").open("a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"run.dir: another process is training in {folder}") from error
+        raise ValueError(f"another process is at work in {folder}") from error
     except OSError as error:
-        raise ValueError(f"run.dir: {folder} cannot be used: {error.strerror}") from error
+        what = "cannot be locked (flock)" if folder.is_dir() else "cannot be used"
+        raise ValueError(f"{folder} {what}: {error.strerror}") from error
     return lock
 
 
@@ -143,8 +144,21 @@ def _take(folder: Path, config: Config) -> None:
     write_atomically(stored, dump(config))
 
 
-def open_sources(config: Config, folder: Path) -> tuple[Source, Source | None]:
-    """The training images and, if the configuration names any, the validation images.
+def open_training(config: Config, folder: Path) -> Source:
+    """The training images alone. Raises ValueError, on all ranks, where they are fewer than a batch, too."""
+    train, _ = open_sources(config.data.model_copy(update={"val": None}), folder)
+    check_batch(config, train)
+    return train
+
+
+def check_batch(config: Config, train: Source) -> None:
+    """Raise ValueError where the training images are fewer than a batch."""
+    if (batch := config.data.batch_size) > len(train):
+        raise ValueError(f"data.batch_size: {batch} images are more than {config.data.train} has, {len(train)}")
+
+
+def open_sources(data: Data, folder: Path) -> tuple[Source, Source | None]:
+    """The training images and, if `data` names any, the validation images; their listings are kept in `folder`.
 
     Raises ValueError, on all ranks, if any rank cannot use them or finds other images than rank 0.
     """
@@ -153,16 +167,14 @@ def open_sources(config: Config, folder: Path) -> tuple[Source, Source | None]:
         error = None
         try:
             if (dist.get_rank() == 0) == turn:
-                train = open_source(config.data.train, folder / "index-train.npz")
-                val = open_source(config.data.val, folder / "index-val.npz") if config.data.val else None
+                train = open_source(data.train, folder / "index-train.npz")
+                val = open_source(data.val, folder / "index-val.npz") if data.val else None
         except (ValueError, OSError) as refusal:
             error = f"data: {refusal}"
         agree(error)
     assert train is not None
-    if config.data.batch_size > len(train) and not (folder / IMPORTED).exists():  # which no one trains in
-        error = f"data.batch_size: {config.data.batch_size} images are more than {config.data.train} has, {len(train)}"
-    elif val and (unknown := sorted(set(val.classes) - set(train.classes))):
-        error = f"data.val: {config.data.val} has classes that {config.data.train} has not: {', '.join(unknown[:3])}"
+    if val and (unknown := sorted(set(val.classes) - set(train.classes))):
+        error = f"data.val: {data.val} has classes that {data.train} has not: {', '.join(unknown[:3])}"
     agree(error)
     for name, source in (("data.train", train), ("data.val", val)):
         if source:

@@ -106,6 +106,10 @@ class Zero:
     def follow(self, momentum: float) -> None:
         if self.teacher:
             ema_update(self.teacher, self.network, momentum, lambda p: getattr(p, "ds_tensor", p))
+            if (
+                self.stage == 3 and self.mesh.device_type == "cuda"
+            ):  # whose gathering is on a stream that waits for nothing
+                torch.cuda.current_stream().synchronize()
 
     def weights(self) -> State:
         found: State = {}

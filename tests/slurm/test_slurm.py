@@ -328,6 +328,11 @@ def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undi
     steps = [json.loads(line)["step"] for line in (run / "linear" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(10, STEPS + 1, 10))
 
+    other = Job(cluster, site, *settings, "linear.lr=2", script="slurm/linear.sh", MAX_FAILURES="1")
+    other.ends("FAILED")
+    assert "holds another evaluation" in other.log
+    assert "finished" not in other.log, "the results there are those of the evaluation before"
+
 
 @pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh", "linear.sh", "scaling_study.sh"])
 def test_dry_run(cluster: Cluster, site: Path, script: str) -> None:

@@ -293,7 +293,8 @@ def test_every_rank_needs_a_negative(size: int, shards: int, fits: bool) -> None
     else:
         with pytest.raises(ValueError, match=rf"bank\.size: {size} negatives .* each of {shards} ranks"):
             check_world(config(size=size), shards, shards)
-    check_world(config(size=size), shards, 1)
+    check_world(config(size=size, placement="node"), shards, 1)
+    check_world(config(size=size, placement="replicated"), shards, shards)
 
 
 def test_the_machine_decides_what_makes_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,12 @@ def test_two_seeds_and_their_mean(tmp_path: Path, images: Path) -> None:
         for path in ("finetune-50pct/seed-0", "finetune-50pct/seed-7", "listed/seed-7")
     ]
     assert rows[0] != rows[1] == rows[2]
+    # What a list's share of the images is, says how long it takes, not finetune.labels.
+    tenth = tmp_path / "a-few.txt"
+    tenth.write_text("\n".join(subset[:12]))
+    few = ["finetune.batch_size=12", f"finetune.subset_list={tenth}", "finetune.seeds=[0]"]
+    assert evaluate_here(VERB, run, few)["epochs"] == 30
+    assert (run / "finetune-a-few" / "results.json").exists()
     with pytest.raises(ValueError, match="nowhere: No such file"):
         evaluate_here(VERB, run, [*SMALL, "finetune.subset_list=nowhere"])
     with pytest.raises(ValueError, match="subset_seed was 0, now 1"):

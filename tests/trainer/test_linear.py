@@ -85,7 +85,7 @@ def test_the_published_step(run: Path, images: Path) -> None:
     weight = torch.empty(3, 16).normal_(std=0.01, generator=torch.Generator().manual_seed(0)).requires_grad_()
     bias = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=10, momentum=0.9)
-    train = verb.open_sources(config, run)[0]
+    train = verb.open_sources(config.data, run)[0]
     place = Place(torch.device("cpu"), 0, 1, 1)
     for step, batch in enumerate(classifier.make_batches(config.model_copy(update={"data": data}), place, train, 0, 4)):
         with torch.no_grad():

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.config import dump
-from trainer.nodes import Fault, Node, _Exchange, _unreachable, judge
+from trainer.nodes import Fault, Node, _Exchange, _problems, _unreachable, judge
 
 ROOT = Path(__file__).parents[2]
 
@@ -122,6 +122,16 @@ def test_two_hosts_over_ssh(tmp_path: Path, hosts: dict[str, str]) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_a_gpu_job_that_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = write_images(tmp_path / "images", each=8)
+    auto, cpu = (small_config(tmp_path / "run", images, run={"device": device}) for device in ("auto", "cpu"))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert _problems(auto) == []
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    assert _problems(auto) == ["sees 0 GPUs for 2 ranks"]
+    assert _problems(cpu) == []
+
+
 def test_config_prints_what_runs(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", tmp_path)
     (tmp_path / "config.yaml").write_text(dump(config))
@@ -135,3 +145,5 @@ def test_config_prints_what_runs(tmp_path: Path) -> None:
     assert "seed: 7" in show("run.seed=7")
     assert show("--get", "run.dir") == f"{tmp_path}/run\n"
     assert "error: --get run.dirs: no such value" in show("--get", "run.dirs")
+    assert show("--get", "run.dir", "--nodes", "2", "--ranks-per-node", "3") == f"{tmp_path}/run\n"
+    assert "error: data.batch_size: 12 does not divide among 5 ranks" in show("--ranks-per-node", "5")

@@ -14,7 +14,16 @@ from tests.data.pictures import write_folder
 from tests.ranks import run_ranks
 from trainer.config import Config, load
 from trainer.distributed import Place, started
-from trainer.run_dir import Unreadable, claim, open_sources, read_config, read_json, read_rows, write_json
+from trainer.run_dir import (
+    Unreadable,
+    claim,
+    open_sources,
+    open_training,
+    read_config,
+    read_json,
+    read_rows,
+    write_json,
+)
 
 
 @pytest.fixture
@@ -92,7 +101,7 @@ def test_a_folder_in_use(tmp_path: Path, place: Place) -> None:
     config = make_config(tmp_path)
     with (tmp_path / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert refusal(config, place) == f"run.dir: another process is training in {tmp_path}"
+        assert refusal(config, place) == f"another process is at work in {tmp_path}"
     with claim(config, place):
         assert "another process" in refusal(config, place)
     with claim(config, place):
@@ -131,12 +140,12 @@ def test_a_full_disk_is_told_on_all_ranks(tmp_path: Path) -> None:
 def test_open_sources(tmp_path: Path, place: Place) -> None:
     pictures, run = write_folder(tmp_path / "pictures"), tmp_path / "run"
     some = write_folder(tmp_path / "some", classes=2, per_class=1)
-    train, val = open_sources(make_config(run, pictures, some), run)
+    train, val = open_sources(make_config(run, pictures, some).data, run)
     assert (len(train), train.classes) == (24, ["c0", "c1", "c2"])
     assert val is not None
     assert (len(val), val.classes) == (2, ["c0", "c1"])
     assert {path.name for path in run.iterdir()} == {"index-train.npz", "index-val.npz"}
-    assert open_sources(make_config(run, pictures), run)[1] is None
+    assert open_sources(make_config(run, pictures).data, run)[1] is None
 
 
 def test_images_that_cannot_be_used(tmp_path: Path, place: Place) -> None:
@@ -148,19 +157,20 @@ def test_images_that_cannot_be_used(tmp_path: Path, place: Place) -> None:
         (make_config(run, tmp_path / "nowhere"), run, r"data: .*nowhere does not exist"),
         (make_config(run, tmp_path / "empty"), run, r"data: .*empty has no pictures"),
         (make_config(run, pictures, tmp_path / "empty"), run, r"data: .*empty has no pictures"),
-        (make_config(run, pictures, batch_size=25), run, r"data\.batch_size: 25 images are more than .* has, 24"),
         (make_config(run, pictures, more), run, r"data\.val: .*more has classes that .*pictures has not: c3"),
         (make_config(run, pictures), tmp_path / "file", "data: .*(Not a directory|File exists)"),
     ):
         with pytest.raises(ValueError, match=words):
-            open_sources(config, index)
+            open_sources(config.data, index)
+    with pytest.raises(ValueError, match=r"data\.batch_size: 25 images are more than .* has, 24"):
+        open_training(make_config(run, pictures, tmp_path / "nowhere", batch_size=25), run)
 
 
 def open_own_folder(folder: Path) -> str:
     rank = dist.get_rank()
     config = make_config(folder, folder / f"pictures{rank}")
     try:
-        open_sources(config, folder / f"run{rank}")
+        open_sources(config.data, folder / f"run{rank}")
     except ValueError as error:
         return str(error)
     return ""
@@ -247,7 +257,7 @@ def scans(folder: Path) -> int:
     """How often this rank lists the images."""
     scan, count = ImageFolder.scan, []
     pytest.MonkeyPatch().setattr(ImageFolder, "scan", lambda root: (count.append(1), scan(root))[1])  # type: ignore[func-returns-value]
-    open_sources(make_config(folder / "run", folder / "pictures"), folder / "run")
+    open_sources(make_config(folder / "run", folder / "pictures").data, folder / "run")
     return len(count)
 
 

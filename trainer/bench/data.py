@@ -36,7 +36,7 @@ from trainer.build import autocast_type, data_backend, data_workers, fill_bank, 
 from trainer.config import Config
 from trainer.distributed import Place
 from trainer.metrics import set_up_logging
-from trainer.run_dir import open_sources
+from trainer.run_dir import open_training
 from trainer.step import Learner, Rates
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
     """
     with distributed.started(config.run.device) as place:
         set_up_logging(place.rank)
-        source, _ = open_sources(config, folder)
+        source = open_training(config, folder)
         views = sum(view.size**2 for view in config.data.views)
         batch_size = min(config.data.batch_size, max(16, PIXELS // views), len(source))
         workers = workers or max(PIL_WORKERS, data_workers(config, place.device))

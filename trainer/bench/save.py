@@ -15,7 +15,7 @@ from trainer import checkpoint, distributed
 from trainer.bench.step import make_batch, timed
 from trainer.build import fill_bank
 from trainer.config import Config
-from trainer.run_dir import open_sources, write_json
+from trainer.run_dir import open_training, write_json
 from trainer.step import Rates, make_learner
 
 
@@ -28,7 +28,7 @@ def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
     with distributed.started(config.run.device) as place, tempfile.TemporaryDirectory(dir=folder) as temporary:
         names: list[Any] = [temporary]
         dist.broadcast_object_list(names)
-        train, _ = open_sources(config, Path(temporary))
+        train = open_training(config, Path(temporary))
         learner, views = make_learner(config, place), make_batch(config, place, train)
         fill_bank(learner.game.bank, config, place, train)
         rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)

@@ -18,7 +18,7 @@ from trainer import distributed
 from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.distributed import Place
-from trainer.run_dir import open_sources
+from trainer.run_dir import open_training
 from trainer.step import Learner, Rates, make_learner
 
 
@@ -30,7 +30,7 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
     Learning rates are 0, so that neither side drifts.
     """
     with distributed.started(config.run.device) as place:
-        train, _ = open_sources(config, folder)
+        train = open_training(config, folder)
         learner, bare = (make_learner(config, place) for _ in range(2))
         fill_bank(learner.game.bank, config, place, train)
         views = make_batch(config, place, train)

@@ -29,7 +29,7 @@ from trainer.distributed import Place
 from trainer.flops import peak, step_flops
 from trainer.metrics import memory, set_up_logging
 from trainer.phases import Phases, as_row, host_names, spread, straggler
-from trainer.run_dir import open_sources, read_json, write_json
+from trainer.run_dir import open_training, read_json, write_json
 from trainer.step import Learner, Rates, make_learner
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[
             folders: list[Any] = [folder]
             dist.broadcast_object_list(folders)  # where the listing of a folder of pictures is, if they see it
             shared = folders[0] if os.path.isdir(folders[0]) else folder
-            train, _ = open_sources(config, Path(shared))
+            train = open_training(config, Path(shared))
         hosts = host_names()
         learner = None if set(modes) == {"data"} else make_learner(config, place)
         if learner:

@@ -49,8 +49,9 @@ def _evaluate(job: Job) -> Results:
     train = Subset(whole, labelled(whole, finetune))
     if job.place.rank == 0:
         write_atomically(job.folder / "subset.txt", "".join(f"{train.name(i)}\n" for i in range(len(train))))
-    log.info("%d of %d images with labels, %d epochs", len(train), len(whole), epochs(finetune))
-    results = [_one_seed(seed, train, test, job) for seed in finetune.seeds]
+    count = epochs(finetune, len(train) / len(whole))
+    log.info("%d of %d images with labels, %d epochs", len(train), len(whole), count)
+    results = [_one_seed(seed, count, train, test, job) for seed in finetune.seeds]
     counts = np.bincount(train.labels, minlength=len(train.classes))
     summary = {
         **summarise(results),
@@ -58,7 +59,7 @@ def _evaluate(job: Job) -> Results:
         "protocol": "fine-tuning",
         "labels": len(train),
         "labels_a_class": [int(counts.min()), int(counts.max())],
-        "epochs": epochs(finetune),
+        "epochs": count,
         "seeds": results,
     }
     if job.place.rank == 0:
@@ -66,11 +67,17 @@ def _evaluate(job: Job) -> Results:
     return summary
 
 
-VERB = Verb(lambda config: f"finetune-{100 * config.finetune.labels:g}pct", _settings, _evaluate)
+def _name(config: Config) -> str:
+    finetune = config.finetune
+    return f"finetune-{Path(finetune.subset_list).stem if finetune.subset_list else f'{100 * finetune.labels:g}pct'}"
 
 
-def epochs(finetune: Finetune) -> int:
-    return finetune.epochs or (60 if finetune.labels <= 0.01 else 30)
+VERB = Verb(_name, _settings, _evaluate)
+
+
+def epochs(finetune: Finetune, share: float) -> int:
+    """`share`: of the training images, those with labels."""
+    return finetune.epochs or (60 if round(share, 3) <= 0.01 else 30)
 
 
 def names_of(finetune: Finetune) -> list[str] | None:
@@ -117,7 +124,7 @@ def groups(network: Classifier, finetune: Finetune) -> list[dict[str, Any]]:
     return [*({**group, "lr_scale": group["lr_scale"] / most} for group in backbone), head]
 
 
-def _one_seed(seed: int, train: Source, test: Source, job: Job) -> Results:
+def _one_seed(seed: int, epochs: int, train: Source, test: Source, job: Job) -> Results:
     folder, place, finetune = job.folder / f"seed-{seed}", job.place, job.config.finetune
     if (folder / RESULTS).exists():
         return read_json(folder / RESULTS)
@@ -132,10 +139,10 @@ def _one_seed(seed: int, train: Source, test: Source, job: Job) -> Results:
         optimizer = torch.optim.AdamW(groups(network, finetune), lr=lr)
     else:
         optimizer = torch.optim.SGD(groups(network, finetune), lr=lr, momentum=MOMENTUM, nesterov=True)
-    steps = steps_per_epoch(len(train), finetune.batch_size) * epochs(finetune)
+    steps = steps_per_epoch(len(train), finetune.batch_size) * epochs
     recipe = Recipe(
         finetune.batch_size,
-        epochs(finetune),
+        epochs,
         lambda step: cosine(step, steps, lr, 0.0),
         finetune.scale,
         seed,

@@ -116,7 +116,9 @@ def _take(folder: Path, settings: dict[str, Any]) -> None:
         changed = [key for key in before | now if before.get(key) != now.get(key)]
         if changed:
             listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed)
-            raise ValueError(f"{folder} holds another evaluation: {listed}. Choose another --name")
+            raise ValueError(
+                f"{folder} holds another evaluation: {listed}. Choose another --name (slurm/linear.sh: NAME=…)"
+            )
     elif any(path.name not in ("lock", "stop") for path in folder.iterdir()):
         raise ValueError(f"{folder} is not the folder of an evaluation. Choose another --name")
     write_json(stored, settings)
@@ -124,8 +126,7 @@ def _take(folder: Path, settings: dict[str, Any]) -> None:
 
 def labelled_sources(config: Config, folder: Path) -> tuple[Source, Source]:
     """Training and validation images. Raises ValueError if there are none of the latter, or no classes."""
-    data = config.data.model_copy(update={"batch_size": 1})  # not that of pre-training
-    train, test = open_sources(config.model_copy(update={"data": data}), folder)
+    train, test = open_sources(config.data, folder)
     if test is None:
         raise ValueError("an evaluation needs labelled images to test on; give data.val=…")
     if len(train.classes) < 2:

@@ -157,9 +157,8 @@ def check_ranks(config: Config, batch: int, ranks: int, ranks_per_node: int) -> 
     """Raise ValueError where a batch or the bank does not fit a number of ranks."""
     if ranks < 1:
         raise ValueError(f"plan: got {ranks} ranks, need at least 1")
-    shards = {"replicated": 1, "sharded": ranks, "node": ranks_per_node}[config.bank.placement]
     try:
-        check_world(changed(config, {"data": {"batch_size": batch}}), ranks, shards)
+        check_world(changed(config, {"data": {"batch_size": batch}}), ranks, ranks_per_node)
     except ValidationError as error:
         raise ValueError(f"plan: {ranks} ranks: {error.errors()[0]['msg']}") from None
     except ValueError as error:

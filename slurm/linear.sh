@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Linear evaluation of a run's newest checkpoint, into the folder NAME (linear) of its directory:
 #   sbatch --partition=gpu slurm/linear.sh run.dir=runs/adco_r50_800ep
-# The data are those of the run, or data.train=… and data.val=… after it; NAME=linear-fast before sbatch and linear.fast=true for
-# the fast protocol, which begins again when it is requeued.
+# The data are those of the run, or data.train=… and data.val=… after it. NAME=linear-fast before sbatch and
+# linear.fast=true are the fast protocol, which begins again when it is requeued.
 # Options on the sbatch line win over those below. docs/evaluation.md has the protocols, docs/slurm.md the options.
 #SBATCH --job-name=linear
 #SBATCH --nodes=1

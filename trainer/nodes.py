@@ -259,7 +259,7 @@ def _problems(config: Config | None) -> list[str]:
     problems = []
     ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
     device = config.run.device if config else "auto"
-    expected = gpus or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)  # the driver may be too old, a container without
+    expected = gpus or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)  # none seen: a container without --nv
     if gpus < ranks and (device == "cuda" or (device == "auto" and expected)):
         problems.append(f"sees {gpus} GPUs for {ranks} ranks")
     for i in range(min(gpus, ranks)):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of the methods on CIFAR-10 in docs/methods.md, on one machine, five hours on two cores:
+# The comparison of the methods on CIFAR-10 in docs/methods.md, on one machine, about four hours on two cores:
 #   docs/bench/methods.sh CIFAR10 RUNS
 # CIFAR10: folder with train/ and test/. RUNS: folder for all runs. Started again it goes on; finished runs are kept.
 #
@@ -95,6 +95,9 @@ read -r rate own < <(best acssl)
 for part in method.name=acssl method.hardest=0 method.pair_weight=0 method.guard_top=0 method.hardest=8 \
     method.hardest=32 method.hardest=100; do
     start pretrain "parts/$part" acssl "$rate" "$own" run.epochs=6 eval.knn_every=3 "$part"
+done
+for part in method.name=acssl method.hardest=0; do # what a seed changes
+    start pretrain "parts/$part-seed1" acssl "$rate" "$own" run.epochs=6 eval.knn_every=3 "$part" run.seed=1
 done
 finish
 for method in "${methods[@]}"; do

@@ -3,7 +3,8 @@
 import functools
 import gc
 import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+import os
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -55,6 +56,8 @@ def allocated(config: Config) -> int:
         game.bank.fill(torch.randn_like(game.bank.w_KD))
         engine = make_engine(game, config, place)
         learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
+        # Where ranks wait for a core, gloo's threads, which are there by now, would drop what they sent only later.
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         for step in range(STEPS):
             each, sizes = config.data.batch_size // place.world, [view.size for view in config.data.views]
             views = [torch.randn(each, 3, size, size).to(memory_format=torch.channels_last) for size in sizes]
@@ -68,7 +71,11 @@ def allocated(config: Config) -> int:
 
 
 def all_allocated(world: int) -> list[int]:
-    return [allocated(config) for config in cases(world).values()]
+    measured = []
+    for config in cases(world).values():
+        with ThreadPoolExecutor(1) as thread:  # its own, as none may leave SCHED_IDLE again
+            measured.append(thread.submit(allocated, config).result())
+    return measured
 
 
 def all_counted(world: int) -> list[Memory]:
@@ -91,7 +98,7 @@ def predicted(world: int) -> dict[tuple[str, str], Memory]:
 )
 def test_within_a_tenth_of_what_is_allocated(world: int, network: str, engine: str) -> None:
     memory = predicted(world)[network, engine]
-    # The least of up to three runs: where ranks wait for a core, gloo's threads keep what was sent for longer.
+    # The least of up to three runs: on a busy machine gloo's threads may still keep for longer what was sent.
     least = measured(world, 0)[network, engine]
     for attempt in (1, 2):
         if memory.peak != pytest.approx(least, rel=0.1):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of the methods on CIFAR-10 in docs/methods.md, on one machine, about four hours on two cores:
+# The comparison of the methods on CIFAR-10 in docs/methods.md, on one machine, about five hours on two cores:
 #   docs/bench/methods.sh CIFAR10 RUNS
 # CIFAR10: folder with train/ and test/. RUNS: folder for all runs. Started again it goes on; finished runs are kept.
 #
@@ -39,6 +39,12 @@ pretrain() { # NAME METHOD RATE VALUES KEY=VALUE…
 linear() { # NAME STEP
     local folder=$runs/$1/linear-fast-step$2
     [[ -f $folder/results.json ]] || python -m trainer linear "$runs/$1" --fast --step "$2" | sed -u "s|^|$1  |"
+}
+
+few_labels() { # NAME KEY=VALUE…
+    local name=$1
+    shift
+    python -m trainer finetune "$runs/$name" "$@" | sed -u "s|^|$name  |"
 }
 
 start() { # COMMAND…, in the background as soon as a core is free
@@ -104,6 +110,13 @@ for method in "${methods[@]}"; do
     for saved in "$runs/$method"/checkpoints/step-*; do
         start linear "$method" "$((10#${saved##*-}))"
     done
+done
+# Few labels; also of a network that has learned nothing. 1 % are 500 images, two steps of 256.
+start pretrain untrained adco 1e-9 '' run.epochs=1
+finish
+for name in untrained "${methods[@]}"; do
+    start few_labels "$name" finetune.labels=0.01 finetune.batch_size=32
+    start few_labels "$name" finetune.labels=0.1
 done
 finish
 

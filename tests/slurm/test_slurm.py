@@ -89,11 +89,24 @@ class Job:
         assert not (run / "results.json").exists(), "too fast to be interrupted"
         return newest(run)
 
+    def interrupt(self) -> None:
+        """USR1 to the held ranks by SLURM, which delivers it some time after scancel has returned; then they go on."""
+        self.cluster("scancel", "--signal=USR1", self.id)
+        self.cluster.until(lambda: all(pending(pid, signal.SIGUSR1) for pid in self.ranks()), "USR1 at all ranks")
+        self.send(signal.SIGCONT)
+
     def send(self, number: int) -> None:
         """To all ranks."""
-        for rank in range(2):
-            for pid in self.cluster.processes(f"SLURM_JOB_ID={self.id}", f"RANK={rank}"):
-                os.kill(pid, number)
+        for pid in self.ranks():
+            os.kill(pid, number)
+
+    def ranks(self) -> list[int]:
+        return [pid for r in range(2) for pid in self.cluster.processes(f"SLURM_JOB_ID={self.id}", f"RANK={r}")]
+
+
+def pending(pid: int, number: int) -> bool:
+    (waiting,) = re.findall(r"ShdPnd:\s*(\w+)", Path(f"/proc/{pid}/status").read_text())
+    return bool(int(waiting, 16) >> (number - 1) & 1)
 
 
 def newest(run: Path) -> int:
@@ -159,8 +172,7 @@ def test_a_signal_saves_and_requeues(
     (site / "slurm" / "run.sh").write_text("exit 1")
     (site / "configs" / "small.yaml").unlink()
     step = job.in_progress(run)
-    cluster("scancel", "--signal=USR1", job.id)
-    job.send(signal.SIGCONT)
+    job.interrupt()
     job.says("requeued: stopped in good order")
     job.ends()
     (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(SIGUSR1\)", job.log))
@@ -315,8 +327,7 @@ def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undi
     settings = ["run.dir=runs/undisturbed", f"data.val={images}", "linear.batch_size=12", "linear.save_every=10"]
     job = Job(cluster, site, *settings, "linear.lr=1", "linear.epochs=30", script="slurm/linear.sh", PREFLIGHT="1")
     step = job.in_progress(run / "linear")
-    cluster("scancel", "--signal=USR1", job.id)
-    job.send(signal.SIGCONT)
+    job.interrupt()
     job.says("requeued: stopped in good order")
     job.ends()
     (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(SIGUSR1\)", job.log))

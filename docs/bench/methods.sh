@@ -118,6 +118,7 @@ for name in untrained "${methods[@]}"; do
     start few_labels "$name" finetune.labels=0.01 finetune.batch_size=32
     start few_labels "$name" finetune.labels=0.1
 done
+for run in "$runs"/parts/*; do start few_labels "parts/${run##*/}" finetune.labels=0.01 finetune.batch_size=32; done
 finish
 
 python -m trainer compare "${methods[@]/#/$runs/}" --out "$runs/methods.html"

@@ -105,6 +105,12 @@ done
 for part in method.name=acssl method.hardest=0; do # what a seed changes
     start pretrain "parts/$part-seed1" acssl "$rate" "$own" run.epochs=6 eval.knn_every=3 "$part" run.seed=1
 done
+for method in adco moco; do # whose heads have no BatchNorm, as the others' have
+    read -r rate own < <(best "$method")
+    for norm in false true; do
+        start pretrain "heads/$method-$norm" "$method" "$rate" "$own" run.epochs=6 eval.knn_every=3 model.head_norm="$norm"
+    done
+done
 finish
 for method in "${methods[@]}"; do
     for saved in "$runs/$method"/checkpoints/step-*; do

@@ -108,7 +108,8 @@ done
 for method in adco moco; do # whose heads have no BatchNorm, as the others' have
     read -r rate own < <(best "$method")
     for norm in false true; do
-        start pretrain "heads/$method-$norm" "$method" "$rate" "$own" run.epochs=6 eval.knn_every=3 model.head_norm="$norm"
+        start pretrain "heads/$method-$norm" "$method" "$rate" "$own" run.epochs=6 eval.knn_every=3 \
+            model.head_norm="$norm"
     done
 done
 finish

@@ -130,3 +130,4 @@ finish
 
 python -m trainer compare "${methods[@]/#/$runs/}" --out "$runs/methods.html"
 python -m trainer compare "$runs"/parts/* --out "$runs/parts.html"
+python -m trainer compare "$runs"/heads/* --out "$runs/heads.html"

@@ -118,11 +118,11 @@ def methods_on_ranks(world: int, *engines: str) -> dict[tuple[str, str], Outcome
 
 
 @pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_method_does_the_same_as_in_one_process(engine: str, name: str) -> None:
     """Student and predictor, teacher without it or no teacher, queue and its pointer."""
     alone = methods_on_ranks(1, "ddp")["ddp", name]
-    found = methods_on_ranks(2, "ddp", "fsdp", "zero3")[engine, name]
+    found = methods_on_ranks(2, *ENGINES)[engine, name]
     assert found.losses == pytest.approx(alone.losses, rel=5e-6)
     assert len(set(alone.losses)) == 4
     assert any("predictor" in x for x in alone.student) == ("model" in METHODS[name])

@@ -20,6 +20,9 @@ from trainer.pretrain import pretrain
 from trainer.run_dir import read_rows
 
 TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib", "teraflops", "phases"}
+PREDICTOR = {"predictor": 16, "head_norm": True}
+MODELS = {"acssl": PREDICTOR, "byol": PREDICTOR}
+SETTINGS: dict[str, dict[str, Any]] = {"acssl": {"negatives_from": "queue", "hardest": 4}, "simclr": {"bn": "local"}}
 
 
 def start(config: Config, ranks: int) -> list[BaseProcess]:
@@ -59,9 +62,17 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "ranks", "times", "method"), [("ddp", 1, 12, "adco"), ("fsdp", 2, 8, "adco"), ("fsdp", 2, 4, "moco")]
+    ("engine", "ranks", "times", "method"),
+    [
+        ("ddp", 1, 12, "adco"),
+        ("fsdp", 2, 8, "adco"),
+        ("fsdp", 2, 4, "moco"),
+        ("ddp", 1, 4, "acssl"),
+        ("ddp", 1, 4, "byol"),
+        ("ddp", 1, 4, "simclr"),
+    ],
 )
-def test_twenty_kills(tmp_path: Path, engine: str, ranks: int, times: int, method: str) -> None:
+def test_killed_at_any_moment(tmp_path: Path, engine: str, ranks: int, times: int, method: str) -> None:
     images = write_images(tmp_path / "images")
     configs = [
         small_config(
@@ -75,9 +86,14 @@ def test_twenty_kills(tmp_path: Path, engine: str, ranks: int, times: int, metho
                 "save_every": 2,
                 "keep": 2,
             },
-            model=RESNET,
+            model={**RESNET, **MODELS.get(method, {})},
             engine={"kind": engine},
-            method={"name": method, "teacher_momentum": 0.9, "teacher_momentum_final": 1},
+            method={
+                "name": method,
+                "teacher_momentum": 0.9,
+                "teacher_momentum_final": 1,
+                **SETTINGS.get(method, {}),
+            },
             eval={"knn_every": 0, "k": 5},
         )
         for name in ("whole", "killed")

@@ -38,7 +38,7 @@ $(VENV)/.done: requirements.txt
 data: $(DATA)/.done ## Get Fashion-MNIST
 
 $(DATA)/.done: | $(VENV)/.done
-	@$(BIN)/python -m data.fashion_mnist $(DATA)
+	@$(BIN)/python -m data.sources.fashion_mnist $(DATA)
 	@touch $@
 
 demo: venv data ## Pre-train AdCo on Fashion-MNIST, evaluate, write the report

@@ -31,8 +31,8 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from PIL import ExifTags, Image
 
-from data.index import UnreadableImage, decode
 from data.loader import Batch, Decoder, Steps, readable
+from data.sources.open import UnreadableImage, decode
 from data.views import LUMA, ViewParams, crop_boxes
 
 log = logging.getLogger(__name__)
@@ -229,7 +229,7 @@ def _pipeline(
         decoder,
         workers,
         ahead=max(workers, prefetch),
-        batch_size=steps.batch_size // steps.world,
+        batch_size=steps.batch_size // steps.world_size,
         num_threads=max(1, workers),
         device_id=device.index if device.type == "cuda" else None,
         prefetch_queue_depth=prefetch,

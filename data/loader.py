@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from data.cpu import render, render_center
-from data.index import Source, UnreadableImage
 from data.order import Blocks, batch_samples, steps_per_epoch
+from data.sources.open import Source, UnreadableImage
 from data.views import Augment, View, ViewParams, draw
 from data.watch import Watched
 
@@ -83,13 +83,13 @@ class Steps(Dataset[Batch]):
     seed: int
     batch_size: int
     rank: int
-    world: int
+    world_size: int
     blocks: Blocks | None = None
 
     def plan(self, step: int) -> tuple[NDArray[np.int64], list[ViewParams]]:
         """The samples of a step, int64 [B], and the parameters of each of their views."""
         epoch, samples = batch_samples(
-            len(self.source), self.seed, step, self.batch_size, self.rank, self.world, self.blocks
+            len(self.source), self.seed, step, self.batch_size, self.rank, self.world_size, self.blocks
         )
         return samples, [draw(self.seed, epoch, samples, v, view, self.augment) for v, view in enumerate(self.views)]
 
@@ -199,7 +199,7 @@ def train_batches(
     seed: int,
     batch_size: int,
     rank: int,
-    world: int,
+    world_size: int,
     start_step: int,
     stop_step: int,
     workers: int,
@@ -219,10 +219,10 @@ def train_batches(
     None for global.
     """
     steps_per_epoch(len(source), batch_size)
-    if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} does not divide evenly among {world} ranks")
+    if batch_size % world_size:
+        raise ValueError(f"batch_size {batch_size} does not divide evenly among {world_size} ranks")
     watched = Watched(source)
-    steps = Steps(watched, list(views), augment, seed, batch_size, rank, world, blocks)
+    steps = Steps(watched, list(views), augment, seed, batch_size, rank, world_size, blocks)
     if backend == "dali":
         from data import dali  # takes a second
 

@@ -83,18 +83,18 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 
 
 def batch_samples(
-    n: int, seed: int, step: int, batch_size: int, rank: int, world: int, blocks: Blocks | None = None
+    n: int, seed: int, step: int, batch_size: int, rank: int, world_size: int, blocks: Blocks | None = None
 ) -> tuple[int, NDArray[np.int64]]:
     """The epoch of global step `step` and the samples that `rank` of `world` reads there.
 
     `batch_size` is the global one; the samples are int64 [batch_size // world], the rank's contiguous slice.
     Raises ValueError if `world` does not divide `batch_size`, or `n` < `batch_size`.
     """
-    if batch_size % world:
-        raise ValueError(f"batch_size {batch_size} does not divide evenly among {world} ranks")
-    assert 0 <= rank < world
+    if batch_size % world_size:
+        raise ValueError(f"batch_size {batch_size} does not divide evenly among {world_size} ranks")
+    assert 0 <= rank < world_size
     assert step >= 0
     epoch, step_in_epoch = divmod(step, steps_per_epoch(n, batch_size))
-    local = batch_size // world
+    local = batch_size // world_size
     first = step_in_epoch * batch_size + rank * local
     return epoch, samples_between(n, seed, epoch, first, first + local, blocks)

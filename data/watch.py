@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from data.source import SharedArray, Source
+from data.sources.base import SharedArray, Source
 
 log = logging.getLogger(__name__)
 

@@ -56,7 +56,7 @@ def implementation(name: str) -> ModuleType:
     if name == "triton":
         if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
             raise ValueError("kernels: triton needs a CUDA device, or TRITON_INTERPRET=1 to run slowly on the CPU")
-        from kernels import gpu
+        from kernels.triton import functions as gpu
 
         return gpu
     raise ValueError(f"kernels: got {name!r}, need one of {', '.join(IMPLEMENTATIONS)}")

@@ -15,12 +15,12 @@ from pydantic import Field
 from torch import Tensor
 
 from models import method
-from models.bank import Bank, Rows
-from models.contrast import contrast
 from models.encoder import Encoder
-from models.method import Method, Play, Views, met
-from models.mining import mine
-from models.queue import Queue
+from models.method import Method, StepOutput, Views, queries_for_key
+from models.negatives.bank import Bank, BankUpdate
+from models.negatives.contrast import contrast
+from models.negatives.mining import mine
+from models.negatives.queue import Queue
 
 _MOST = 128  # columns that the kernels keep of a query
 
@@ -83,8 +83,8 @@ class ACSSL(Method):
         super().__init__(student, settings, negatives)
         self.settings, self.kernels = settings, kernels
 
-    def loss(self, queries: Views, keys: Views) -> Play:
-        results = [self._direction(met(queries, j), k_BD) for j, k_BD in keys.items()]
+    def loss(self, queries: Views, keys: Views) -> StepOutput:
+        results = [self._direction(queries_for_key(queries, j), k_BD) for j, k_BD in keys.items()]
         positive_N, mined_Nm = (torch.cat(x) for x in zip(*results, strict=True))
         settings = self.settings
         loss = settings.pair_weight * (2 - 2 * positive_N).mean()
@@ -97,8 +97,8 @@ class ACSSL(Method):
             metrics["mined"] = (mined_Nm > -torch.inf).float().sum(1).mean()
         left: list[Any] = list(keys.values()) if self.queue else []
         if self.bank:
-            left = [self._rows(met(queries, j), k_BD, self.bank, len(keys)) for j, k_BD in keys.items()]
-        return Play(loss, {**metrics, "loss": loss.detach()}, left)
+            left = [self._rows(queries_for_key(queries, j), k_BD, self.bank, len(keys)) for j, k_BD in keys.items()]
+        return StepOutput(loss, {**metrics, "loss": loss.detach()}, left)
 
     def _direction(self, q_ND: Tensor, k_BD: Tensor) -> tuple[Tensor, Tensor]:
         """Similarity of queries to their own key [N], and to the mined columns [N, m]."""
@@ -113,7 +113,7 @@ class ACSSL(Method):
         return positive_N, mined_Nm
 
     @torch.no_grad()
-    def _rows(self, q_ND: Tensor, k_BD: Tensor, bank: Bank, directions: int) -> Rows:
+    def _rows(self, q_ND: Tensor, k_BD: Tensor, bank: Bank, directions: int) -> BankUpdate:
         weight = 1 / directions / len(q_ND) / dist.get_world_size()
         return contrast(q_ND, k_BD, bank, self.settings.temperature, True).rows(weight)
 

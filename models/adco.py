@@ -13,11 +13,11 @@ import torch.distributed as dist
 from pydantic import Field
 
 from models import method
-from models.bank import Bank
-from models.contrast import contrast
 from models.encoder import Encoder
-from models.method import Method, Play, Views, met
-from models.queue import Queue
+from models.method import Method, StepOutput, Views, queries_for_key
+from models.negatives.bank import Bank
+from models.negatives.contrast import contrast
+from models.negatives.queue import Queue
 
 
 class Settings(method.Settings):
@@ -58,12 +58,12 @@ class AdCo(Method):
         super().__init__(student, settings, bank)
         self.settings = settings
 
-    def loss(self, queries: Views, keys: Views) -> Play:
+    def loss(self, queries: Views, keys: Views) -> StepOutput:
         assert self.bank
         settings = self.settings
         losses, rows, positives, hardest = [], [], [], []
         for j, k_BD in keys.items():
-            q_ND = met(queries, j)
+            q_ND = queries_for_key(queries, j)
             weight = 1 / len(keys) / (len(q_ND) if settings.crops == "mean" else len(k_BD))
             result = contrast(q_ND, k_BD, self.bank, settings.temperature, settings.batch_keys)
             losses.append(result.loss_N.sum() * weight)
@@ -71,4 +71,4 @@ class AdCo(Method):
             positives.append(result.positive_N)
             hardest.append(result.hardest_N)
         loss = torch.stack(losses).sum()
-        return Play(loss, method.similarities(loss, torch.cat(positives), torch.cat(hardest)), rows)
+        return StepOutput(loss, method.similarities(loss, torch.cat(positives), torch.cat(hardest)), rows)

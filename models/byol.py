@@ -9,10 +9,10 @@ import torch
 from pydantic import Field
 
 from models import method
-from models.bank import Bank
 from models.encoder import Encoder
-from models.method import Method, Play, Views, met
-from models.queue import Queue
+from models.method import Method, StepOutput, Views, queries_for_key
+from models.negatives.bank import Bank
+from models.negatives.queue import Queue
 
 
 class Settings(method.Settings):
@@ -32,10 +32,10 @@ class Settings(method.Settings):
 class BYOL(Method):
     """2 - 2 q . k (eq. 2) of both directions; of several queries of a key the mean."""
 
-    def loss(self, queries: Views, keys: Views) -> Play:
+    def loss(self, queries: Views, keys: Views) -> StepOutput:
         positives = []
         for j, k_BD in keys.items():
-            q_ND = met(queries, j)
+            q_ND = queries_for_key(queries, j)
             positives.append((q_ND * k_BD.repeat(len(q_ND) // len(k_BD), 1)).sum(1))
         loss = torch.stack([2 - 2 * positive_N.mean() for positive_N in positives]).sum()
-        return Play(loss, {"loss": loss.detach(), "positive_similarity": torch.cat(positives).detach().mean()})
+        return StepOutput(loss, {"loss": loss.detach(), "positive_similarity": torch.cat(positives).detach().mean()})

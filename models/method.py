@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from kernels import AdversaryStats, check_temperature
-from models.bank import Bank, Rows
+from models.batchnorm import plan, shuffle, unshuffle
 from models.collapse import spread
 from models.encoder import Encoder
-from models.queue import Queue
-from models.shuffle_bn import plan, shuffle, unshuffle
+from models.negatives.bank import Bank, BankUpdate
+from models.negatives.queue import Queue
 from models.teacher import make_teacher
 
 Phase = Callable[[str], AbstractContextManager[object]]  # what surrounds a phase of a step, by its name
@@ -64,7 +64,7 @@ class Settings(BaseModel):
         raise NotImplementedError
 
 
-class Play(NamedTuple):
+class StepOutput(NamedTuple):
     """What a method makes of one part of a batch.
 
     loss: scalar, of this rank's images, to be averaged over ranks. metrics: name to scalar tensor, of this rank.
@@ -73,7 +73,7 @@ class Play(NamedTuple):
 
     loss: Tensor
     metrics: dict[str, Tensor]
-    left: Sequence[Any] = ()
+    negatives_update: Sequence[Any] = ()
 
 
 class Method:
@@ -91,20 +91,20 @@ class Method:
         self.stats: AdversaryStats | None = None  # of the bank's last step
         self.queries_ND: Tensor | None = None  # of the last part of a batch
 
-    def loss(self, queries: Views, keys: Views) -> Play:
+    def loss(self, queries: Views, keys: Views) -> StepOutput:
         """The loss of this rank's queries, with gradient, and keys, without. Called by all ranks, in fp32."""
         raise NotImplementedError
 
-    def after(self, left: Sequence[Sequence[Any]], bank_lr: float, seed: int) -> None:
+    def update_negatives(self, updates: Sequence[Sequence[Any]], bank_lr: float, seed: int) -> None:
         """The step of what is neither student nor teacher, after the student's and before the teacher's.
 
         left: of each part of the batch. seed: of what is random, the same on all ranks.
         """
         if self.bank:
-            rows = [Rows(r.q_ND, r.coef_N / len(left)) for part in left for r in part]
+            rows = [BankUpdate(r.q_ND, r.coef_N / len(updates)) for update in updates for r in update]
             self.stats = self.bank.step(rows, bank_lr, seed)
         if self.queue:
-            self.queue.put([k_BD for part in left for k_BD in part])
+            self.queue.put([k_BD for update in updates for k_BD in update])
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """What a checkpoint holds beside the networks: name to tensors, which share memory with the method."""
@@ -121,13 +121,13 @@ class Method:
         assert self.queries_ND is not None
         return spread(self.queries_ND) | (self.bank.metrics(self.stats) if self.bank and self.stats else {})
 
-    def play(
+    def forward_step(
         self,
         student: Callable[[list[Tensor]], Tensor],
         views: list[Tensor],
         seed: int,
         phase: Phase = record_function,
-    ) -> Play:
+    ) -> StepOutput:
         """Loss and metrics of one part of a batch: V images tensors [B, 3, S_v, S_v].
 
         student: what to call for queries, `self.student` or a wrapper that averages gradients over ranks.
@@ -146,10 +146,10 @@ class Method:
     def keys(self, images: Tensor, seed: int) -> Tensor:
         """The teacher's embeddings of images [B, 3, S, S], unit rows [B, D]."""
         assert self.teacher is not None
-        world = dist.get_world_size()
-        if self.bn != "shuffle" or world == 1:
+        world_size = dist.get_world_size()
+        if self.bn != "shuffle" or world_size == 1:
             return self.teacher([images])
-        route = plan(len(images), dist.get_rank(), world, seed)
+        route = plan(len(images), dist.get_rank(), world_size, seed)
         return unshuffle(self.teacher([shuffle(images, route)]), route)
 
     @torch.no_grad()
@@ -158,15 +158,15 @@ class Method:
 
         Where and how often this is done changes no result: it commutes with the moving averages.
         """
-        world = dist.get_world_size()
+        world_size = dist.get_world_size()
         for network in filter(None, (self.student, self.teacher)):
             for buffer in network.buffers():
-                if world > 1 and buffer.is_floating_point():
+                if world_size > 1 and buffer.is_floating_point():
                     dist.all_reduce(buffer)
-                    buffer /= world
+                    buffer /= world_size
 
 
-def met(queries: Views, j: int) -> Tensor:
+def queries_for_key(queries: Views, j: int) -> Tensor:
     """The queries of all views that key view j is held against, one view after the other: query i has key i mod B."""
     return torch.cat([q_BD for i, q_BD in queries.items() if i != j])
 

@@ -9,11 +9,11 @@ import torch
 from pydantic import Field
 
 from models import method
-from models.bank import Bank
-from models.contrast import contrast
 from models.encoder import Encoder
-from models.method import Method, Play, Views, met
-from models.queue import Queue
+from models.method import Method, StepOutput, Views, queries_for_key
+from models.negatives.bank import Bank
+from models.negatives.contrast import contrast
+from models.negatives.queue import Queue
 
 
 class Settings(method.Settings):
@@ -52,11 +52,13 @@ class MoCo(Method):
         super().__init__(student, settings, queue)
         self.temperature = settings.temperature
 
-    def loss(self, queries: Views, keys: Views) -> Play:
+    def loss(self, queries: Views, keys: Views) -> StepOutput:
         assert self.queue
-        results = [contrast(met(queries, j), k_BD, self.queue, self.temperature, False) for j, k_BD in keys.items()]
+        results = [
+            contrast(queries_for_key(queries, j), k_BD, self.queue, self.temperature, False) for j, k_BD in keys.items()
+        ]
         loss = torch.cat([r.loss_N for r in results]).mean()
         positive_N, hardest_N = (
             torch.cat(x) for x in zip(*((r.positive_N, r.hardest_N) for r in results), strict=True)
         )
-        return Play(loss, method.similarities(loss, positive_N, hardest_N), list(keys.values()))
+        return StepOutput(loss, method.similarities(loss, positive_N, hardest_N), list(keys.values()))

@@ -11,10 +11,10 @@ from pydantic import Field
 from torch import Tensor
 
 from models import method
-from models.bank import Bank, everyone, gather
 from models.encoder import Encoder
-from models.method import Method, Play, Views
-from models.queue import Queue
+from models.method import Method, StepOutput, Views
+from models.negatives.bank import Bank, everyone, gather
+from models.negatives.queue import Queue
 
 
 class Settings(method.Settings):
@@ -46,7 +46,7 @@ class SimCLR(Method):
         super().__init__(student, settings)
         self.temperature = settings.temperature
 
-    def loss(self, queries: Views, keys: Views) -> Play:
+    def loss(self, queries: Views, keys: Views) -> StepOutput:
         z_ND = torch.cat([queries[0], queries[1]])
         z_MD = _Gather.apply(z_ND)
         rows_N = torch.arange(len(z_ND), device=z_ND.device)
@@ -58,7 +58,7 @@ class SimCLR(Method):
         with torch.no_grad():
             positive_N = s_NM[rows_N, partner_N]
             hardest_N = s_NM.scatter(1, partner_N[:, None], -torch.inf).amax(1)
-        return Play(loss, method.similarities(loss, positive_N, hardest_N))
+        return StepOutput(loss, method.similarities(loss, positive_N, hardest_N))
 
 
 class _Gather(torch.autograd.Function):
@@ -73,9 +73,9 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> Tensor:
-        world = dist.get_world_size()
-        if world == 1:
+        world_size = dist.get_world_size()
+        if world_size == 1:
             return grad_MD
-        grad_ND = grad_MD.new_empty(len(grad_MD) // world, grad_MD.shape[1])
+        grad_ND = grad_MD.new_empty(len(grad_MD) // world_size, grad_MD.shape[1])
         dist.reduce_scatter_single(grad_ND, grad_MD.contiguous())
         return grad_ND

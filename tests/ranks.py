@@ -14,25 +14,25 @@ import torch.distributed as dist
 T = TypeVar("T")
 
 
-def run_ranks(world: int, function: Callable[..., T], *args: Any) -> list[T]:
+def run_ranks(world_size: int, function: Callable[..., T], *args: Any) -> list[T]:
     """What `function(*args)`, a function of a module, returns on each rank of a group of `world` processes.
 
     Raises the first failing rank's exception.
     """
     # A fork server imports torch once; forked from pytest itself the ranks would inherit locks of its threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "models.shuffle_bn"])
-    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, context) as pool:
+    context.set_forkserver_preload(["torch", "timm", "models.batchnorm"])
+    with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world_size, context) as pool:
         store = Path(folder) / "store"
         # Each task waits for all others to join the group, so no process takes two of them.
-        ranks = [pool.submit(_rank, rank, world, store, function, args) for rank in range(world)]
+        ranks = [pool.submit(_rank, rank, world_size, store, function, args) for rank in range(world_size)]
         return [rank.result() for rank in ranks]
 
 
-def _rank(rank: int, world: int, store: Path, function: Callable[..., T], args: tuple[Any, ...]) -> T:
+def _rank(rank: int, world_size: int, store: Path, function: Callable[..., T], args: tuple[Any, ...]) -> T:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=store.as_uri(), rank=rank, world_size=world, timeout=timedelta(seconds=60)
+        "gloo", init_method=store.as_uri(), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
     )
     try:
         result = function(*args)

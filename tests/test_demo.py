@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from data.fashion_mnist import FILES
+from data.sources.fashion_mnist import FILES
 from trainer.config import load
 from trainer.pretrain import pretrain
 

@@ -55,7 +55,7 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
 
 def _stoppable(work: Callable[[], None]) -> None:
     """With the exit code that says so where it was asked to end early."""
-    from trainer.stop import Stopped, exit_code
+    from trainer.ops.stop import Stopped, exit_code
 
     try:
         work()
@@ -70,7 +70,7 @@ def replay(run: RunPath) -> None:
 
     On as many ranks as the run had: torchrun …; TRAINER_DEBUG=1 checks more.
     """
-    from trainer.replay import replay
+    from trainer.ops.replay import replay
 
     if text := replay(run):
         print(text)
@@ -83,8 +83,8 @@ def knn(run: RunPath, overrides: Overrides = None, network: NetworkName = "stude
     The run's own settings apply; eval.k=20 eval.temperature=0.07 is DINO's convention, eval.k=200
     eval.temperature=0.1 the original one, which lightly's benchmarks use.
     """
-    from trainer.inspect import evaluate_knn
-    from trainer.weights import Which
+    from trainer.interop.weights import Which
+    from trainer.report.galleries import evaluate_knn
 
     evaluate_knn(run, overrides or [], Which(network, step))
 
@@ -100,7 +100,7 @@ def import_(
 
     knn, embed and export work on it. KEY=VALUE are of its configuration, as model.small_images=true or data.train=….
     """
-    from trainer.import_weights import import_weights
+    from trainer.interop.import_ import import_weights
 
     print(import_weights(file, out, backbone, overrides or []))
 
@@ -120,8 +120,8 @@ def export(
 
     The student by default: it is what AdCo, MoCo, SimCLR and BYOL evaluate. DINO evaluates its teacher.
     """
-    from trainer.export import export
-    from trainer.weights import Which
+    from trainer.interop.export import export
+    from trainer.interop.weights import Which
 
     if told := export(run, to, out, Which(network, step), licence):
         print(told)
@@ -141,8 +141,8 @@ def embed(
 
     KEY=VALUE are of eval.batch_size, eval.size (pixels), run.device and the like. See docs/ecosystem.md.
     """
-    from trainer.embed import embed
-    from trainer.weights import Which
+    from trainer.evaluate.embed import embed
+    from trainer.interop.weights import Which
 
     if told := embed(run, src, out, Which(network, step), points, overrides or []):
         print(told)
@@ -162,12 +162,12 @@ def linear(
     The published protocol, which stops and goes on as pretrain does; or with --fast features are computed a few times
     and the best of many learning rates and weight decays is chosen on held-out images. See docs/evaluation.md.
     """
-    from trainer.evaluate.linear import VERB
-    from trainer.evaluate.verb import run_verb
-    from trainer.weights import Which
+    from trainer.evaluate.base import run_evaluation
+    from trainer.evaluate.linear import EVALUATOR
+    from trainer.interop.weights import Which
 
     settings = [*(overrides or []), *(["linear.fast=true"] if fast else [])]
-    _stoppable(lambda: run_verb(VERB, run, settings, name, Which(network, step)))
+    _stoppable(lambda: run_evaluation(EVALUATOR, run, settings, name, Which(network, step)))
 
 
 @app.command()
@@ -179,11 +179,11 @@ def finetune(
     finetune.labels=0.01 (default), 0.1 or 1 is the share of the training images whose labels are used;
     finetune.subset_list=FILE names them. Stops and goes on as pretrain does. See docs/evaluation.md.
     """
-    from trainer.evaluate.finetune import VERB
-    from trainer.evaluate.verb import run_verb
-    from trainer.weights import Which
+    from trainer.evaluate.base import run_evaluation
+    from trainer.evaluate.finetune import EVALUATOR
+    from trainer.interop.weights import Which
 
-    _stoppable(lambda: run_verb(VERB, run, overrides or [], name, Which(network, step)))
+    _stoppable(lambda: run_evaluation(EVALUATOR, run, overrides or [], name, Which(network, step)))
 
 
 @app.command()
@@ -194,17 +194,17 @@ def voc07(
 
     voc07.root=VOCdevkit/VOC2007 is where the development kit lies, with trainval and test. See docs/evaluation.md.
     """
-    from trainer.evaluate.verb import run_verb
-    from trainer.evaluate.voc07 import VERB
-    from trainer.weights import Which
+    from trainer.evaluate.base import run_evaluation
+    from trainer.evaluate.voc07 import EVALUATOR
+    from trainer.interop.weights import Which
 
-    run_verb(VERB, run, overrides or [], name, Which(network, step))
+    run_evaluation(EVALUATOR, run, overrides or [], name, Which(network, step))
 
 
 @app.command()
 def report(run: RunPath) -> None:
     """Write RUN/report.html: one page with curves, nearest neighbours and what the negatives look like."""
-    from trainer.inspect import write_report
+    from trainer.report.galleries import write_report
 
     print(write_report(run))
 
@@ -215,7 +215,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="The page to write")] = Path("compare.html"),
 ) -> None:
     """Several runs in one table and one page: accuracy against epochs, images seen and time, and what differs."""
-    from trainer.compare import compare
+    from trainer.report.compare import compare
 
     compare(runs, out)
     print(out)
@@ -237,11 +237,11 @@ def doctor(
 
     settings = load(config, overrides) if config else None
     if "GROUP_RANK" in os.environ:
-        from trainer.nodes import compare
+        from trainer.ops.preflight import compare
 
         fit = compare(settings, bad_nodes)
     else:
-        from trainer.doctor import examine, show
+        from trainer.ops.doctor import examine, show
 
         fit = show(examine(settings))
     if not fit:
@@ -292,7 +292,7 @@ def scale_submit(
     """Measure CONFIG at each size that FOLDER has no result of: one SLURM job each, or processes here."""
     import shlex
 
-    from trainer.scale import submit
+    from trainer.bench.scaling import submit
 
     try:
         numbers = [int(size) for size in sizes.split(",")]
@@ -307,7 +307,7 @@ def scale_submit(
 @scale_app.command("collect")
 def scale_collect(folder: StudyPath) -> None:
     """The table of what is measured so far: images/s, speedup, efficiency, communication."""
-    from trainer.scale import report
+    from trainer.bench.scaling import report
 
     report(folder)
 
@@ -315,7 +315,7 @@ def scale_collect(folder: StudyPath) -> None:
 @scale_app.command("plot")
 def scale_plot(folder: StudyPath) -> None:
     """FOLDER/scaling.png and scaling.html."""
-    from trainer.scale import plot
+    from trainer.bench.scaling import plot
 
     print(*plot(folder), sep="\n")
 
@@ -325,7 +325,7 @@ def data_index(
     src: DataPath, out: Annotated[Path, typer.Argument(help="The new index; data.train may name it", metavar="OUT.npz")]
 ) -> None:
     """List the pictures of a folder or of shards once, for all runs to come: data.train=OUT.npz."""
-    from trainer.dataset import make_index
+    from data.tools import make_index
 
     print(make_index(src, out))
 
@@ -337,7 +337,7 @@ def data_verify(
     threads: Threads = CORES,
 ) -> None:
     """Read and decode every picture. Lists the bad ones with the reason; exit code 1 if there are any."""
-    from trainer.dataset import verify
+    from data.tools import verify
 
     bad, total = verify(src, out, threads)
     print(*bad, f"{len(bad):,} of {total:,} images cannot be read", sep="\n")
@@ -355,7 +355,7 @@ def data_shard(
     threads: Threads = CORES,
 ) -> None:
     """Write a data set into tar shards of equal size, bytes as they are. After an interruption it goes on."""
-    from trainer.dataset import write_shards
+    from data.tools import write_shards
 
     print(write_shards(src, dest, samples, threads, seed if shuffle else None))
 
@@ -369,7 +369,7 @@ def data_views(
 ) -> None:
     """Draw what a run would see: the first images of its first epoch, whole and as each of their views."""
     from trainer.config import load
-    from trainer.inspect import draw_views
+    from trainer.report.galleries import draw_views
 
     draw_views(load(config, overrides), out, samples)
     print(out)
@@ -435,13 +435,13 @@ def bench_kernels(
     """The negatives step (loss, its gradient, bank update): ours against the formulation that stores N x K tensors.
 
     --static: what the compiler makes of the Triton kernels for sm_80 and sm_90, and the least time each can take.
-    --tune: rewrites kernels/tiles.csv for this GPU's architecture.
+    --tune: rewrites kernels/triton/tiles.csv for this GPU's architecture.
     """
     if static and tune:
         raise ValueError("bench kernels: got --static and --tune, need one of them")
     if static:
-        from trainer.bench import roofline
         from trainer.bench import static as compiled
+        from trainer.plan import roofline
 
         compiled.report(compiled.run(compiled.jobs()), out)
         roofline.report(roofline.rows((256, 1024, 4096), (65536, 2**20), 128, "bfloat16"))

@@ -10,26 +10,26 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from data.index import Source
 from data.loader import Batch, default_backend, default_workers, normalize, train_batches
 from data.random import BANK, hash_counters
+from data.sources.open import Source
 from kernels import implementation
-from models.bank import Bank, make_mesh
+from models.batchnorm import synchronise_bn
 from models.encoder import Encoder
 from models.method import Method
-from models.queue import Queue
-from models.shuffle_bn import synchronise_bn
+from models.negatives.bank import Bank, make_mesh
+from models.negatives.queue import Queue
 from models.teacher import make_teacher
 from trainer.config import Config, check_world
-from trainer.ddp import DDP
-from trainer.distributed import Place
-from trainer.engine import Engine, networks_of, whole
-from trainer.fsdp import FSDP
+from trainer.distributed import RankInfo
+from trainer.engines.base import Engine, named_networks, unshard
+from trainer.engines.ddp import DDP
+from trainer.engines.fsdp import FSDP
 
-TYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def make_encoder(config: Config) -> Encoder:
+def build_encoder(config: Config) -> Encoder:
     """A fresh encoder, always the same for the same seed. Raises ValueError for a backbone that does not exist."""
     torch.manual_seed(config.run.seed)
     model = config.model
@@ -45,20 +45,20 @@ def make_encoder(config: Config) -> Encoder:
     )
 
 
-def make_game(config: Config, place: Place, student: Encoder | None = None) -> Method:
+def build_method(config: Config, rank_info: RankInfo, student: Encoder | None = None) -> Method:
     """Student (a fresh one if None), teacher and an empty bank, equal on all ranks.
 
     Raises ValueError where they do not fit the ranks.
     """
     method, bank = config.method, config.bank
-    mesh = make_mesh(bank.placement, place.device, place.local_world)
-    check_world(config, place.world, place.local_world)
-    student = student or make_encoder(config)
+    mesh = make_mesh(bank.placement, rank_info.device, rank_info.local_world_size)
+    check_world(config, rank_info.world_size, rank_info.local_world_size)
+    student = student or build_encoder(config)
     if method.bn == "sync":
-        synchronise_bn(student, place.device)
-    student.to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kernels = kernels_for(config, place.device)
-    precision = autocast_type(config, place.device) if bank.precision == "auto" else TYPES[bank.precision]
+        synchronise_bn(student, rank_info.device)
+    student.to(rank_info.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    kernels = kernels_for(config, rank_info.device)
+    precision = autocast_dtype(config, rank_info.device) if bank.precision == "auto" else DTYPES[bank.precision]
     negatives: Bank | Queue | None = None
     if method.negatives == "bank":
         negatives = Bank(
@@ -70,8 +70,8 @@ def make_game(config: Config, place: Place, student: Encoder | None = None) -> M
             momentum=bank.momentum,
             weight_decay=bank.weight_decay,
             precision=precision,
-            weights=TYPES[bank.weights],
-            velocity=None if bank.velocity == "none" else TYPES[bank.velocity],
+            weights=DTYPES[bank.weights],
+            velocity=None if bank.velocity == "none" else DTYPES[bank.velocity],
         )
     elif method.negatives == "queue":
         negatives = Queue(bank.size, config.model.dim, mesh, kernels=kernels, precision=precision, seed=config.run.seed)
@@ -87,27 +87,27 @@ def kernels_for(config: Config, device: torch.device) -> str:
     return name
 
 
-def make_engine(game: Method, config: Config, place: Place) -> Engine:
+def build_engine(method: Method, config: Config, rank_info: RankInfo) -> Engine:
     """What makes the game's student learn; student and teacher are spread over the ranks in place.
 
     Raises ValueError where the configuration asks for what it cannot do.
     """
-    precision = autocast_type(config, place.device)
+    precision = autocast_dtype(config, rank_info.device)
     if config.engine.kind == "deepspeed":
-        from trainer.zero import Zero  # takes seconds to import
+        from trainer.engines.zero import Zero  # takes seconds to import
 
-        return Zero(game.student, game.teacher, config, place, precision)
+        return Zero(method.student, method.teacher, config, rank_info, precision)
     kind = FSDP if config.engine.kind == "fsdp" else DDP
-    return kind(game.student, game.teacher, config, place, precision)
+    return kind(method.student, method.teacher, config, rank_info, precision)
 
 
-def whole_student(game: Method, engine: Engine, config: Config, place: Place) -> Encoder:
+def full_student(method: Method, engine: Engine, config: Config, rank_info: RankInfo) -> Encoder:
     """The student to evaluate, usable by each rank alone: a copy if ranks hold parts of it, or if it is compiled."""
     weights = engine.weights()["student"]
     if not config.engine.compile and not any(isinstance(x, DTensor) for x in weights.values()):
-        return game.student
-    student = make_encoder(config).to(place.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    student.load_state_dict(whole(weights))
+        return method.student
+    student = build_encoder(config).to(rank_info.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    student.load_state_dict(unshard(weights))
     return student
 
 
@@ -123,16 +123,17 @@ def data_workers(config: Config, device: torch.device) -> int:
     return default_workers(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
-def make_batches(config: Config, place: Place, train: Source, start: int, stop: int) -> Iterator[Batch]:
+def make_batches(config: Config, rank_info: RankInfo, train: Source, start: int, stop: int) -> Iterator[Batch]:
     """This rank's part of the batches of steps start + 1 to stop, see `data.loader.train_batches`."""
-    data, device = config.data, place.device
+    data, device = config.data, rank_info.device
     return train_batches(
-        train, list(data.views), data.augment, config.run.seed, data.batch_size, place.rank, place.world, start, stop,
-        data_workers(config, device), device, data_backend(config, device), data.prefetch, data.decoder, data.blocks,
+        train, list(data.views), data.augment, config.run.seed, data.batch_size, rank_info.rank,
+        rank_info.world_size, start, stop, data_workers(config, device),
+        device, data_backend(config, device), data.prefetch, data.decoder, data.blocks,
     )  # fmt: skip
 
 
-def autocast_type(config: Config, device: torch.device) -> torch.dtype:
+def autocast_dtype(config: Config, device: torch.device) -> torch.dtype:
     """That of run.precision; for auto bfloat16 where the device is made for it. float32 stands for no autocast."""
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -140,7 +141,9 @@ def autocast_type(config: Config, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def fill_bank(bank: Bank | None, config: Config, place: Place, source: Source, encoder: Encoder | None = None) -> None:
+def fill_bank(
+    bank: Bank | None, config: Config, rank_info: RankInfo, source: Source, encoder: Encoder | None = None
+) -> None:
     """Learned negatives' first weights: keys of the encoder, or random directions; at unit length.
 
     encoder: that before training, None for a fresh one.
@@ -156,9 +159,9 @@ def fill_bank(bank: Bank | None, config: Config, place: Place, source: Source, e
     replica, replicas = bank.mesh.get_local_rank("replica"), bank.mesh.size(0)
     share = chunks[len(chunks) * replica // replicas : len(chunks) * (replica + 1) // replicas]
     if config.bank.init == "random":
-        chunk_rows = _random_rows(config, place.device, share, chunk)
+        chunk_rows = _random_rows(config, rank_info.device, share, chunk)
     else:
-        chunk_rows = _key_rows(encoder or make_encoder(config), config, place.device, source, share, chunk)
+        chunk_rows = _key_rows(encoder or build_encoder(config), config, rank_info.device, source, share, chunk)
     bank.w_KD.zero_()
     for c, rows_CD in zip(share, chunk_rows, strict=True):
         start, stop = max(c * chunk, first), min((c + 1) * chunk, last)
@@ -190,7 +193,7 @@ def _key_rows(
         yield encoder([normalize(batch.views[0].to(device), torch.float32)])
 
 
-def weights(game: Method) -> dict[str, dict[str, Tensor]]:
+def weights(method: Method) -> dict[str, dict[str, Tensor]]:
     """The tensors of a checkpoint that say what was learned; they share memory with the game."""
-    networks = networks_of(game.student, game.teacher)
-    return {**{name: network.state_dict() for name, network in networks.items()}, **game.state_dict()}
+    networks = named_networks(method.student, method.teacher)
+    return {**{name: network.state_dict() for name, network in networks.items()}, **method.state_dict()}

@@ -52,7 +52,9 @@ class Run(Section):
 
 
 class Data(Section):
-    """train and val: a folder of class/picture.jpg, shards or another kind of `data.index`. batch_size: of all ranks.
+    """train and val: a folder of class/picture.jpg, shards or another kind of `data.sources.open`.
+
+    batch_size: of all ranks.
 
     order: global, or block for storage that hates random reads (see `data.order.Blocks`). max_unreadable: the share of
     the images seen that may be unreadable before the run stops; they are taken to be at least 1000.
@@ -101,7 +103,7 @@ class Model(Section):
 
 
 class BankSettings(Section):
-    """The negatives: learned, see `models.bank.Bank`, or a queue of keys, see `models.queue.Queue`; as the method says.
+    """The negatives: a bank of learned ones (`models.negatives.bank`) or a queue of keys (`models.negatives.queue`).
 
     Of a queue size, placement, kernels and precision are used. lr_final: cosine from lr to it; constant if None.
 
@@ -228,9 +230,9 @@ class Linear(Section):
 
 
 class Fast(Section):
-    """The fast linear protocol, see `trainer.evaluate.heads`: every lr with every weight decay, for features of which
-    the average squared length is 1. holdout: share of the training images on which the best is chosen. crops: random
-    ones of each training image, as linear.scale says; 0 for the central view alone.
+    """The fast linear protocol, see `trainer.evaluate.linear_fast`: every lr with every weight decay, for features of
+    which the average squared length is 1. holdout: share of the training images on which the best is chosen. crops:
+    random ones of each training image, as linear.scale says; 0 for the central view alone.
     """
 
     lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
@@ -336,16 +338,16 @@ class Config(Section):
         return self
 
 
-def check_world(config: Config, world: int, ranks_per_node: int) -> None:
+def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
     """Raise ValueError where the configuration does not fit so many ranks."""
-    shards = {"replicated": 1, "sharded": world, "node": ranks_per_node}[config.bank.placement]
+    shards = {"replicated": 1, "sharded": world_size, "node": ranks_per_node}[config.bank.placement]
     batch, parts = config.data.batch_size, config.optim.accumulate
-    if batch % (world * parts):
+    if batch % (world_size * parts):
         raise ValueError(
-            f"data.batch_size: {batch} does not divide among {world} ranks"
+            f"data.batch_size: {batch} does not divide among {world_size} ranks"
             + (f" times {parts} parts (optim.accumulate)" if parts > 1 else "")
         )
-    if config.method.bn != "sync" and batch // (world * parts) < 2:
+    if config.method.bn != "sync" and batch // (world_size * parts) < 2:
         raise ValueError(f"data.batch_size: {batch} leaves one image a rank and part, BatchNorm needs at least 2")
     if config.method.negatives != "none" and (shards - 1) * -(-config.bank.size // shards) >= config.bank.size:
         raise ValueError(

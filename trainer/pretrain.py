@@ -11,35 +11,37 @@ from typing import Any
 import numpy as np
 import torch
 
-from data.index import Source
 from data.loader import normalize
 from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
+from data.sources.open import Source
 from models.collapse import collapse
 from models.method import Method
-from trainer import checkpoint, distributed, replay
+from trainer import distributed
 from trainer.build import (
-    autocast_type,
+    autocast_dtype,
+    build_engine,
+    build_method,
     data_backend,
     data_workers,
     fill_bank,
+    full_student,
     make_batches,
-    make_engine,
-    make_game,
-    whole_student,
 )
 from trainer.config import Config
-from trainer.distributed import Place
+from trainer.distributed import RankInfo
+from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate import knn
-from trainer.flops import peak, step_flops
-from trainer.metrics import Averages, Recorder, memory, set_up_logging
-from trainer.optim import cosine, scaled_lr
-from trainer.phases import Spread, as_row, host_names, spread, straggler, traced
-from trainer.run_dir import Row, Unreadable, check_batch, claim, open_sources, read_rows, write_json
-from trainer.step import Learner, NotFinite, Rates
-from trainer.stop import Stop, deadline
-from trainer.watchdog import Watchdog
-from trainer.weights import load_encoder
+from trainer.interop.weights import load_encoder
+from trainer.ops import replay
+from trainer.ops.stop import Stop, deadline
+from trainer.ops.watchdog import Watchdog
+from trainer.plan.flops import peak, step_flops
+from trainer.run import checkpoint
+from trainer.run.directory import Row, Unreadable, check_batch, claim, open_sources, read_rows, write_json
+from trainer.run.metrics import Averages, Recorder, memory, set_up_logging
+from trainer.run.phases import Spread, as_row, host_names, spread, straggler, traced
+from trainer.train_step import NotFinite, Rates, TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -48,19 +50,19 @@ def pretrain(config: Config) -> None:
     """Train to the end from the newest good checkpoint in the run directory, or from the start, and evaluate.
 
     Raises ValueError for what the user can mend: the data, the run directory, sizes that do not fit; and, on all
-    ranks, where the loss is not finite. Raises `trainer.stop.Stopped` where it was asked to end early.
+    ranks, where the loss is not finite. Raises `trainer.ops.stop.Stopped` where it was asked to end early.
     """
     started = time.time()
-    with distributed.started(config.run.device) as place:
-        set_up_logging(place.rank)
-        with claim(config, place) as folder:
+    with distributed.process_group(config.run.device) as rank_info:
+        set_up_logging(rank_info.rank)
+        with claim(config, rank_info) as folder:
             if (folder / "results.json").exists():
                 log.info("%s is finished: nothing to do", folder)
             else:
-                _pretrain(config, place, folder, started)
+                _pretrain(config, rank_info, folder, started)
 
 
-def _pretrain(config: Config, place: Place, folder: Path, started: float) -> None:
+def _pretrain(config: Config, rank_info: RankInfo, folder: Path, started: float) -> None:
     train, val = open_sources(config.data, folder)
     check_batch(config, train)
     epoch_steps = steps_per_epoch(len(train), config.data.batch_size)
@@ -68,16 +70,16 @@ def _pretrain(config: Config, place: Place, folder: Path, started: float) -> Non
     saved = checkpoint.newest(folder / "checkpoints")
     first = config.model.weights  # read once: later the checkpoints have what became of them
     begin = load_encoder(Path(first), config)[0] if first and not saved else None
-    game = make_game(config, place, copy.deepcopy(begin))
-    parameters = sum(p.numel() for p in game.student.parameters())
-    engine = make_engine(game, config, place)
-    learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
+    method = build_method(config, rank_info, copy.deepcopy(begin))
+    parameters = sum(p.numel() for p in method.student.parameters())
+    engine = build_engine(method, config, rank_info)
+    train_step = TrainStep(method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device))
     start = 0
     if saved:
-        start = learner.load(saved)
+        start = train_step.load(saved)
     else:
-        fill_bank(game.bank, config, place, train, begin)
-    _introduce(config, place, game, parameters, train, epoch_steps, saved)
+        fill_bank(method.bank, config, rank_info, train, begin)
+    _introduce(config, rank_info, method, parameters, train, epoch_steps, saved)
 
     run, keep_steps = config.run, (config.run.keep_every or 0) * epoch_steps
 
@@ -86,38 +88,38 @@ def _pretrain(config: Config, place: Place, folder: Path, started: float) -> Non
 
     saver = checkpoint.Saver(folder / "checkpoints", run.keep, stays)
     with (
-        Recorder(folder, start, steps, config.monitor, active=place.rank == 0) as recorder,
+        Recorder(folder, start, steps, config.monitor, active=rank_info.rank == 0) as recorder,
         Stop(folder, deadline(config.run.max_minutes, started)) as stop,
-        Watchdog(folder, place.rank) as watchdog,
+        Watchdog(folder, rank_info.rank) as watchdog,
     ):
-        for step in _steps(config, place, learner, train, start, steps, recorder, watchdog):
+        for step in _steps(config, rank_info, train_step, train, start, steps, recorder, watchdog):
             epoch = step / epoch_steps
             stopping = step > start and stop.at_boundary()
             watchdog.expect(f"what follows step {step}", config.run.long_timeout)
             if step > start and (step % run.save_every == 0 or step == steps or stays(step) or stopping):
-                with learner.phases("save"):
-                    game.average_buffers()
-                    saver.start(step, learner.state(step))
+                with train_step.phases("save"):
+                    method.average_buffers()
+                    saver.start(step, train_step.state(step))
             if stopping and step < steps:
                 saver.wait()
                 stop.leave(step)
             every = config.eval.knn_every
             due = step in (0, steps) or (every and epoch % every == 0)
             if val and due and step not in recorder.evaluated:
-                game.average_buffers()
+                method.average_buffers()
                 recorder.say(f"epoch {epoch:g}: evaluating")
-                student = whole_student(game, engine, config, place)
-                accuracy = knn.evaluate(student, train, val, place.device, config)
+                student = full_student(method, engine, config, rank_info)
+                accuracy = knn.evaluate(student, train, val, rank_info.device, config)
                 recorder.row({"step": step, "epoch": epoch, "images": step * config.data.batch_size, "knn": accuracy})
         saver.wait()
-        if place.rank == 0:
-            write_json(folder / "results.json", _results(config, place, recorder))
+        if rank_info.rank == 0:
+            write_json(folder / "results.json", _results(config, rank_info, recorder))
 
 
 def _steps(
     config: Config,
-    place: Place,
-    learner: Learner,
+    rank_info: RankInfo,
+    train_step: TrainStep,
     train: Source,
     start: int,
     steps: int,
@@ -129,27 +131,27 @@ def _steps(
     run, data = config.run, config.data
     epoch_steps = steps // run.epochs
     averages = Averages()
-    unreadable = Unreadable(Path(run.dir), place.rank)
-    batches = make_batches(config, place, train, start, steps)
+    unreadable = Unreadable(Path(run.dir), rank_info.rank)
+    batches = make_batches(config, rank_info, train, start, steps)
     hosts, flops = host_names(), step_flops(config)
     collapsed: str | None = None  # said once
     first, seconds = start, 0.0  # since the last row; what is done between steps does not count
-    with traced(Path(run.dir) / "trace.json.gz", run.profile if place.rank == 0 else 0) as tracer:
+    with traced(Path(run.dir) / "trace.json.gz", run.profile if rank_info.rank == 0 else 0) as tracer:
         for step in range(start + 1, steps + 1):
             watchdog.expect(f"step {step}", run.long_timeout if step == start + 1 else run.step_timeout)
             before = time.perf_counter()
-            with learner.phases("data"):
+            with train_step.phases("data"):
                 batch = next(batches)
             unreadable.note(batch.bad)
-            with learner.phases("normalize"):
-                views = [normalize(view.to(place.device, non_blocking=True), torch.float32) for view in batch.views]
+            with train_step.phases("normalize"):
+                views = [normalize(view.to(rank_info.device, non_blocking=True), torch.float32) for view in batch.views]
             rates = rates_at(config, step - 1, steps)
             seed = int(hash_counters(run.seed, NETWORK, step)[0] >> np.uint64(2))
             try:
-                metrics = learner.step(views, seed, rates)
+                metrics = train_step.step(views, seed, rates)
             except NotFinite as error:
                 watchdog.expect(f"the dump of step {step}", run.long_timeout)
-                told = replay.dump(Path(run.dir), step, learner, views, batch.samples, seed, rates, error)
+                told = replay.dump(Path(run.dir), step, train_step, views, batch.samples, seed, rates, error)
                 raise ValueError(f"step {step}: {error}; checkpoints stay as they are; {told}") from error
             averages.add(metrics)
             recorder.advance(step)
@@ -160,21 +162,21 @@ def _steps(
                 seconds += time.perf_counter() - before
                 if not all(map(math.isfinite, row.values())):
                     raise ValueError(f"step {step}: not finite: {row}; checkpoints stay as they are")
-                row |= learner.game.metrics()
-                if not collapsed and (collapsed := collapse(row)) and place.rank == 0:
+                row |= train_step.method.metrics()
+                if not collapsed and (collapsed := collapse(row)) and rank_info.rank == 0:
                     log.warning("step %d: %s", step, collapsed)
                 row |= rates._asdict()
                 images = step * data.batch_size
                 row |= _speed(
-                    spread(learner.phases.take(), step - first),
+                    spread(train_step.phases.take(), step - first),
                     step - first,
                     seconds,
                     data.batch_size,
                     flops,
-                    place,
+                    rank_info,
                     hosts,
                 )
-                row |= {**memory(place.device), "unreadable": unreadable.total()}
+                row |= {**memory(rank_info.device), "unreadable": unreadable.total()}
                 recorder.row({"step": step, "epoch": step / epoch_steps, "images": images, **row})
                 unreadable.check(min((step - start) * data.batch_size, len(train)), data.max_unreadable)
                 first, seconds = step, 0.0
@@ -184,14 +186,20 @@ def _steps(
 
 
 def _speed(
-    phases: dict[str, Spread], steps: int, seconds: float, images: int, flops: float, place: Place, hosts: list[str]
+    phases: dict[str, Spread],
+    steps: int,
+    seconds: float,
+    images: int,
+    flops: float,
+    rank_info: RankInfo,
+    hosts: list[str],
 ) -> Row:
     """What `steps` steps of `images` images and `flops` FLOPs each took; says so if a rank holds the others up."""
-    if place.rank == 0 and (late := straggler(phases, hosts)):
+    if rank_info.rank == 0 and (late := straggler(phases, hosts)):
         log.warning("%s", late)
     row: Row = {"images_per_second": steps * images / seconds, "data_wait": steps * phases["data"].mean / seconds}
-    row["teraflops"] = steps * flops / seconds / place.world / 1e12
-    if most := peak(place.device):
+    row["teraflops"] = steps * flops / seconds / rank_info.world_size / 1e12
+    if most := peak(rank_info.device):
         row["mfu"] = row["teraflops"] * 1e12 / most
     return {**row, "phases": as_row(phases)}
 
@@ -213,7 +221,13 @@ def _cosine_or_constant(step: int, steps: int, start: float, final: float | None
 
 
 def _introduce(
-    config: Config, place: Place, game: Method, parameters: int, train: Source, epoch_steps: int, saved: Path | None
+    config: Config,
+    rank_info: RankInfo,
+    method: Method,
+    parameters: int,
+    train: Source,
+    epoch_steps: int,
+    saved: Path | None,
 ) -> None:
     """Say what will run, once."""
     batch, optim = config.data.batch_size, config.optim
@@ -224,24 +238,26 @@ def _introduce(
         config.model.backbone,
         parameters / 1e6,
         config.engine.kind,
-        place.world,
-        place.device.type,
+        rank_info.world_size,
+        rank_info.device.type,
     )
     log.info("learning rate %g for a batch of %d (%g for 256)", scaled_lr(optim.lr, batch), batch, optim.lr)
-    log.info("data by %s, %d workers a rank", data_backend(config, place.device), data_workers(config, place.device))
-    if negatives := game.bank or game.queue:
+    log.info(
+        "data by %s, %d workers a rank", data_backend(config, rank_info.device), data_workers(config, rank_info.device)
+    )
+    if negatives := method.bank or method.queue:
         log.info(
             "%d negatives, %s over %d ranks, %s kernels",
             negatives.size,
             config.bank.placement,
-            place.world,
+            rank_info.world_size,
             negatives.kernels,
         )
     if saved:
         log.info("continuing from %s", saved)
 
 
-def _results(config: Config, place: Place, recorder: Recorder) -> dict[str, Any]:
+def _results(config: Config, rank_info: RankInfo, recorder: Recorder) -> dict[str, Any]:
     """What the finished run reached. Rows that a full disk did not take are missing in it."""
     rows = read_rows(recorder.path)
     accuracies = [row["knn"] for row in rows if "knn" in row]
@@ -249,7 +265,9 @@ def _results(config: Config, place: Place, recorder: Recorder) -> dict[str, Any]
     images = np.diff([0, *(row["images"] for row in trained)])
     seconds = images / np.array([row["images_per_second"] for row in trained])
     waited = seconds * np.array([row["data_wait"] for row in trained])
-    device = torch.cuda.get_device_name() if place.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name() if rank_info.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    )
     results: dict[str, Any] = {}
     if accuracies:
         results |= {"knn_untrained": accuracies[0], "knn": accuracies[-1]}
@@ -258,4 +276,4 @@ def _results(config: Config, place: Place, recorder: Recorder) -> dict[str, Any]
         results |= {"epochs": config.run.epochs, "images": trained[-1]["images"], "seconds": recorder.seconds}
         results |= {"images_per_second": images.sum() / seconds.sum(), "data_wait": waited.sum() / seconds.sum()}
         results |= {"memory_gib": trained[-1]["memory_gib"]}
-    return {**results, "ranks": place.world, "device": device, "torch": torch.__version__}
+    return {**results, "ranks": rank_info.world_size, "device": device, "torch": torch.__version__}

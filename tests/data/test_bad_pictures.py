@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from data.decode import decode
-from data.index import open_source
 from data.loader import train_batches
+from data.sources.open import open_source
 from data.views import Augment, View
 from tests.data.pictures import photograph
 

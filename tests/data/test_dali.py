@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import dali
-from data.index import ImageFolder, Source, open_source
 from data.loader import Batch, Decoder, Steps, train_batches
 from data.order import batch_samples
+from data.sources.open import ImageFolder, Source, open_source
 from data.views import Augment, View
 from tests.data.photos import FOLDER, jpeg, write_photos
 from tests.data.pictures import photograph, write_folder
@@ -33,7 +33,7 @@ def made(
     start: int = 0,
     stop: int = 4,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
     batch_size: int = 8,
 ) -> list[Batch]:
@@ -47,7 +47,7 @@ def made(
             3,
             batch_size,
             rank,
-            world,
+            world_size,
             start,
             stop,
             workers,
@@ -156,17 +156,17 @@ def test_workers_make_the_same_batches(small: Source, photos: Source) -> None:
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_each_epoch_has_each_sample_once(small: Source, backend: str, world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_each_epoch_has_each_sample_once(small: Source, backend: str, world_size: int) -> None:
     # 24 samples in batches of 6 are 4 steps; in batches of 9, 2 steps, and 6 samples are dropped, others each time.
     for batch_size, steps in ((6, 4), (9, 2)):
-        if batch_size % world:
+        if batch_size % world_size:
             continue
         ranks = [
-            made(small, [View(size=8)], Augment(blur=0), backend, 0, 5 * steps, rank, world, batch_size=batch_size)
-            for rank in range(world)
+            made(small, [View(size=8)], Augment(blur=0), backend, 0, 5 * steps, rank, world_size, batch_size=batch_size)
+            for rank in range(world_size)
         ]
-        assert [len(batches) for batches in ranks] == [5 * steps] * world
+        assert [len(batches) for batches in ranks] == [5 * steps] * world_size
         whole = [joined(parts) for parts in zip(*ranks, strict=True)]
         dropped = set()
         for epoch in range(5):
@@ -179,7 +179,7 @@ def test_each_epoch_has_each_sample_once(small: Source, backend: str, world: int
 
 
 def test_ranks_together_make_the_same_global_batch(small: Source) -> None:
-    ranks = [made(small, [View(size=16)] * 2, Augment(), rank=rank, world=2) for rank in range(2)]
+    ranks = [made(small, [View(size=16)] * 2, Augment(), rank=rank, world_size=2) for rank in range(2)]
     assert_same([joined(parts) for parts in zip(*ranks, strict=True)], made(small, [View(size=16)] * 2, Augment()))
 
 

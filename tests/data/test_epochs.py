@@ -5,9 +5,9 @@ from typing import Literal
 import pytest
 import torch
 
-from data.index import Source, open_source
 from data.loader import Batch, train_batches
 from data.order import Blocks, steps_per_epoch
+from data.sources.open import Source, open_source
 from data.views import Augment, View
 from tests.data.pictures import write_folder
 
@@ -23,23 +23,40 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 def batches(
-    source: Source, backend: Literal["cpu", "dali"], blocks: Blocks | None, start: int, stop: int, rank: int, world: int
+    source: Source,
+    backend: Literal["cpu", "dali"],
+    blocks: Blocks | None,
+    start: int,
+    stop: int,
+    rank: int,
+    world_size: int,
 ) -> list[Batch]:
     views = [View(size=8), View(size=8)]
     return list(
         train_batches(
-            source, views, Augment(), SEED, BATCH, rank, world, start, stop, workers=0, backend=backend, blocks=blocks
+            source,
+            views,
+            Augment(),
+            SEED,
+            BATCH,
+            rank,
+            world_size,
+            start,
+            stop,
+            workers=0,
+            backend=backend,
+            blocks=blocks,
         )
     )
 
 
 @BACKENDS
 @BLOCKS
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_five_epochs(source: Source, backend: Literal["cpu", "dali"], blocks: Blocks | None, world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_five_epochs(source: Source, backend: Literal["cpu", "dali"], blocks: Blocks | None, world_size: int) -> None:
     assert steps_per_epoch(len(source), BATCH) == 5
-    ranks = [batches(source, backend, blocks, 0, 25, rank, world) for rank in range(world)]
-    assert [len(steps) for steps in ranks] == [25] * world
+    ranks = [batches(source, backend, blocks, 0, 25, rank, world_size) for rank in range(world_size)]
+    assert [len(steps) for steps in ranks] == [25] * world_size
     epochs = []
     for epoch in range(5):
         read = [s for steps in ranks for batch in steps[5 * epoch : 5 * epoch + 5] for s in batch.samples.tolist()]
@@ -54,8 +71,8 @@ def test_the_next_ten_batches_after_a_stop(
     source: Source, backend: Literal["cpu", "dali"], blocks: Blocks | None
 ) -> None:
     straight = batches(source, backend, blocks, 0, 23, 0, 1)[13:]
-    for world in (1, 2, 3):
-        ranks = [batches(source, backend, blocks, 13, 23, rank, world) for rank in range(world)]
+    for world_size in (1, 2, 3):
+        ranks = [batches(source, backend, blocks, 13, 23, rank, world_size) for rank in range(world_size)]
         for whole, *parts in zip(straight, *ranks, strict=True):
             assert torch.equal(whole.samples, torch.cat([part.samples for part in parts]))
             for v, view in enumerate(whole.views):

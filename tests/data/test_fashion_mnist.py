@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from torchvision import datasets
 
-from data import fashion_mnist
-from data.fashion_mnist import FILES, PACKAGE, complete, fetch, main
+from data.sources import fashion_mnist
+from data.sources.fashion_mnist import FILES, PACKAGE, complete, fetch, main
 
 
 def fill(folder: Path) -> Path:

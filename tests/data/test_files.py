@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from data import files
-from data.index import UnreadableImage, open_source
+from data.sources import files
+from data.sources.open import UnreadableImage, open_source
 from tests.data.pictures import write_folder
 
 

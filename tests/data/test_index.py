@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from data.index import IdxImages, ImageFolder, UnreadableImage, decode, open_source
+from data.sources.open import IdxImages, ImageFolder, UnreadableImage, decode, open_source
 from tests.data.pictures import photograph, write_folder
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from torchvision.transforms import functional as tvf
 
 from data.cpu import render, render_center
-from data.index import ImageFolder, Source, UnreadableImage, open_source
 from data.loader import Batch, Crops, EvalBatch, eval_batches, normalize, train_batches
 from data.order import batch_samples
+from data.sources.open import ImageFolder, Source, UnreadableImage, open_source
 from data.views import Augment, View, draw
 from tests.data.pictures import photograph, write_folder
 
@@ -65,13 +65,13 @@ def train(
     start: int = 0,
     stop: int = 4,
     rank: int = 0,
-    world: int = 1,
+    world_size: int = 1,
     workers: int = 0,
     batch_size: int = 8,
     seed: int = 3,
     views: list[View] = VIEWS,
 ) -> Iterator[Batch]:
-    return train_batches(source, views, Augment(solarize=0.2), seed, batch_size, rank, world, start, stop, workers)
+    return train_batches(source, views, Augment(solarize=0.2), seed, batch_size, rank, world_size, start, stop, workers)
 
 
 def assert_same(a: list[Batch], b: list[Batch]) -> None:
@@ -123,9 +123,9 @@ def test_fewer_views_are_the_same_views(source: Source) -> None:
     assert torch.equal(one.views[0], all_views.views[0])
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_ranks_together_make_the_same_global_batch(source: Source, world: int) -> None:
-    ranks = [train(source, rank=rank, world=world) for rank in range(world)]
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_together_make_the_same_global_batch(source: Source, world_size: int) -> None:
+    ranks = [train(source, rank=rank, world_size=world_size) for rank in range(world_size)]
     assert_same([joined(parts) for parts in zip(*ranks, strict=True)], list(train(source)))
 
 
@@ -137,7 +137,7 @@ def test_workers_make_the_same_batches(source: Source, damaged: Source) -> None:
 def test_resuming_gives_the_tail(source: Source) -> None:
     straight = list(train(source, stop=8))
     assert_same(list(train(source, start=5, stop=8)), straight[5:])
-    ranks = [train(source, start=5, stop=8, rank=rank, world=2) for rank in range(2)]
+    ranks = [train(source, start=5, stop=8, rank=rank, world_size=2) for rank in range(2)]
     assert_same([joined(parts) for parts in zip(*ranks, strict=True)], straight[5:])
     assert list(train(source, start=8, stop=8)) == []
 
@@ -196,7 +196,7 @@ def test_train_errors_come_at_once(source: Source) -> None:
     with pytest.raises(ValueError, match="24 samples do not fill one batch of 25"):
         train(source, batch_size=25)
     with pytest.raises(ValueError, match="8 does not divide evenly among 3"):
-        train(source, world=3)
+        train(source, world_size=3)
 
 
 # Evaluation

@@ -42,13 +42,13 @@ def test_order_is_protected_from_its_users() -> None:
         epoch_order(10, 0, 0)[0] = 1
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_ranks_together_read_the_global_batch(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_together_read_the_global_batch(world_size: int) -> None:
     for step in (0, 3, 4, 11):
         epoch, batch = batch_samples(53, 5, step, 12, 0, 1)
-        parts = [batch_samples(53, 5, step, 12, rank, world) for rank in range(world)]
+        parts = [batch_samples(53, 5, step, 12, rank, world_size) for rank in range(world_size)]
         assert {e for e, _ in parts} == {epoch}
-        assert [len(samples) for _, samples in parts] == [12 // world] * world
+        assert [len(samples) for _, samples in parts] == [12 // world_size] * world_size
         assert np.concatenate([samples for _, samples in parts]).tolist() == batch.tolist()
 
 
@@ -139,26 +139,28 @@ def test_one_window_of_all_is_the_global_order() -> None:
 
 
 @pytest.mark.parametrize("blocks", [None, Blocks(16, 4)], ids=["global", "block"])
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_five_epochs_have_each_sample_once(blocks: Blocks | None, world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_five_epochs_have_each_sample_once(blocks: Blocks | None, world_size: int) -> None:
     n, batch = 1000, 42  # 23 steps, 34 samples left over
     dropped = []
     for epoch in range(5):
         read: list[int] = []
         for step in range(23 * epoch, 23 * (epoch + 1)):
-            for rank in range(world):
-                its_epoch, samples = batch_samples(n, 9, step, batch, rank, world, blocks)
+            for rank in range(world_size):
+                its_epoch, samples = batch_samples(n, 9, step, batch, rank, world_size, blocks)
                 assert its_epoch == epoch
                 read += samples.tolist()
         assert len(read) == len(set(read)) == 23 * batch
         dropped.append(frozenset(range(n)) - set(read))
     assert len(set(dropped)) == 5  # others in each epoch
-    assert batch_samples(n, 9, 5 * 23, batch, 0, world, blocks)[0] == 5
+    assert batch_samples(n, 9, 5 * 23, batch, 0, world_size, blocks)[0] == 5
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-def test_resuming_in_blocks_is_a_slice_even_with_other_ranks(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_resuming_in_blocks_is_a_slice_even_with_other_ranks(world_size: int) -> None:
     blocks = Blocks(8, 2)
     straight = np.concatenate([batch_samples(100, 1, step, 12, 0, 1, blocks)[1] for step in range(30)])
-    resumed = [batch_samples(100, 1, step, 12, r, world, blocks)[1] for step in range(17, 30) for r in range(world)]
+    resumed = [
+        batch_samples(100, 1, step, 12, r, world_size, blocks)[1] for step in range(17, 30) for r in range(world_size)
+    ]
     assert np.concatenate(resumed).tolist() == straight[17 * 12 :].tolist()

@@ -14,10 +14,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data import files
-from data.arrow import ParquetFiles
-from data.index import ImageFolder, Source, UnreadableImage, decode, open_source
-from data.listing import Packed
+from data.sources import files
+from data.sources.arrow import ParquetFiles
+from data.sources.index import Packed
+from data.sources.open import ImageFolder, Source, UnreadableImage, decode, open_source
 from tests.data.pictures import photograph, write_folder
 
 
@@ -396,7 +396,7 @@ def test_damaged_row_groups_are_unreadable_samples(tmp_path: Path) -> None:
 
 
 def test_kept_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data import arrow
+    from data.sources import arrow
 
     source = open_source(write_parquet(tmp_path / "x.parquet", table()))
     arrow._cache.clear()

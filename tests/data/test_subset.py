@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.index import ImageFolder
-from data.subset import Subset, balanced, named, read_names
+from data.sources.open import ImageFolder
+from data.sources.subset import Subset, balanced, named, read_names
 from tests.data.pictures import write_folder
 
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from data import watch
-from data.index import ImageFolder, UnreadableImage
 from data.loader import train_batches
+from data.sources.open import ImageFolder, UnreadableImage
 from data.views import Augment, View
 from data.watch import Watched
 from tests.data.pictures import write_folder
@@ -135,7 +135,7 @@ def test_a_workers_refusal_is_one_line(tmp_path: Path) -> None:
 LOADING = """
 import sys, time
 from pathlib import Path
-from data.index import open_source
+from data.sources.open import open_source
 from data.loader import CPU, train_batches
 from data.views import Augment, View
 

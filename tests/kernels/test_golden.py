@@ -19,21 +19,21 @@ GAMES = {"asym": (1.0, [0]), "sym": (0.5, [0, 1]), "multicrop": (1.0, [0, 0, 0])
 
 
 @pytest.mark.parametrize("kernels", [reference, chunked])
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("game", GAMES)
-def test_first_step(kernels: Any, game: str, world: int) -> None:
-    check_first_step(kernels, game, world)
+def test_first_step(kernels: Any, game: str, world_size: int) -> None:
+    check_first_step(kernels, game, world_size)
 
 
-def check_first_step(kernels: Any, game: str, world: int) -> None:
+def check_first_step(kernels: Any, game: str, world_size: int) -> None:
     with safe_open(GOLDEN, "pt") as file:
         settings = {name: float(value) for name, value in file.metadata().items()}
 
         def load(name: str) -> Tensor:
-            return file.get_tensor(f"{game}.world{world}.{name}")
+            return file.get_tensor(f"{game}.world{world_size}.{name}")
 
         def load_ranks(name: str) -> Tensor:
-            return torch.cat([load(f"rank{rank}.step0.{name}") for rank in range(world)])
+            return torch.cat([load(f"rank{rank}.step0.{name}") for rank in range(world_size)])
 
         view_weight, keys = GAMES[game]
         tau, tau_a = settings["temperature"], settings["adversary_temperature"]
@@ -44,8 +44,10 @@ def check_first_step(kernels: Any, game: str, world: int) -> None:
             q_ND, k_ND = load_ranks(f"query{view}"), load_ranks(f"key{key}")
             score = kernels.score(q_ND, k_ND, torch.arange(len(q_ND)), n_KD, tau, tau_a)
             loss_N = score.z_N.log() - (q_ND * k_ND).sum(1) / tau
-            per_rank = len(q_ND) // world
-            torch.testing.assert_close(loss_N.view(world, -1).mean(1), load_ranks(f"loss{view}"), rtol=1e-5, atol=1e-5)
+            per_rank = len(q_ND) // world_size
+            torch.testing.assert_close(
+                loss_N.view(world_size, -1).mean(1), load_ranks(f"loss{view}"), rtol=1e-5, atol=1e-5
+            )
             dq_ND = view_weight / per_rank * (score.o_ND / score.z_N[:, None] - k_ND) / tau
             torch.testing.assert_close(dq_ND, load_ranks(f"grad{view}"), rtol=1e-5, atol=1e-5)
             all_q.append(q_ND)

@@ -11,7 +11,7 @@ from tests.kernels.mining_cases import COLUMNS, QUERIES, brute_force, check, row
 from tests.kernels.test_chunked import LargestOutput
 
 BOTH = pytest.mark.parametrize("kernels", [reference, chunked])
-TYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def test_the_best_of_each_row(kernels: Any, queries: int, columns: int) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "columns", "m"), [(1, 1, 1), (17, 255, 1), (17, 1000, 16), (60, 255, 40)])
 def test_of_equal_ones_the_lower_column(kernels: Any, queries: int, columns: int, m: int, dtype: torch.dtype) -> None:
     q_ND, c_CD, own_N = rows_with_ties(queries, columns, 32)

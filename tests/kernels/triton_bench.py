@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.tiles import Key, Tiles, read_table, tiles
-from trainer.bench import gpu, roofline, static
+from kernels.triton.tiles import Key, Tiles, read_table, tiles
+from trainer.bench import gpu, static
+from trainer.plan import roofline
 
 CPU = torch.device("cpu")
 
@@ -90,8 +91,8 @@ def test_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(
         static, "run", lambda jobs, _: [{"spilled": 8 * (j.tile[0] == 64), "programs": 1} for j in jobs]
     )
-    monkeypatch.setattr("kernels.tiles.TABLE", before := read_table())
-    monkeypatch.setattr("kernels.tiles.TABLE_PATH", tmp_path / "tiles.csv")
+    monkeypatch.setattr("kernels.triton.tiles.TABLE", before := read_table())
+    monkeypatch.setattr("kernels.triton.tiles.TABLE_PATH", tmp_path / "tiles.csv")
     real, before = gpu.measure, dict(before)
 
     def measure(action: Any, device: torch.device, repeats: int) -> tuple[float, int]:

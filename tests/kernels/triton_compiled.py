@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from kernels.tiles import tiles
+from kernels.triton.tiles import tiles
 from trainer.bench import static
 from trainer.bench.static import Job
 

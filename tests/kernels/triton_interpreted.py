@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import gpu, implementation, reference
-from kernels.tiles import num_splits
+from kernels import implementation, reference
+from kernels.triton import functions as gpu
+from kernels.triton.tiles import num_splits
 from tests.kernels.cases import (
     ADVERSARY_TEMPERATURE,
     TEMPERATURE,
@@ -87,7 +88,7 @@ def test_own_keys(keys: int, own: str) -> None:
 @pytest.mark.parametrize("splits", [1, 3, 8])
 def test_splits(splits: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five tiles of 64 negatives and one or three of keys, a split has keys, negatives or both."""
-    monkeypatch.setattr("kernels.triton_score.num_splits", lambda *_: splits)
+    monkeypatch.setattr("kernels.triton.score.num_splits", lambda *_: splits)
     case = make_case(17, keys, 257, 64).to(torch.float16)
     check_score_of(case)
     first, second = score(gpu, case), score(gpu, case)
@@ -107,10 +108,10 @@ def test_other_ratios_of_temperatures(adversary_temperature: float) -> None:
     check_score_of(make_case(17, 34, 255, 32).to(torch.float32), adversary_temperature)
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("game", GAMES)
-def test_first_step_of_the_independent_implementation(game: str, world: int) -> None:
-    check_first_step(gpu, game, world)
+def test_first_step_of_the_independent_implementation(game: str, world_size: int) -> None:
+    check_first_step(gpu, game, world_size)
 
 
 def test_no_negatives() -> None:

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from kernels import gpu, hardest
-from kernels.tiles import Tiles
+from kernels import hardest
+from kernels.triton import functions as gpu
+from kernels.triton.tiles import Tiles
 from tests.kernels.mining_cases import COLUMNS, QUERIES, brute_force, check, rows_with_ties, unit_rows
 
 
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that the interpreter, slow by the operation and not by the element, has fewer of them to do."""
-    monkeypatch.setattr("kernels.triton_mining.tiles", lambda *_: Tiles(128, 128, 8, 2))
+    monkeypatch.setattr("kernels.triton.hardest.tiles", lambda *_: Tiles(128, 128, 8, 2))
 
 
 @pytest.mark.usefixtures("wide_tiles")
@@ -27,7 +28,7 @@ def test_as_exact_as_plain_pytorch(queries: int, columns: int, dtype: torch.dtyp
 
 @pytest.mark.parametrize(("dtype", "splits"), [(torch.float32, 3), (torch.float16, 1), (torch.bfloat16, 3)])
 def test_of_equal_ones_the_lower_column(dtype: torch.dtype, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kernels.triton_mining.num_splits", lambda *_: splits)
+    monkeypatch.setattr("kernels.triton.hardest.num_splits", lambda *_: splits)
     q_ND, c_CD, own_N = rows_with_ties(17, 255, 32)
     for m, own, below in ((3, own_N, 0.25), (16, None, float("inf"))):
         got = gpu.hardest(q_ND.to(dtype), c_CD.to(dtype), own, m, below)
@@ -39,7 +40,7 @@ def test_of_equal_ones_the_lower_column(dtype: torch.dtype, splits: int, monkeyp
 @pytest.mark.parametrize(("m", "splits"), [(16, 1), (16, 8), (64, 3), (128, 3)])
 def test_splits(m: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of five tiles of 64 columns, three splits leave the last with one, and eight leave three with none."""
-    monkeypatch.setattr("kernels.triton_mining.num_splits", lambda *_: splits)
+    monkeypatch.setattr("kernels.triton.hardest.num_splits", lambda *_: splits)
     q_ND, c_CD, own_N = (x.half() if x.is_floating_point() else x for x in unit_rows(17, 257, 32))
     check(gpu.hardest(q_ND, c_CD, own_N, m, 0.3), q_ND, c_CD, own_N, m, 0.3)
 

@@ -17,9 +17,9 @@ def measure() -> list[dict[str, float]]:
     flat_ND = x_ND * (torch.arange(D) < 4)
     line_ND = x_ND[:, :1].sign() * torch.ones(D)
     near_ND = 1 + 0.01 * x_ND
-    world, rank = dist.get_world_size(), dist.get_rank()
+    world_size, rank = dist.get_world_size(), dist.get_rank()
     return [
-        spread(nn.functional.normalize(z_ND, dim=1).chunk(world)[rank])
+        spread(nn.functional.normalize(z_ND, dim=1).chunk(world_size)[rank])
         for z_ND in (x_ND, flat_ND, line_ND, near_ND, torch.ones(N, D))
     ]
 

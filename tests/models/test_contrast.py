@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from models.adco import AdCo, Settings
-from models.bank import Bank, Rows, make_mesh
-from models.contrast import contrast
 from models.encoder import Encoder
+from models.negatives.bank import Bank, BankUpdate, make_mesh
+from models.negatives.contrast import contrast
 from tests.ranks import run_ranks
 
 B, D, K = 12, 32, 37  # images over all ranks; K is divisible by no number of ranks
@@ -72,9 +72,9 @@ def ten_steps(
     views: int,
     stored: torch.dtype | None = None,
 ) -> Outcome:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     bank = make_bank(placement, ranks_per_node, kernels, stored=stored)
-    mine = slice(rank * B // world, (rank + 1) * B // world)
+    mine = slice(rank * B // world_size, (rank + 1) * B // world_size)
     losses, gradients = [], []
     for step in range(STEPS):
         k_BD = unit(B, D, seed=10 + step)[mine].float()
@@ -116,9 +116,11 @@ def expected(batch_keys: bool, views: int) -> Outcome:
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize("batch_keys", [True] if TRITON else [True, False])  # a matter of models.contrast only
 @pytest.mark.parametrize(
-    ("world", "placement", "ranks_per_node"),
+    "batch_keys", [True] if TRITON else [True, False]
+)  # a matter of models.negatives.contrast only
+@pytest.mark.parametrize(
+    ("world_size", "placement", "ranks_per_node"),
     [
         (1, "sharded", 1),
         (2, "sharded", 2),
@@ -130,13 +132,13 @@ def expected(batch_keys: bool, views: int) -> Outcome:
     ],
 )
 def test_every_placement_agrees_with_the_formula(
-    world: int, placement: str, ranks_per_node: int, batch_keys: bool, kernels: str
+    world_size: int, placement: str, ranks_per_node: int, batch_keys: bool, kernels: str
 ) -> None:
     views = 2
     truth = expected(batch_keys, views)
-    ranks = run_ranks(world, ten_steps, kernels, placement, ranks_per_node, batch_keys, views)
+    ranks = run_ranks(world_size, ten_steps, kernels, placement, ranks_per_node, batch_keys, views)
     for rank, got in enumerate(ranks):
-        mine = slice(rank * B // world, (rank + 1) * B // world)
+        mine = slice(rank * B // world_size, (rank + 1) * B // world_size)
         shard = slice(got.first, got.first + len(got.w))
         for name, value, true in (
             ("loss", got.losses, truth.losses[:, :, mine]),
@@ -153,10 +155,12 @@ def test_every_placement_agrees_with_the_formula(
         assert torch.equal(ranks[1].w, ranks[3].w)
 
 
-@pytest.mark.parametrize(("world", "placement", "ranks_per_node"), [(2, "sharded", 2), (4, "node", 2)])
-def test_a_bank_in_bf16_is_rounded_alike_in_every_placement(world: int, placement: str, ranks_per_node: int) -> None:
+@pytest.mark.parametrize(("world_size", "placement", "ranks_per_node"), [(2, "sharded", 2), (4, "node", 2)])
+def test_a_bank_in_bf16_is_rounded_alike_in_every_placement(
+    world_size: int, placement: str, ranks_per_node: int
+) -> None:
     (whole,) = run_ranks(1, ten_steps, KERNELS[-1], "sharded", 1, True, 1, torch.bfloat16)
-    ranks = run_ranks(world, ten_steps, KERNELS[-1], placement, ranks_per_node, True, 1, torch.bfloat16)
+    ranks = run_ranks(world_size, ten_steps, KERNELS[-1], placement, ranks_per_node, True, 1, torch.bfloat16)
     w_KD = torch.cat([got.w for got in ranks[:2]])
     assert w_KD.dtype == torch.bfloat16
     assert (w_KD != whole.w).float().mean() < 0.02  # where sums in another order meet a random threshold
@@ -195,9 +199,9 @@ def adco_losses(symmetric: bool, crops: str, views: int) -> tuple[float, Tensor]
     adco = AdCo(network, bank, Settings.model_validate({"temperature": T, "symmetric": symmetric, "crops": crops}))
     keys = {j: unit(B, D, seed=10 + j) for j in ([0, 1] if symmetric else [0])}
     queries = {i: unit(B, D, seed=20 + i) for i in range(views) if list(keys) != [i]}
-    play = adco.loss(queries, keys)
-    z = torch.cat([(r.coef_N * torch.exp(r.q_ND @ bank.n_KD.T / TA).sum(1)) for r in play.left])
-    return float(play.loss), z.sum()
+    output = adco.loss(queries, keys)
+    z = torch.cat([(r.coef_N * torch.exp(r.q_ND @ bank.n_KD.T / TA).sum(1)) for r in output.negatives_update])
+    return float(output.loss), z.sum()
 
 
 def pair_loss(i: int, j: int) -> float:
@@ -248,7 +252,7 @@ def statistics() -> tuple[dict[str, float], float, float]:
     bank = make_bank("sharded", dist.get_world_size(), KERNELS[-1])
     q_ND = unit(B, D, seed=5).float()
     before = bank.w_KD.clone()
-    stats = bank.step([Rows(q_ND, torch.full((B,), 0.01))], lr=0.0, seed=0)
+    stats = bank.step([BankUpdate(q_ND, torch.full((B,), 0.01))], lr=0.0, seed=0)
     assert torch.equal(bank.w_KD, before)
     return bank.metrics(stats), float(stats.mass_K.sum()), float(stats.mass_K.square().sum())
 

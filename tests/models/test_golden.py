@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from models.adco import AdCo, Settings
-from models.bank import Bank, make_mesh
 from models.encoder import Encoder
+from models.negatives.bank import Bank, make_mesh
 from tests.ranks import run_ranks
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "adco_reference.safetensors"
@@ -35,12 +35,12 @@ def play_three_steps(
     kernels: str, game: str, placement: str
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
     """What this rank got and what the file has, per step."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    case = f"{game}.world{world}"
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    case = f"{game}.world{world_size}"
     with safe_open(GOLDEN, "pt") as file:
         golden = {name.removeprefix(case + "."): file.get_tensor(name) for name in file.keys() if name.startswith(case)}  # noqa: SIM118
     size, dim = golden["W"].shape
-    mesh = make_mesh(placement, torch.device("cpu"), ranks_per_node=world)
+    mesh = make_mesh(placement, torch.device("cpu"), ranks_per_node=world_size)
     bank = Bank(size, dim, mesh, kernels=kernels, temperature=0.02, momentum=0.9, weight_decay=1e-4)
     shard = slice(bank.first, bank.first + len(bank.w_KD))
     bank.fill(golden["W"][shard])
@@ -56,13 +56,13 @@ def play_three_steps(
             k.removeprefix(f"rank{rank}.step{step}."): v for k, v in golden.items() if f"rank{rank}.step{step}." in k
         }
         queries = {view: here[name].clone().requires_grad_() for view, name in query_views.items()}
-        play = adco.loss(queries, {view: here[name] for view, name in key_views.items()})
-        play.loss.backward()
-        bank.step(list(play.left), LR, seed=step)
+        output = adco.loss(queries, {view: here[name] for view, name in key_views.items()})
+        output.loss.backward()
+        bank.step(list(output.negatives_update), LR, seed=step)
         losses = torch.stack([here[f"loss{i}"].squeeze() for i in range(len(queries))])
         gradients = [q.grad for q in queries.values() if q.grad is not None]
         got.append(
-            {"loss": play.loss.detach(), "dq": torch.stack(gradients), "w": bank.w_KD.clone(), "v": bank.v_KD.clone()}
+            {"loss": output.loss.detach(), "dq": torch.stack(gradients), "w": bank.w_KD.clone(), "v": bank.v_KD.clone()}
         )
         expected.append(
             {
@@ -77,9 +77,9 @@ def play_three_steps(
 
 @pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("game", GAMES)
-@pytest.mark.parametrize(("world", "placement"), [(1, "sharded"), (2, "sharded"), (2, "replicated")])
-def test_agrees_with_the_golden_values(world: int, placement: str, game: str, kernels: str) -> None:
-    for got, expected in run_ranks(world, play_three_steps, kernels, game, placement):
+@pytest.mark.parametrize(("world_size", "placement"), [(1, "sharded"), (2, "sharded"), (2, "replicated")])
+def test_agrees_with_the_golden_values(world_size: int, placement: str, game: str, kernels: str) -> None:
+    for got, expected in run_ranks(world_size, play_three_steps, kernels, game, placement):
         for step in range(STEPS):
             for name in ("loss", "dq", "w", "v"):
                 torch.testing.assert_close(

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from models import acssl, adco, byol, moco, simclr
 from models.acssl import triplet
-from models.bank import Bank, make_mesh
 from models.encoder import Encoder
 from models.method import Method, Views
-from models.queue import Queue
+from models.negatives.bank import Bank, make_mesh
+from models.negatives.queue import Queue
 from tests.ranks import run_ranks
-from trainer import checkpoint
+from trainer.run import checkpoint
 
 B, D, K = 12, 16, 40
 CPU = torch.device("cpu")
@@ -75,18 +75,18 @@ class Outcome(NamedTuple):
     metrics: dict[str, float]
 
 
-def play(name: str, views: int, settings: dict[str, Any]) -> Outcome:
+def run_method(name: str, views: int, settings: dict[str, Any]) -> Outcome:
     method = make(name, **settings)
     q, k = embeddings(views)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * B // world, (rank + 1) * B // world)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = slice(rank * B // world_size, (rank + 1) * B // world_size)
     q = q[:, mine].clone().requires_grad_()
     queries: Views = {i: q[i] for i in method.query_views(views)}
     result = method.loss(queries, {j: k[j, mine] for j in method.key_views})
     (dq,) = torch.autograd.grad(result.loss, q, allow_unused=True)
     loss = result.loss.detach().clone()
     dist.all_reduce(loss)
-    return Outcome(float(loss) / world, dq / world, {n: float(x) for n, x in result.metrics.items()})
+    return Outcome(float(loss) / world_size, dq / world_size, {n: float(x) for n, x in result.metrics.items()})
 
 
 # The formulas, of all images on one rank
@@ -193,13 +193,13 @@ CASES: list[tuple[str, int, dict[str, Any], Any]] = [
 
 
 def play_all() -> list[Outcome]:
-    return [play(name, views, settings) for name, views, settings, _ in CASES]
+    return [run_method(name, views, settings) for name, views, settings, _ in CASES]
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_loss_and_gradient_agree_with_the_formula(world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_loss_and_gradient_agree_with_the_formula(world_size: int) -> None:
     """The gradient of the mean over ranks, so what a rank's keys do to another rank's loss counts, too."""
-    ranks = run_ranks(world, play_all)
+    ranks = run_ranks(world_size, play_all)
     for number, (name, views, settings, formula) in enumerate(CASES):
         q, k = embeddings(views)
         q.requires_grad_()
@@ -226,27 +226,29 @@ def test_the_forms_of_the_triplet() -> None:
 def fill_queue(placement: str, ranks_per_node: int, puts: int) -> tuple[Tensor, int, int]:
     """Keys are numbered in their first element: 1000 * step + number in the global batch."""
     queue = Queue(K, 4, make_mesh(placement, CPU, ranks_per_node), kernels="reference", precision=torch.float32, seed=5)
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(puts):
         keys = []
         for view in range(2):
-            k_BD = torch.zeros(B // world, 4)
-            k_BD[:, 0] = 1000 * step + 100 * view + torch.arange(B)[rank * B // world : (rank + 1) * B // world]
+            k_BD = torch.zeros(B // world_size, 4)
+            k_BD[:, 0] = (
+                1000 * step + 100 * view + torch.arange(B)[rank * B // world_size : (rank + 1) * B // world_size]
+            )
             keys.append(k_BD)
         queue.put(keys)
     return queue.n_KD, int(queue.pointer), queue.first
 
 
 @pytest.mark.parametrize(
-    ("world", "placement", "ranks_per_node"),
+    ("world_size", "placement", "ranks_per_node"),
     [(1, "sharded", 1), (3, "sharded", 3), (2, "replicated", 2), (4, "node", 2)],
 )
-def test_the_queue_is_first_in_first_out_over_ranks(world: int, placement: str, ranks_per_node: int) -> None:
+def test_the_queue_is_first_in_first_out_over_ranks(world_size: int, placement: str, ranks_per_node: int) -> None:
     order = [1000 * step + 100 * view + b for step in range(3) for view in range(2) for b in range(B)]
     expected = torch.empty(K)
-    for place, number in enumerate(order):  # 72 keys into 40 places
-        expected[place % K] = number
-    for n_KD, pointer, first in run_ranks(world, fill_queue, placement, ranks_per_node, 3):
+    for rank_info, number in enumerate(order):  # 72 keys into 40 places
+        expected[rank_info % K] = number
+    for n_KD, pointer, first in run_ranks(world_size, fill_queue, placement, ranks_per_node, 3):
         assert pointer == 3 * 2 * B % K
         assert torch.equal(n_KD[:, 0], expected[first : first + len(n_KD)])
 
@@ -272,7 +274,7 @@ def own_positives() -> list[float]:
     for _ in range(2):
         result = method.loss({0: x[0], 1: x[0]}, {0: x[0], 1: x[0]})
         hardest.append(float(result.metrics["hardest_similarity"]))
-        method.after([result.left], 0.0, 0)
+        method.update_negatives([result.negatives_update], 0.0, 0)
     return hardest
 
 
@@ -294,7 +296,7 @@ def byol_step() -> dict[str, bool]:
     assert method.teacher
     views = [torch.rand(6, 3, 32, 32) for _ in range(2)]
     before = {name: x.clone() for name, x in method.teacher.state_dict().items()}
-    method.play(student, views, seed=0).loss.backward()
+    method.forward_step(student, views, seed=0).loss.backward()
     assert student.predictor
     return {
         "the teacher has no predictor": not any("predictor" in name for name in before),

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models import mining
-from models.bank import make_mesh
-from models.mining import mine
-from models.queue import Queue
+from models.negatives import mining
+from models.negatives.bank import make_mesh
+from models.negatives.mining import mine
+from models.negatives.queue import Queue
 from tests.ranks import run_ranks
 
 B, D, K, VIEWS, M = 12, 16, 37, 2, 6  # images over all ranks; K is divisible by no number of ranks
@@ -37,8 +37,8 @@ class Mined(NamedTuple):
 
 def run(placement: str, ranks_per_node: int) -> list[Mined]:
     mining._ROWS = 5  # so that columns are weighed in several pieces
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine_of = slice(rank * B // world, (rank + 1) * B // world)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine_of = slice(rank * B // world_size, (rank + 1) * B // world_size)
     found = []
     for kernels, skip, below, beside in CASES:
         queue = None
@@ -66,18 +66,18 @@ def expected(skip: int, below: float, beside: bool) -> Mined:
         for b, q_D in enumerate(vectors(B, seed=10 + view)):
             s = (q_D @ columns.T).tolist()
             order = sorted((-s[c], c) for c in range(len(s)) if c != b and s[c] < below)
-            for place, (_, c) in enumerate(order[skip : skip + M]):
-                similarity[view, b, place], number[view, b, place] = s[c], c
-                dq[view, b] += (place + 1) * columns[c]
+            for rank_info, (_, c) in enumerate(order[skip : skip + M]):
+                similarity[view, b, rank_info], number[view, b, rank_info] = s[c], c
+                dq[view, b] += (rank_info + 1) * columns[c]
     return Mined(similarity, number, dq)
 
 
 @pytest.mark.parametrize(
-    ("world", "placement", "ranks_per_node"),
+    ("world_size", "placement", "ranks_per_node"),
     [(1, "sharded", 1), (2, "sharded", 2), (3, "sharded", 3), (2, "replicated", 2), (4, "node", 2)],
 )
-def test_mined_as_a_sorted_list_of_all_columns(world: int, placement: str, ranks_per_node: int) -> None:
-    ranks = run_ranks(world, run, placement, ranks_per_node)
+def test_mined_as_a_sorted_list_of_all_columns(world_size: int, placement: str, ranks_per_node: int) -> None:
+    ranks = run_ranks(world_size, run, placement, ranks_per_node)
     ties = fewer = 0
     for number, (_, skip, below, beside) in enumerate(CASES):
         truth = expected(skip, below, beside)

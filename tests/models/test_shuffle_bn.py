@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.shuffle_bn import plan, shuffle, synchronise_bn, unshuffle
+from models.batchnorm import plan, shuffle, synchronise_bn, unshuffle
 from tests.ranks import run_ranks
 
 SEED = 7
@@ -13,10 +13,10 @@ SEED = 7
 
 def there_and_back(local_batch: int) -> tuple[Tensor, Tensor, Tensor]:
     """This rank's images, those it got, and what came back of the ones it had sent, flattened as embeddings are."""
-    rank, world = dist.get_rank(), dist.get_world_size()
-    everything = torch.rand(world * local_batch, 3, 4, 5, generator=torch.Generator().manual_seed(0))
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    everything = torch.rand(world_size * local_batch, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     images = everything[rank * local_batch :][:local_batch].contiguous(memory_format=torch.channels_last)
-    route = plan(local_batch, rank, world, seed=SEED)
+    route = plan(local_batch, rank, world_size, seed=SEED)
     shuffled = shuffle(images, route)
     assert shuffled.is_contiguous(memory_format=torch.channels_last)
     return images, shuffled, unshuffle(shuffled.flatten(1), route)
@@ -42,9 +42,9 @@ def test_images_travel_and_return() -> None:
         assert torch.equal(in_order(shuffled), in_order(part))
 
 
-@pytest.mark.parametrize(("local_batch", "world"), [(1, 1), (5, 1), (1, 4), (8, 3), (32, 8)])
-def test_ranks_agree_on_who_sends_what(local_batch: int, world: int) -> None:
-    routes = [plan(local_batch, rank, world, seed=3) for rank in range(world)]
+@pytest.mark.parametrize(("local_batch", "world_size"), [(1, 1), (5, 1), (1, 4), (8, 3), (32, 8)])
+def test_ranks_agree_on_who_sends_what(local_batch: int, world_size: int) -> None:
+    routes = [plan(local_batch, rank, world_size, seed=3) for rank in range(world_size)]
     for rank, route in enumerate(routes):
         assert sum(route.sends) == sum(route.receives) == local_batch
         assert route.receives == [other.sends[rank] for other in routes]
@@ -85,10 +85,10 @@ def run_network(network: nn.Module, x: Tensor, first_row: int) -> dict[str, Tens
 
 
 def run_synchronised(momentum: float, rows: bool) -> dict[str, Tensor]:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     network = synchronise_bn(make_network(momentum, rows), torch.device("cpu"))
     assert type(network[0]) not in (nn.BatchNorm1d, nn.BatchNorm2d)  # type: ignore[index]
-    x = make_images(rows).chunk(world)[rank]
+    x = make_images(rows).chunk(world_size)[rank]
     got = run_network(network, x, first_row=rank * len(x))
     for name, value in got.items():
         if name.startswith("gradient"):

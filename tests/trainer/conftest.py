@@ -5,12 +5,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from trainer.distributed import started
+from trainer.distributed import process_group
 
 
 @pytest.fixture
 def group() -> Iterator[None]:
-    with started("cpu"):
+    with process_group("cpu"):
         yield
 
 

@@ -8,11 +8,11 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.trainer.small import VIT, small_config
-from trainer.build import autocast_type, fill_bank, make_engine, make_game
+from trainer.build import autocast_dtype, build_engine, build_method, fill_bank
 from trainer.config import Config
-from trainer.distributed import Place
-from trainer.engine import whole
-from trainer.step import Learner, Rates
+from trainer.distributed import RankInfo
+from trainer.engines.base import unshard
+from trainer.train_step import Rates, TrainStep
 
 STEPS, SIDE = 10, 16
 # small_images: in bf16 torch 2.14's CPU convolution of stride 2 over single pixels gives undefined gradients.
@@ -49,27 +49,27 @@ def make_config(network: str, **sections: dict[str, Any]) -> Config:
     return small_config(Path("none"), Path("none"), **values)
 
 
-def make_place(ranks_per_node: int | None = None) -> Place:
-    world = dist.get_world_size()
-    return Place(torch.device("cpu"), dist.get_rank(), world, ranks_per_node or world)
+def make_rank_info(ranks_per_node: int | None = None) -> RankInfo:
+    world_size = dist.get_world_size()
+    return RankInfo(torch.device("cpu"), dist.get_rank(), world_size, ranks_per_node or world_size)
 
 
-def make_learner(config: Config, place: Place) -> Learner:
-    game = make_game(config, place)
-    fill_bank(game.bank, config, place, range(config.data.batch_size))  # type: ignore[arg-type]
-    engine = make_engine(game, config, place)
-    return Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
+def build_train_step(config: Config, rank_info: RankInfo) -> TrainStep:
+    method = build_method(config, rank_info)
+    fill_bank(method.bank, config, rank_info, range(config.data.batch_size))  # type: ignore[arg-type]
+    engine = build_engine(method, config, rank_info)
+    return TrainStep(method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device))
 
 
 def train(
-    learner: Learner, config: Config, steps: int = STEPS, first: int = 0, spoil: int | None = None
+    train_step: TrainStep, config: Config, steps: int = STEPS, first: int = 0, spoil: int | None = None
 ) -> tuple[list[float], list[float]]:
     """Losses, mean over ranks, and gradient norms of steps first, first + 1, …; the same images for any ranks.
 
     spoil: the rank that gets a picture that is not finite.
     """
     losses, norms = [], []
-    parts = learner.accumulate
+    parts = train_step.accumulate
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         # The images of a part are those of one rank alone, spread over the ranks.
@@ -84,7 +84,7 @@ def train(
         if spoil == dist.get_rank():
             views[1][0] = torch.nan
         rates = Rates(config.optim.lr, config.bank.lr, config.method.teacher_momentum)
-        metrics = learner.step(views, step, rates)
+        metrics = train_step.step(views, step, rates)
         loss = metrics["loss"].clone()
         dist.all_reduce(loss)
         losses.append(float(loss) / dist.get_world_size())
@@ -92,17 +92,17 @@ def train(
     return losses, norms
 
 
-def outcome(learner: Learner, losses: list[float], norms: list[float]) -> Outcome:
+def outcome(train_step: TrainStep, losses: list[float], norms: list[float]) -> Outcome:
     """Called after `average_buffers`."""
-    state = learner.state(0)
+    state = train_step.state(0)
     optimizer = {f"{name}.{key}": x for name, slots in state["optimizer"].items() for key, x in slots.items()}
     negatives = {**state.get("bank", {}), **state.get("queue", {})}
     parts = (state["student"], state.get("teacher", {}), negatives, optimizer)
-    return Outcome(losses, norms, *({name: x.clone() for name, x in whole(part).items()} for part in parts))
+    return Outcome(losses, norms, *({name: x.clone() for name, x in unshard(part).items()} for part in parts))
 
 
 def run(config: Config, ranks_per_node: int | None = None) -> Outcome:
-    learner = make_learner(config, make_place(ranks_per_node))
-    history = train(learner, config)
-    learner.game.average_buffers()
-    return outcome(learner, *history)
+    train_step = build_train_step(config, make_rank_info(ranks_per_node))
+    history = train(train_step, config)
+    train_step.method.average_buffers()
+    return outcome(train_step, *history)

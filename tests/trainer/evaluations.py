@@ -9,12 +9,12 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 
 from tests.trainer.small import small_config
-from trainer.build import make_encoder
+from trainer.build import build_encoder
 from trainer.config import dump
-from trainer.distributed import Place
-from trainer.evaluate.verb import Results, Verb, evaluate
-from trainer.run_dir import read_config
-from trainer.weights import NEWEST
+from trainer.distributed import RankInfo
+from trainer.evaluate.base import Evaluator, Results, evaluate
+from trainer.interop.weights import NEWEST
+from trainer.run.directory import read_config
 
 NARROW: dict[str, Any] = {
     "backbone": "resnet18",
@@ -28,13 +28,13 @@ def write_run(folder: Path, images: Path, **sections: dict[str, Any]) -> Path:
     folder.mkdir(parents=True)
     config = small_config(folder, images, **{"model": NARROW, **sections})
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
-    weights = make_encoder(config).state_dict()
+    weights = build_encoder(config).state_dict()
     save_file({f"student.{name}": x for name, x in weights.items()}, folder / "weights.safetensors")
     return folder
 
 
-def evaluate_here(verb: Verb, run: Path, overrides: list[str], name: str | None = None) -> Results:
+def evaluate_here(verb: Evaluator, run: Path, overrides: list[str], name: str | None = None) -> Results:
     """In the group that this process is in."""
-    world = dist.get_world_size()
-    place = Place(torch.device("cpu"), dist.get_rank(), world, world)
-    return evaluate(verb, run, read_config(run, overrides), name, NEWEST, place, time.time())
+    world_size = dist.get_world_size()
+    rank_info = RankInfo(torch.device("cpu"), dist.get_rank(), world_size, world_size)
+    return evaluate(verb, run, read_config(run, overrides), name, NEWEST, rank_info, time.time())

@@ -8,7 +8,8 @@ import torch
 from typer.testing import CliRunner
 
 from trainer.__main__ import app
-from trainer.bench import gpu, roofline
+from trainer.bench import gpu
+from trainer.plan import roofline
 
 
 @pytest.mark.parametrize("command", [["gpu"], ["kernels", "--tune"]])

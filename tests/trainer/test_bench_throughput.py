@@ -10,7 +10,7 @@ import pytest
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.bench import throughput
 from trainer.config import dump
-from trainer.flops import step_flops
+from trainer.plan.flops import step_flops
 
 
 def test_modes_differ_in_what_they_leave_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.ranks import run_ranks
 from trainer.bench import traffic
-from trainer.bench.collectives import Collective, CollectiveTrace
 from trainer.bench.traffic import Case, Count
+from trainer.plan.collectives import Collective, CollectiveTrace
 
 
 @contextmanager
@@ -34,7 +34,7 @@ def fake_group(ranks: int) -> Iterator[None]:
 
 def faked(case: Case, ranks: int) -> Count:
     with fake_group(ranks):
-        return traffic.play(case, fake=True)[1]
+        return traffic.run_case(case, fake=True)[1]
 
 
 def test_the_sharded_bank_sends_a_twentieth() -> None:
@@ -54,7 +54,7 @@ def test_the_sharded_bank_sends_a_twentieth() -> None:
 
 
 def all_formulations(dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, Count]]:
-    return {name: traffic.play(Case(name, 8, 37, 4, dtype)) for name in traffic.FORMULATIONS}
+    return {name: traffic.run_case(Case(name, 8, 37, 4, dtype)) for name in traffic.FORMULATIONS}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

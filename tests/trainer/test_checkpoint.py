@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from models.bank import Bank, make_mesh
+from models.negatives.bank import Bank, make_mesh
 from tests.ranks import run_ranks
-from trainer import checkpoint
+from trainer.run import checkpoint
 
 ROWS, DIM = 7, 3  # no number of ranks here divides ROWS
 
@@ -175,7 +175,7 @@ def fill_disk_of_last_rank(folder: Path) -> tuple[list[bool], list[str], Tensor,
         messages.append(record.getMessage())
         return False
 
-    logging.getLogger("trainer.checkpoint").addFilter(note)
+    logging.getLogger("trainer.run.checkpoint").addFilter(note)
     bank = make_bank(1024, 16)  # each rank writes 64 KiB
     first = checkpoint.save(folder, 1, state_of(bank, 1), keep=2)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -290,9 +290,9 @@ def save_beside(folder: Path) -> tuple[list[str], list[float], bool]:
     )
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_saved_beside_training_is_what_was_at_the_start(tmp_path: Path, world: int) -> None:
-    for found, values, done in run_ranks(world, save_beside, tmp_path):
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_saved_beside_training_is_what_was_at_the_start(tmp_path: Path, world_size: int) -> None:
+    for found, values, done in run_ranks(world_size, save_beside, tmp_path):
         assert found == ["step-00000001", "step-00000002"]
         assert values == [1, 1]
         assert done
@@ -312,9 +312,9 @@ def save_weights(folder: Path) -> None:
     assert checkpoint.save(folder, 3, state, keep=1)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_whole_weights_lie_beside(tmp_path: Path, world: int) -> None:
-    run_ranks(world, save_weights, tmp_path)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_whole_weights_lie_beside(tmp_path: Path, world_size: int) -> None:
+    run_ranks(world_size, save_weights, tmp_path)
     weights = load_file(tmp_path / "step-00000003" / checkpoint.WEIGHTS)
     assert weights.keys() == {"student.cut", "student.filter", "teacher.cut"}
     assert torch.equal(weights["student.cut"], torch.arange(12.0).view(6, 2))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.trainer.small import small_config
-from trainer.compare import APART, charts, compare, differences, read, tabulate
 from trainer.config import dump
+from trainer.report.compare import APART, charts, compare, differences, read, tabulate
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 

@@ -12,13 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
+from data import tools as dataset
 from data.cpu import render_center
-from data.index import ImageFolder, Source, open_source
 from data.loader import train_batches
+from data.sources.open import ImageFolder, Source, open_source
 from data.views import View
 from tests.data.pictures import write_folder
 from tests.trainer.small import small_config
-from trainer import dataset
 from trainer.__main__ import app
 from trainer.config import dump
 

@@ -7,7 +7,7 @@ import torch
 
 from tests.data.pictures import write_folder
 from trainer.config import Config
-from trainer.doctor import Check, examine, show
+from trainer.ops.doctor import Check, examine, show
 
 
 def make_config(folder: Path, train: Path, **sections: dict[str, object]) -> Config:

@@ -10,9 +10,9 @@ from typer.testing import CliRunner
 
 from tests.trainer.small import small_config, write_images
 from trainer.__main__ import app, main
-from trainer.compare import charts, read, tabulate
 from trainer.pretrain import pretrain
-from trainer.run_dir import evaluated_rows, evaluations, read_rows
+from trainer.report.compare import charts, read, tabulate
+from trainer.run.directory import evaluated_rows, evaluations, read_rows
 
 FAST = ["--fast", "fast.batch_size=16", "fast.epochs=2", "fast.lrs=[1]", "fast.weight_decays=[0]", "fast.crops=0"]
 

@@ -17,19 +17,19 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from data.cpu import render_center
-from data.index import open_source
 from data.loader import normalize
+from data.sources.open import open_source
 from tests.browser import chromium
 from tests.ranks import run_ranks
 from tests.trainer.small import RESNET, VIT_ARGS, small_config, write_images
-from trainer import embed
 from trainer.__main__ import main
-from trainer.distributed import Place
-from trainer.embed_page import MAX_CLASSES, map_2d, nearest, render_page
-from trainer.import_weights import import_weights
+from trainer.distributed import RankInfo
+from trainer.evaluate import embed
+from trainer.interop.import_ import import_weights
+from trainer.interop.weights import NEWEST, load_encoder
 from trainer.pretrain import pretrain
-from trainer.run_dir import read_config
-from trainer.weights import NEWEST, load_encoder
+from trainer.report.embed_page import MAX_CLASSES, map_2d, nearest, render_page
+from trainer.run.directory import read_config
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -71,18 +71,18 @@ def expected(run: Path, pictures: Path) -> tuple[list[str], NDArray[np.float32]]
 
 
 def embed_on_ranks(run: Path, src: Path, out: Path, points: int = 0) -> str:
-    place = Place(torch.device("cpu"), dist.get_rank(), dist.get_world_size(), dist.get_world_size())
+    rank_info = RankInfo(torch.device("cpu"), dist.get_rank(), dist.get_world_size(), dist.get_world_size())
     embed.CHUNK = 5  # rows of a part are joined in several chunks
-    return embed.embed_here(run, read_config(run), place, str(src), out, NEWEST, points)
+    return embed.embed_here(run, read_config(run), rank_info, str(src), out, NEWEST, points)
 
 
-@pytest.mark.parametrize("world", [1, 3])
-def test_every_picture_once_and_in_order(run: Path, pictures: Path, tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_every_picture_once_and_in_order(run: Path, pictures: Path, tmp_path: Path, world_size: int) -> None:
     names, rows = run_ranks(1, expected, run, pictures)[0]
     assert len(names) == 23
-    told = run_ranks(world, embed_on_ranks, run, pictures, tmp_path / "a.parquet")
-    assert told == [f"23 of 24 images, 16 features each: {tmp_path}/a.parquet"] + [""] * (world - 1)
-    run_ranks(world, embed_on_ranks, run, pictures, tmp_path / "b.npy")
+    told = run_ranks(world_size, embed_on_ranks, run, pictures, tmp_path / "a.parquet")
+    assert told == [f"23 of 24 images, 16 features each: {tmp_path}/a.parquet"] + [""] * (world_size - 1)
+    run_ranks(world_size, embed_on_ranks, run, pictures, tmp_path / "b.npy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "b.csv", "b.npy"]
 
     table = pq.read_table(tmp_path / "a.parquet")
@@ -97,7 +97,7 @@ def test_every_picture_once_and_in_order(run: Path, pictures: Path, tmp_path: Pa
 
 
 def test_shards_and_a_rank_without_pictures(run: Path, pictures: Path, tmp_path: Path) -> None:
-    from trainer.dataset import write_shards
+    from data.tools import write_shards
 
     few = tmp_path / "few"
     shutil.copytree(pictures / "class-0", few)

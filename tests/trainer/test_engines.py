@@ -16,13 +16,13 @@ from torch._dynamo.utils import counters
 
 from models.encoder import Encoder
 from tests.ranks import run_ranks
-from tests.trainer.engines import Outcome, make_config, make_learner, make_place, outcome, run, train
+from tests.trainer.engines import Outcome, build_train_step, make_config, make_rank_info, outcome, run, train
 from tests.trainer.small import VIT_ARGS
-from trainer import checkpoint
-from trainer.build import whole_student
-from trainer.distributed import Place
-from trainer.engine import LossScale, blocks
-from trainer.zero import make_json
+from trainer.build import full_student
+from trainer.distributed import RankInfo
+from trainer.engines.base import LossScale, blocks
+from trainer.engines.zero import make_json
+from trainer.run import checkpoint
 
 Sections = dict[str, dict[str, Any]]
 
@@ -50,19 +50,19 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 }
 
 
-def run_all(world: int) -> dict[tuple[str, str], Outcome]:
+def run_all(world_size: int) -> dict[tuple[str, str], Outcome]:
     """Of every engine and network."""
     outcomes = {}
-    for engine, on_top in CASES[world].items():
+    for engine, on_top in CASES[world_size].items():
         for model, recipe in RECIPES.items():
             config = make_config(model, **recipe, engine={**ENGINES[engine], **on_top})
-            outcomes[engine, model] = run(config, ranks_per_node=2 if world == 4 else None)
+            outcomes[engine, model] = run(config, ranks_per_node=2 if world_size == 4 else None)
     return outcomes if dist.get_rank() == 0 else {}
 
 
 @functools.cache
-def on_ranks(world: int) -> dict[tuple[str, str], Outcome]:
-    return run_ranks(world, run_all, world)[0]
+def on_ranks(world_size: int) -> dict[tuple[str, str], Outcome]:
+    return run_ranks(world_size, run_all, world_size)[0]
 
 
 def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
@@ -73,10 +73,12 @@ def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("model", RECIPES)
-@pytest.mark.parametrize(("world", "engine"), [(world, engine) for world, cases in CASES.items() for engine in cases])
-def test_the_same_as_one_process_alone(world: int, engine: str, model: str) -> None:
+@pytest.mark.parametrize(
+    ("world_size", "engine"), [(world_size, engine) for world_size, cases in CASES.items() for engine in cases]
+)
+def test_the_same_as_one_process_alone(world_size: int, engine: str, model: str) -> None:
     """Ten steps: losses to 5e-6, tensors to 1e-4 of their largest element. Rounding makes 6e-7 and 1e-5 here."""
-    alone, found = on_ranks(1)["ddp", model], on_ranks(world)[engine, model]
+    alone, found = on_ranks(1)["ddp", model], on_ranks(world_size)[engine, model]
     assert len(found.losses) == 10
     assert found.losses == pytest.approx(alone.losses, rel=5e-6)
     assert found.norms == pytest.approx(alone.norms, rel=1e-4)
@@ -105,16 +107,16 @@ def run_methods(engines: list[str]) -> dict[tuple[str, str], Outcome]:
         for name, sections in METHODS.items():
             method = {"bn": "sync", **sections.get("method", {})}
             config = make_config("resnet", **{**sections, "method": method}, engine=ENGINES[engine])
-            learner = make_learner(config, make_place())
-            history = train(learner, config, steps=4)
-            learner.game.average_buffers()
-            outcomes[engine, name] = outcome(learner, *history)
+            train_step = build_train_step(config, make_rank_info())
+            history = train(train_step, config, steps=4)
+            train_step.method.average_buffers()
+            outcomes[engine, name] = outcome(train_step, *history)
     return outcomes if dist.get_rank() == 0 else {}
 
 
 @functools.cache
-def methods_on_ranks(world: int, *engines: str) -> dict[tuple[str, str], Outcome]:
-    return run_ranks(world, run_methods, list(engines))[0]
+def methods_on_ranks(world_size: int, *engines: str) -> dict[tuple[str, str], Outcome]:
+    return run_ranks(world_size, run_methods, list(engines))[0]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -154,11 +156,11 @@ def run_precision(cases: list[tuple[str, str, str]]) -> list[Outcome]:
     outcomes = []
     for model, precision, engine in cases:
         config = make_config(model, run={"precision": precision}, optim={"lr": 0.005}, engine=ENGINES[engine])
-        learner = make_learner(config, make_place())
-        if learner.engine.scale:
+        train_step = build_train_step(config, make_rank_info())
+        if train_step.engine.scale:
             # Small, so that nothing overflows: that comes sooner where fewer images of a rank share the loss.
-            learner.engine.scale.state[0] = 16
-        outcomes.append(outcome(learner, *train(learner, config, steps=6)))
+            train_step.engine.scale.state[0] = 16
+        outcomes.append(outcome(train_step, *train(train_step, config, steps=6)))
     return outcomes
 
 
@@ -193,8 +195,8 @@ def run_options() -> dict[str, Outcome]:
     outcomes = {}
     for name, settings in {"alone": {}, **OPTIONS}.items():
         config = make_config("resnet", engine=settings)
-        learner = make_learner(config, make_place())
-        outcomes[name] = outcome(learner, *train(learner, config, steps=3))
+        train_step = build_train_step(config, make_rank_info())
+        outcomes[name] = outcome(train_step, *train(train_step, config, steps=3))
     return outcomes
 
 
@@ -222,8 +224,8 @@ def run_compiled() -> list[tuple[Outcome, Outcome, int, dict[str, int]]]:
         for settings in ({}, {"compile": True}):
             config = make_config(network, method={"bn": "local"}, engine={**ENGINES[engine], **on_top, **settings})
             with mock.patch("torch.compile", compiler):
-                learner = make_learner(config, make_place())
-            outcomes.append(outcome(learner, *train(learner, config, steps=3)))
+                train_step = build_train_step(config, make_rank_info())
+            outcomes.append(outcome(train_step, *train(train_step, config, steps=3)))
         eager, compiled = outcomes
         found.append((eager, compiled, counters["stats"]["unique_graphs"], dict(counters["graph_break"])))
     return found
@@ -249,20 +251,20 @@ def not_finite(engines: list[str]) -> list[tuple[str, bool, float, float]]:
     found = []
     for engine in engines:
         config = make_config("vit", engine=ENGINES[engine])
-        learner = make_learner(config, make_place())
-        before = outcome(learner, [], [])
+        train_step = build_train_step(config, make_rank_info())
+        before = outcome(train_step, [], [])
         with pytest.raises(ValueError, match="nothing was updated") as refusal:
-            train(learner, config, steps=1, spoil=1)
-        after = outcome(learner, [], [])
+            train(train_step, config, steps=1, spoil=1)
+        after = outcome(train_step, [], [])
         same = all(x == 0 for part in ("student", "teacher", "bank") for x in differences(after, before, part).values())
         config = make_config("vit", run={"precision": "fp16"}, engine=ENGINES[engine])
-        learner = make_learner(config, make_place())
-        scale = learner.engine.scale
+        train_step = build_train_step(config, make_rank_info())
+        scale = train_step.engine.scale
         assert scale is not None
         scale.state[0] = 2.0**40
-        before = outcome(learner, [], [])
-        train(learner, config, steps=1)
-        after = outcome(learner, [], [])
+        before = outcome(train_step, [], [])
+        train(train_step, config, steps=1)
+        after = outcome(train_step, [], [])
         same &= all(x == 0 for x in differences(after, before, "student").values())
         found.append((str(refusal.value), same, 2.0**40, scale.value))
     return found
@@ -281,12 +283,12 @@ def save_some(folder: Path, engines: list[str], model: str) -> dict[str, tuple[O
     found = {}
     for engine in engines:
         config = make_config(model, **RECIPES[model], data={"batch_size": 12}, engine=ENGINES[engine])
-        learner = make_learner(config, make_place())
-        train(learner, config, steps=3)
-        learner.game.average_buffers()
-        saved = outcome(learner, [], [])
-        assert checkpoint.save(folder / f"{model}-{engine}", 3, learner.state(3), keep=1)
-        found[engine] = (saved, train(learner, config, steps=2, first=3)[0])
+        train_step = build_train_step(config, make_rank_info())
+        train(train_step, config, steps=3)
+        train_step.method.average_buffers()
+        saved = outcome(train_step, [], [])
+        assert checkpoint.save(folder / f"{model}-{engine}", 3, train_step.state(3), keep=1)
+        found[engine] = (saved, train(train_step, config, steps=2, first=3)[0])
     return found
 
 
@@ -295,12 +297,12 @@ def load_some(folder: Path, pairs: list[tuple[str, str]], model: str) -> list[tu
     found = []
     for source, engine in pairs:
         config = make_config(model, **RECIPES[model], data={"batch_size": 12}, engine=ENGINES[engine])
-        learner = make_learner(config, make_place())
+        train_step = build_train_step(config, make_rank_info())
         path = checkpoint.newest(folder / f"{model}-{source}")
         assert path is not None
-        assert learner.load(path) == 3
-        loaded = outcome(learner, [], [])
-        found.append((loaded, train(learner, config, steps=2, first=3)[0]))
+        assert train_step.load(path) == 3
+        loaded = outcome(train_step, [], [])
+        found.append((loaded, train(train_step, config, steps=2, first=3)[0]))
     return found
 
 
@@ -315,14 +317,14 @@ PAIRS = {
 def test_what_one_engine_saves_another_goes_on_from(tmp_path: Path, model: str, worlds: tuple[int, ...]) -> None:
     """Saved on 2 ranks; loaded bit for bit on others."""
     saved = run_ranks(2, save_some, tmp_path, ["ddp", "fsdp", "zero2", "zero3"], model)[0]
-    for world in worlds:
+    for world_size in worlds:
         for (source, engine), (loaded, losses) in zip(
-            PAIRS[world], run_ranks(world, load_some, tmp_path, PAIRS[world], model)[0], strict=True
+            PAIRS[world_size], run_ranks(world_size, load_some, tmp_path, PAIRS[world_size], model)[0], strict=True
         ):
             expected, after = saved[source]
             for part in ("student", "teacher", "bank", "optimizer"):
-                assert not any(differences(loaded, expected, part).values()), (source, engine, world, part)
-            assert losses == pytest.approx(after, rel=5e-6), (source, engine, world)
+                assert not any(differences(loaded, expected, part).values()), (source, engine, world_size, part)
+            assert losses == pytest.approx(after, rel=5e-6), (source, engine, world_size)
 
 
 def evaluate_whole() -> list[Tensor]:
@@ -331,12 +333,12 @@ def evaluate_whole() -> list[Tensor]:
     found = []
     for engine in ("ddp", "fsdp", "zero3"):
         config = make_config("resnet", engine=ENGINES[engine])
-        place = make_place()
-        learner = make_learner(config, place)
-        train(learner, config, steps=1)
-        learner.game.average_buffers()
-        student = whole_student(learner.game, learner.engine, config, place).eval()
-        if place.rank == 0:  # alone
+        rank_info = make_rank_info()
+        train_step = build_train_step(config, rank_info)
+        train(train_step, config, steps=1)
+        train_step.method.average_buffers()
+        student = full_student(train_step.method, train_step.engine, config, rank_info).eval()
+        if rank_info.rank == 0:  # alone
             with torch.no_grad():
                 found.append(student([images]))
     return found
@@ -378,10 +380,10 @@ def test_a_backbone_without_known_blocks() -> None:
 
 
 def test_deepspeeds_json() -> None:
-    place = Place(torch.device("cpu"), 0, 2, 2)
+    rank_info = RankInfo(torch.device("cpu"), 0, 2, 2)
     options = {"zero_optimization": {"reduce_bucket_size": 1000, "stage": 3}, "wall_clock_breakdown": True}
     config = make_config("vit", engine={**ENGINES["zero3"], "options": options}, optim={"accumulate": 2})
-    settings = make_json(config, place, torch.bfloat16)
+    settings = make_json(config, rank_info, torch.bfloat16)
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
     assert settings["wall_clock_breakdown"] is True
     assert settings["gradient_clipping"] == 1.0
@@ -401,4 +403,4 @@ def test_deepspeeds_json() -> None:
 def test_deepspeeds_json_may_not_contradict(options: dict[str, Any], message: str) -> None:
     config = make_config("vit", engine={**ENGINES["zero3"], "options": options})
     with pytest.raises(ValueError, match=f"engine.options: {message}"):
-        make_json(config, Place(torch.device("cpu"), 0, 2, 2), torch.float32)
+        make_json(config, RankInfo(torch.device("cpu"), 0, 2, 2), torch.float32)

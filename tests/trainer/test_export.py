@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from tests.trainer.small import VIT, small_config, write_images
 from trainer.__main__ import main
-from trainer.export import export
-from trainer.import_weights import import_weights
-from trainer.layouts import to_detectron2
+from trainer.interop.export import export
+from trainer.interop.import_ import import_weights
+from trainer.interop.layouts import to_detectron2
+from trainer.interop.weights import NEWEST, Which, load_encoder
 from trainer.pretrain import pretrain
-from trainer.run_dir import read_config
-from trainer.weights import NEWEST, Which, load_encoder
+from trainer.run.directory import read_config
 
 SIDE = 32  # pixels
 
@@ -76,9 +76,9 @@ def images() -> Tensor:
 
 
 def ours(run: Path, x_BCHW: Tensor, network: Any = "student") -> Tensor:
-    from trainer.distributed import started
+    from trainer.distributed import process_group
 
-    with started("cpu"), torch.no_grad():
+    with process_group("cpu"), torch.no_grad():
         encoder, _ = load_encoder(run, read_config(run), Which(network))
         x_BD: Tensor = encoder.backbone.eval()(x_BCHW)
     return x_BD

@@ -13,11 +13,11 @@ from tests.ranks import run_ranks
 from tests.trainer.evaluations import NARROW, evaluate_here, write_run
 from tests.trainer.small import VIT, write_images
 from trainer.config import Config, Finetune
-from trainer.engine import update
-from trainer.evaluate.classifier import Classifier
-from trainer.evaluate.finetune import VERB, groups, summarise
-from trainer.evaluate.verb import Results
-from trainer.stop import Stopped
+from trainer.engines.base import update
+from trainer.evaluate.base import Results
+from trainer.evaluate.finetune import EVALUATOR, groups, summarise
+from trainer.evaluate.probe import Classifier
+from trainer.ops.stop import Stopped
 
 SMALL = ["finetune.labels=0.5", "finetune.batch_size=12", "finetune.epochs=4", "finetune.lr=1", "finetune.seeds=[0,7]"]
 
@@ -30,7 +30,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.usefixtures("small_group")
 def test_two_seeds_and_their_mean(tmp_path: Path, images: Path) -> None:
     run = write_run(tmp_path / "run", images)
-    results = evaluate_here(VERB, run, SMALL)
+    results = evaluate_here(EVALUATOR, run, SMALL)
     assert [result["seed"] for result in results["seeds"]] == [0, 7]
     values = [result["top1"] for result in results["seeds"]]
     assert results["top1"] == statistics.mean(values) > 0.8
@@ -40,7 +40,7 @@ def test_two_seeds_and_their_mean(tmp_path: Path, images: Path) -> None:
     assert len(set(subset)) == 36
     # The same by that list, and with another seed first; the seeds' trainings are different ones.
     listed = ["finetune.seeds=[7]", f"finetune.subset_list={run}/finetune-50pct/subset.txt"]
-    again = evaluate_here(VERB, run, [*SMALL, *listed], "listed")
+    again = evaluate_here(EVALUATOR, run, [*SMALL, *listed], "listed")
     assert again["seeds"][0]["top1"] == results["seeds"][1]["top1"]
     assert again["top1_deviation"] is None
     assert (run / "listed" / "subset.txt").read_text().splitlines() == subset
@@ -53,24 +53,24 @@ def test_two_seeds_and_their_mean(tmp_path: Path, images: Path) -> None:
     tenth = tmp_path / "a-few.txt"
     tenth.write_text("\n".join(subset[:12]))
     few = ["finetune.batch_size=12", f"finetune.subset_list={tenth}", "finetune.seeds=[0]"]
-    assert evaluate_here(VERB, run, few)["epochs"] == 30
+    assert evaluate_here(EVALUATOR, run, few)["epochs"] == 30
     assert (run / "finetune-a-few" / "results.json").exists()
     with pytest.raises(ValueError, match="nowhere: No such file"):
-        evaluate_here(VERB, run, [*SMALL, "finetune.subset_list=nowhere"])
+        evaluate_here(EVALUATOR, run, [*SMALL, "finetune.subset_list=nowhere"])
     with pytest.raises(ValueError, match="subset_seed was 0, now 1"):
-        evaluate_here(VERB, run, [*SMALL, "finetune.subset_seed=1"])
+        evaluate_here(EVALUATOR, run, [*SMALL, "finetune.subset_seed=1"])
 
 
 def on_ranks(run: Path) -> Results:
-    return evaluate_here(VERB, run, [*SMALL, "finetune.seeds=[0]"])
+    return evaluate_here(EVALUATOR, run, [*SMALL, "finetune.seeds=[0]"])
 
 
 def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path) -> None:
     """BatchNorm is over all of them."""
     losses = []
-    for world in (1, 2):
-        run = write_run(tmp_path / f"run-{world}", images)
-        run_ranks(world, on_ranks, run)
+    for world_size in (1, 2):
+        run = write_run(tmp_path / f"run-{world_size}", images)
+        run_ranks(world_size, on_ranks, run)
         text = (run / "finetune-50pct/seed-0/metrics.jsonl").read_text()
         losses.append([json.loads(line)["loss"] for line in text.splitlines()])
     assert len(losses[0]) == 12
@@ -80,11 +80,11 @@ def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path) -> No
 @pytest.mark.usefixtures("small_group")
 def test_a_finished_seed_is_not_trained_again(tmp_path: Path, images: Path) -> None:
     run = write_run(tmp_path / "run", images)
-    first = evaluate_here(VERB, run, SMALL)
+    first = evaluate_here(EVALUATOR, run, SMALL)
     folder = run / "finetune-50pct"
     (folder / "results.json").unlink()  # as if it had ended before the last line
     (folder / "seed-7" / "results.json").unlink()
-    second = evaluate_here(VERB, run, SMALL)
+    second = evaluate_here(EVALUATOR, run, SMALL)
     assert second["seeds"][0] == first["seeds"][0]
     assert second["top1"] == first["top1"]
 
@@ -97,9 +97,9 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
     folder.mkdir()
     (folder / "stop").touch()
     with pytest.raises(Stopped, match=r"stopped after step 2 \(asked by file\)"):
-        evaluate_here(VERB, cut, SMALL)
+        evaluate_here(EVALUATOR, cut, SMALL)
     assert json.loads((folder / "stopped.json").read_text())["step"] == 2
-    results = [evaluate_here(VERB, run, SMALL) for run in (cut, whole)]
+    results = [evaluate_here(EVALUATOR, run, SMALL) for run in (cut, whole)]
     assert results[0]["seeds"][0]["top1"] == results[1]["seeds"][0]["top1"]
     losses = [
         [json.loads(line)["loss"] for line in (run / "finetune-50pct/seed-0/metrics.jsonl").read_text().splitlines()]

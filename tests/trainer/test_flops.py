@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from trainer.config import Config, load
-from trainer.flops import peak, step_flops
+from trainer.plan.flops import peak, step_flops
 
 ROOT = Path(__file__).parents[2]
 

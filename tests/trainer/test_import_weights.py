@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from tests.trainer.small import RESNET, VIT_ARGS, small_config, write_images
 from trainer.__main__ import main
-from trainer.distributed import started
-from trainer.import_weights import import_weights
-from trainer.inspect import evaluate_knn
+from trainer.distributed import process_group
+from trainer.interop.import_ import import_weights
+from trainer.interop.weights import NEWEST, Network, Which, load_encoder
 from trainer.pretrain import pretrain
-from trainer.run_dir import read_config, read_json
-from trainer.weights import NEWEST, Network, Which, load_encoder
+from trainer.report.galleries import evaluate_knn
+from trainer.run.directory import read_config, read_json
 
 State = dict[str, Tensor]
 
@@ -379,7 +379,7 @@ def test_training_starts_from_imported_weights(tmp_path: Path) -> None:
     }
     config = small_config(tmp_path / "run", images, run={"epochs": 1, "save_every": 1}, model=model, **rates)
     pretrain(config)
-    with started("cpu"):
+    with process_group("cpu"):
         kinds: tuple[Network, ...] = ("student", "teacher")
         for kind in kinds:
             encoder, step = load_encoder(tmp_path / "run", config, Which(kind))
@@ -397,7 +397,7 @@ def test_training_starts_from_imported_weights(tmp_path: Path) -> None:
         pretrain(wrong)
     other = {**RESNET, "dim": 12, "predictor": 8, "weights": str(tmp_path / "run")}  # a predictor comes, and goes
     pretrain(small_config(tmp_path / "run4", images, run={"epochs": 1, "save_every": 2}, model=other, **rates))
-    with started("cpu"):
+    with process_group("cpu"):
         encoder, _ = load_encoder(tmp_path / "run4", config)
         torch.testing.assert_close(
             encoder.backbone.get_parameter("bn1.weight"), networks[0].get_parameter("bn1.weight")

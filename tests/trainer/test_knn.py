@@ -59,11 +59,11 @@ def accuracies(chunk: int) -> list[float]:
     return [knn.accuracy(train_part, test_part, CLASSES, k, temperature) for k, temperature in SETTINGS]
 
 
-@pytest.mark.parametrize(("world", "chunk"), [(1, 512), (2, 8), (3, 512), (3, 8)])
-def test_agrees_with_a_plain_one(world: int, chunk: int) -> None:
+@pytest.mark.parametrize(("world_size", "chunk"), [(1, 512), (2, 8), (3, 512), (3, 8)])
+def test_agrees_with_a_plain_one(world_size: int, chunk: int) -> None:
     expected = [plain_accuracy(*setting) for setting in SETTINGS]
     assert len(set(expected)) > 1
-    for got in run_ranks(world, accuracies, chunk):
+    for got in run_ranks(world_size, accuracies, chunk):
         assert got == pytest.approx(expected)
 
 
@@ -118,9 +118,9 @@ def evaluate_colours(few: int = 7) -> float:
     return knn.evaluate(cast(Encoder, MeanColour()), train, test, torch.device("cpu"), CONFIG)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_every_image_counts_once_under_its_own_class(world: int) -> None:
-    assert run_ranks(world, evaluate_colours) == pytest.approx([5 / 7] * world)
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_image_counts_once_under_its_own_class(world_size: int) -> None:
+    assert run_ranks(world_size, evaluate_colours) == pytest.approx([5 / 7] * world_size)
 
 
 def test_fewer_images_than_ranks() -> None:

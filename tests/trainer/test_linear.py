@@ -15,17 +15,20 @@ from typer.testing import CliRunner
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import NARROW, evaluate_here, write_run
 from tests.trainer.small import small_config, write_images
-from trainer import checkpoint
 from trainer.__main__ import app
-from trainer.build import make_encoder
+from trainer.build import build_encoder
 from trainer.config import Config
-from trainer.distributed import Place
-from trainer.evaluate import classifier, heads, linear, verb
-from trainer.evaluate.classifier import Classifier
-from trainer.evaluate.linear import VERB
-from trainer.evaluate.verb import Results, fingerprint
-from trainer.run_dir import evaluations
-from trainer.stop import Stopped
+from trainer.distributed import RankInfo
+from trainer.evaluate import base as verb
+from trainer.evaluate import linear
+from trainer.evaluate import linear_fast as heads
+from trainer.evaluate import probe as classifier
+from trainer.evaluate.base import Results, fingerprint
+from trainer.evaluate.linear import EVALUATOR
+from trainer.evaluate.probe import Classifier
+from trainer.ops.stop import Stopped
+from trainer.run import checkpoint
+from trainer.run.directory import evaluations
 
 FULL = ["linear.epochs=4", "linear.batch_size=12", "linear.lr=1", "linear.scale=[0.5,1]"]
 FAST = [
@@ -50,32 +53,32 @@ def run(tmp_path: Path, images: Path) -> Path:
 @pytest.mark.usefixtures("small_group")
 @pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
 def test_what_can_be_told_apart_is(run: Path, settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    results = evaluate_here(VERB, run, settings)
+    results = evaluate_here(EVALUATOR, run, settings)
     assert results["top1"] >= 0.98
     assert (results["top5"], results["images"], results["unreadable"]) == (1.0, 72, 0)
     name = "linear-fast" if settings is FAST else "linear"
     assert json.loads((run / name / "results.json").read_text()) == results
-    again = evaluate_here(VERB, run, settings, "again")
+    again = evaluate_here(EVALUATOR, run, settings, "again")
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in results.items() if k != "seconds"}
-    assert evaluate_here(VERB, run, settings) == results  # finished: only shown
+    assert evaluate_here(EVALUATOR, run, settings) == results  # finished: only shown
     with pytest.raises(ValueError, match=rf"{name} holds another evaluation: seed was 0, now 1. Choose another --name"):
-        evaluate_here(VERB, run, [*settings, "linear.seed=1"])
+        evaluate_here(EVALUATOR, run, [*settings, "linear.seed=1"])
     with pytest.raises(ValueError, match=r"\.\./x"):
-        evaluate_here(VERB, run, settings, "../x")
+        evaluate_here(EVALUATOR, run, settings, "../x")
 
 
 @pytest.mark.usefixtures("small_group")
 def test_the_published_step(run: Path, images: Path) -> None:
     """The head's first steps are those of a plain loop over the features of the same crops."""
     settings = ["linear.epochs=2", "linear.batch_size=36", "linear.lr=10"]
-    evaluate_here(VERB, run, settings)
+    evaluate_here(EVALUATOR, run, settings)
     saved = checkpoint.newest(run / "linear" / "checkpoints")
     assert saved
     state = {"classifier": {"weight": torch.empty(3, 16), "bias": torch.empty(3)}}
     checkpoint.load(saved, state)
 
     config = small_config(run, images, model=NARROW, data={"batch_size": 36})
-    encoder = make_encoder(config).eval()
+    encoder = build_encoder(config).eval()
     data = config.data.model_copy(
         update={
             "views": (classifier.View(size=16, scale=(0.08, 1)),),
@@ -86,8 +89,10 @@ def test_the_published_step(run: Path, images: Path) -> None:
     bias = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=10, momentum=0.9)
     train = verb.open_sources(config.data, run)[0]
-    place = Place(torch.device("cpu"), 0, 1, 1)
-    for step, batch in enumerate(classifier.make_batches(config.model_copy(update={"data": data}), place, train, 0, 4)):
+    rank_info = RankInfo(torch.device("cpu"), 0, 1, 1)
+    for step, batch in enumerate(
+        classifier.make_batches(config.model_copy(update={"data": data}), rank_info, train, 0, 4)
+    ):
         with torch.no_grad():
             x = encoder.backbone(classifier.normalize(batch.views[0], torch.float32))
         optimizer.param_groups[0]["lr"] = [10, 10, 5.005, 5.005][step]  # after an epoch, half way from 10 to 0.01
@@ -99,7 +104,7 @@ def test_the_published_step(run: Path, images: Path) -> None:
 
 
 def on_ranks(run: Path, settings: list[str]) -> Results:
-    return evaluate_here(VERB, run, settings)
+    return evaluate_here(EVALUATOR, run, settings)
 
 
 @pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
@@ -109,9 +114,9 @@ def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path, setti
     for path in sorted(noisy.glob("class-0/*"))[:9]:
         path.rename(noisy / "class-1" / f"from-0-{path.name}")
     found = []
-    for world in (1, 2):
-        run = write_run(tmp_path / f"run-{world}", noisy)
-        ranks = run_ranks(world, on_ranks, run, settings)
+    for world_size in (1, 2):
+        run = write_run(tmp_path / f"run-{world_size}", noisy)
+        ranks = run_ranks(world_size, on_ranks, run, settings)
         assert ranks[0] == ranks[-1]
         found.append(ranks[0])
     one, two = found
@@ -124,9 +129,9 @@ def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path, setti
         losses = [
             [
                 json.loads(line)["loss"]
-                for line in (tmp_path / f"run-{world}/linear/metrics.jsonl").read_text().splitlines()
+                for line in (tmp_path / f"run-{world_size}/linear/metrics.jsonl").read_text().splitlines()
             ]
-            for world in (1, 2)
+            for world_size in (1, 2)
         ]
         assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -136,7 +141,7 @@ def test_a_backbone_that_changes_is_noticed(run: Path, monkeypatch: pytest.Monke
     """BatchNorm in training mode, as in some published code."""
     monkeypatch.setattr(Classifier, "train", torch.nn.Module.train)
     with pytest.raises(RuntimeError, match="the backbone has changed"):
-        evaluate_here(VERB, run, FULL)
+        evaluate_here(EVALUATOR, run, FULL)
     assert not (run / "linear" / "results.json").exists()
 
 
@@ -163,8 +168,8 @@ def test_the_test_images_choose_nothing(tmp_path: Path, images: Path, monkeypatc
         return classifier.score(*arguments)
 
     monkeypatch.setattr(linear, "score", score)
-    good = evaluate_here(VERB, run, FAST, "good")
-    bad = evaluate_here(VERB, run, [*FAST, f"data.val={poisoned}"], "bad")
+    good = evaluate_here(EVALUATOR, run, FAST, "good")
+    bad = evaluate_here(EVALUATOR, run, [*FAST, f"data.val={poisoned}"], "bad")
     assert len(calls) == 2
     assert good["top1"] > 0.9
     assert bad["top1"] < 0.1
@@ -178,7 +183,7 @@ def test_classes_that_the_test_images_list_otherwise(tmp_path: Path, images: Pat
     few.mkdir()
     for c in (1, 2):
         (few / f"class-{c}").symlink_to(images / f"class-{c}")
-    results = evaluate_here(VERB, write_run(tmp_path / "run", images), [*FAST, f"data.val={few}"])
+    results = evaluate_here(EVALUATOR, write_run(tmp_path / "run", images), [*FAST, f"data.val={few}"])
     assert (results["images"], results["classes"]) == (48, 3)
     assert results["top1"] > 0.9
 
@@ -190,7 +195,7 @@ def test_images_that_cannot_be_read(tmp_path: Path, settings: list[str]) -> None
     for folder in (train, test):
         (folder / "class-1" / "003.png").write_bytes(b"no picture")
     run = write_run(tmp_path / "run", train, data={"val": str(test), "max_unreadable": 0.1})
-    results = evaluate_here(VERB, run, settings)
+    results = evaluate_here(EVALUATOR, run, settings)
     assert (results["images"], results["unreadable"]) == (14, 1)
     assert results["top1"] > 0.9
 
@@ -211,7 +216,7 @@ def test_each_head_learns_as_if_alone() -> None:
     """Also beside one that diverges; and as by torch's SGD and autograd."""
     generator = torch.Generator().manual_seed(0)
     x_ND, labels = 7 + 3 * torch.randn(60, 5, generator=generator), [i % 3 for i in range(60)]
-    features, place = standardised(x_ND.clone()), Place(torch.device("cpu"), 0, 1, 1)
+    features, rank_info = standardised(x_ND.clone()), RankInfo(torch.device("cpu"), 0, 1, 1)
     assert features.x_NVD[:, 0, :-1].mean(0).abs().max() < 1e-6
     assert features.x_NVD[:, 0, :-1].square().sum(1).mean() == pytest.approx(1)
     fast = Config.model_validate(
@@ -219,7 +224,7 @@ def test_each_head_learns_as_if_alone() -> None:
     ).fast
     samples, source = np.arange(60), Labels(labels)
     pairs = [(1.0, 0.0), (1e38, 1.0), (3.0, 0.01)]
-    w_HCD = heads.train(features, source, samples, pairs, fast, 0, place)  # type: ignore[arg-type]
+    w_HCD = heads.train(features, source, samples, pairs, fast, 0, rank_info)  # type: ignore[arg-type]
     assert not w_HCD[1].isfinite().all()
     for number in (0, 2):
         weight = torch.zeros(3, 6, requires_grad=True)
@@ -235,14 +240,14 @@ def test_each_head_learns_as_if_alone() -> None:
     torch.testing.assert_close(
         x_ND @ layer["weight"].T + layer["bias"], features.x_NVD[:, 0] @ w_HCD[0].T, rtol=1e-4, atol=1e-5
     )
-    accuracies = heads._accuracies(features, source, samples, w_HCD, place)  # type: ignore[arg-type]
+    accuracies = heads._accuracies(features, source, samples, w_HCD, rank_info)  # type: ignore[arg-type]
     assert accuracies[1] == 0
     assert min(accuracies[0], accuracies[2]) > 0
 
 
 def test_features_that_memory_does_not_take_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", lambda name: 1)
-    room = heads._room((10, 4), Place(torch.device("cpu"), 0, 1, 1), tmp_path)
+    room = heads._allocate_features((10, 4), RankInfo(torch.device("cpu"), 0, 1, 1), tmp_path)
     room[:] = 3
     assert room.sum() == 120
     assert not list(tmp_path.iterdir()), "the file has no name"
@@ -261,11 +266,11 @@ def interrupted(run: Path) -> str:
 
     classifier.update = update  # type: ignore[assignment]
     try:
-        evaluate_here(VERB, run, FULL)
+        evaluate_here(EVALUATOR, run, FULL)
     except Stopped as stopped:
         words = str(stopped)
     classifier.update = plain
-    evaluate_here(VERB, run, FULL)
+    evaluate_here(EVALUATOR, run, FULL)
     return words
 
 
@@ -286,25 +291,25 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
 @pytest.mark.usefixtures("small_group")
 def test_what_is_refused(run: Path, tmp_path: Path, images: Path) -> None:
     with pytest.raises(ValueError, match=r"give data\.val"):
-        evaluate_here(VERB, run, ["data.val=null"])
+        evaluate_here(EVALUATOR, run, ["data.val=null"])
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "step-00000004").mkdir()
     with pytest.raises(ValueError, match="checkpoints is not the folder of an evaluation"):
-        evaluate_here(VERB, run, [], "checkpoints")
+        evaluate_here(EVALUATOR, run, [], "checkpoints")
     with pytest.raises(ValueError, match=r"epoch.*not finite|not finite.*lower learning rate"):
-        evaluate_here(VERB, run, [*FULL, "linear.lr=1e38"], "large")
+        evaluate_here(EVALUATOR, run, [*FULL, "linear.lr=1e38"], "large")
     (run / "weights.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"weights\.safetensors is not a safetensors file"):
-        evaluate_here(VERB, run, [])
+        evaluate_here(EVALUATOR, run, [])
     (run / "weights.safetensors").unlink()
     with pytest.raises(ValueError, match="has no usable checkpoint"):
-        evaluate_here(VERB, run, [])
+        evaluate_here(EVALUATOR, run, [])
 
 
 @pytest.mark.usefixtures("small_group")
 def test_weights_of_another_backbone(run: Path) -> None:
     with pytest.raises(ValueError, match=r"weights\.safetensors does not fit .*other shapes"):
-        evaluate_here(VERB, run, ["model.backbone_args={channels: [8, 8, 8, 8], layers: [1, 1, 1, 1]}"])
+        evaluate_here(EVALUATOR, run, ["model.backbone_args={channels: [8, 8, 8, 8], layers: [1, 1, 1, 1]}"])
 
 
 def test_the_command(run: Path) -> None:

@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.ranks import run_ranks
 from trainer.config import MonitorSettings
-from trainer.metrics import Averages, Recorder, memory
-from trainer.run_dir import Row, read_rows
+from trainer.run.directory import Row, read_rows
+from trainer.run.metrics import Averages, Recorder, memory
 
 
 def row(step: int) -> Row:
@@ -141,7 +141,7 @@ def test_lines_where_there_is_no_terminal(tmp_path: Path, group: None, capsys: p
 def test_a_dashboard_on_a_terminal(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=150)
-    monkeypatch.setattr("trainer.metrics.Console", lambda **_: terminal)
+    monkeypatch.setattr("trainer.run.metrics.Console", lambda **_: terminal)
     with Recorder(tmp_path, 0, 100, MonitorSettings(), active=True) as recorder:
         recorder.row(evaluation(0))
         recorder.row(row(10))
@@ -179,7 +179,7 @@ def test_a_file_that_cannot_be_written(
 
 def fill_disk(folder: Path) -> bool:
     """Record while no file can grow beyond a few rows, then with room again."""
-    logging.getLogger("trainer.metrics").disabled = True
+    logging.getLogger("trainer.run.metrics").disabled = True
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with Recorder(folder, 0, 100, MonitorSettings(), active=True) as recorder:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

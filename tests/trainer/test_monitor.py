@@ -11,9 +11,9 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from tests.trainer.small import small_config
 from trainer.config import MonitorSettings, dump
-from trainer.dashboard import curve
-from trainer.metrics import Recorder
-from trainer.run_dir import read_rows
+from trainer.run.console import curve
+from trainer.run.directory import read_rows
+from trainer.run.metrics import Recorder
 
 ROW = {
     "epoch": 1,

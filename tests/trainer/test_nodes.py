@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.config import dump
-from trainer.nodes import Fault, Node, _Exchange, _problems, _unreachable, judge
+from trainer.ops.preflight import Fault, Node, _Exchange, _problems, _unreachable, judge
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +68,7 @@ def test_many_differences_take_one_line() -> None:
 
 
 def test_a_node_that_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.nodes._WAIT", 0.4)
+    monkeypatch.setattr("trainer.ops.preflight._WAIT", 0.4)
     exchange = _Exchange(dist.HashStore(), 0, 2, True)
     exchange.names = ["n1", "n2"]
     with pytest.raises(ValueError, match=r"of 2 nodes these have not told their facts in 0\.2 s: n2"):

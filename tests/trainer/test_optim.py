@@ -7,7 +7,7 @@ from torch import nn
 
 from models.encoder import Encoder
 from trainer.config import Optim
-from trainer.optim import Lars, cosine, make_optimizer, scaled_lr
+from trainer.engines.optim import Lars, cosine, make_optimizer, scaled_lr
 
 
 def test_cosine_from_start_to_final() -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from trainer.phases import Phases, Spread, as_row, host_names, spread, straggler, traced
+from trainer.run.phases import Phases, Spread, as_row, host_names, spread, straggler, traced
 
 
 def test_phases_add_up_until_they_are_taken() -> None:

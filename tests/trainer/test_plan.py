@@ -13,14 +13,14 @@ from typer.testing import CliRunner
 from tests.trainer.small import VIT, small_config
 from trainer.__main__ import app
 from trainer.bench import throughput
-from trainer.bench.collectives import Collective
 from trainer.config import Config
 from trainer.plan import predict
+from trainer.plan.collectives import Collective
 from trainer.plan.hardware import GPUS, make_cluster, seconds
-from trainer.plan.hollow import Hollow
 from trainer.plan.predict import LAUNCH, MEMORY, PLAIN, TENSOR, op_seconds, phase_time, step_time
 from trainer.plan.report import WIDTH, report
 from trainer.plan.rows import make_plan, parse_nodes
+from trainer.plan.shape_only import ShapeOnlyMode
 from trainer.plan.trace import Call, Op, StepTrace
 
 CLUSTER = make_cluster("a100", 8, "ib-hdr")
@@ -146,7 +146,7 @@ def test_a_step_of_several_phases() -> None:
 
 def supervised(batch: int, precision: torch.dtype) -> list[Any]:
     """A step of a ResNet-50 classifier."""
-    with Hollow():
+    with ShapeOnlyMode():
         network = timm.create_model("resnet50").to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, foreach=True)
         for _ in range(2):

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from tests.ranks import run_ranks
-from tests.trainer.engines import NARROW, make_config, make_learner, make_place
-from trainer.bench.collectives import Collective
+from tests.trainer.engines import NARROW, build_train_step, make_config, make_rank_info
 from trainer.config import Config
-from trainer.plan.count import ENGINES, STEPS, count, with_engine
+from trainer.plan.collectives import Collective
+from trainer.plan.memory import ENGINES, STEPS, count, with_engine
 from trainer.plan.trace import Call, Op, StepTrace
-from trainer.step import Rates
+from trainer.train_step import Rates
 
 Found = list[tuple[str, Collective, int, bool]]
 
@@ -39,13 +39,13 @@ OTHERS: dict[str, tuple[str, int, dict[str, Any]]] = {
 }
 
 
-def cases(world: int) -> dict[str, Config]:
+def cases(world_size: int) -> dict[str, Config]:
     """All engines and placements, and what else changes what is sent."""
     configs: dict[str, tuple[str, str, dict[str, Any]]] = {
-        f"{e}, {p}": (e, p, {}) for e, p in product(ENGINES, PLACEMENTS[world])
+        f"{e}, {p}": (e, p, {}) for e, p in product(ENGINES, PLACEMENTS[world_size])
     }
     configs |= {
-        name: (engine, "sharded", sections) for name, (engine, ranks, sections) in OTHERS.items() if ranks == world
+        name: (engine, "sharded", sections) for name, (engine, ranks, sections) in OTHERS.items() if ranks == world_size
     }
     found = {}
     for name, (engine, placement, changes) in configs.items():
@@ -55,30 +55,32 @@ def cases(world: int) -> dict[str, Config]:
     return found
 
 
-def per_node(world: int) -> int:
-    return min(world, 2)
+def per_node(world_size: int) -> int:
+    return min(world_size, 2)
 
 
 def calls(events: list[Op | Call]) -> Found:
     return [(x.phase, x.collective, x.nodes, x.engine) for x in events if isinstance(x, Call)]
 
 
-def all_real(world: int) -> list[Found]:
+def all_real(world_size: int) -> list[Found]:
     """Of the last of a few real steps on this rank, for each case."""
     found = []
-    for config in cases(world).values():
-        learner = make_learner(config, make_place(per_node(world)))
+    for config in cases(world_size).values():
+        train_step = build_train_step(config, make_rank_info(per_node(world_size)))
         for step in range(STEPS):
-            each, sizes = config.data.batch_size // world, [view.size for view in config.data.views]
+            each, sizes = config.data.batch_size // world_size, [view.size for view in config.data.views]
             views = [torch.randn(each, 3, size, size).to(memory_format=torch.channels_last) for size in sizes]
-            with StepTrace(per_node(world)) as trace:
-                learner.step(views, step, Rates(1e-3, 3.0, 0.99))
+            with StepTrace(per_node(world_size)) as trace:
+                train_step.step(views, step, Rates(1e-3, 3.0, 0.99))
         found.append(calls(trace.events))
     return found
 
 
-def all_predicted(world: int) -> list[Found]:
-    return [calls(counted.events) for counted in count(list(cases(world).values()), world, per_node(world))]
+def all_predicted(world_size: int) -> list[Found]:
+    return [
+        calls(counted.events) for counted in count(list(cases(world_size).values()), world_size, per_node(world_size))
+    ]
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
@@ -88,20 +90,22 @@ def in_process(function: Callable[..., Any], *args: Any) -> Any:
 
 
 @functools.cache
-def real(world: int) -> dict[str, Found]:
-    return dict(zip(cases(world), run_ranks(world, all_real, world)[0], strict=True))
+def real(world_size: int) -> dict[str, Found]:
+    return dict(zip(cases(world_size), run_ranks(world_size, all_real, world_size)[0], strict=True))
 
 
 @functools.cache
-def predicted(world: int) -> dict[str, Found]:
-    return dict(zip(cases(world), in_process(all_predicted, world), strict=True))
+def predicted(world_size: int) -> dict[str, Found]:
+    return dict(zip(cases(world_size), in_process(all_predicted, world_size), strict=True))
 
 
-@pytest.mark.parametrize(("world", "case"), [(world, case) for world in (1, 2, 4) for case in cases(world)])
-def test_every_call_is_predicted(world: int, case: str) -> None:
-    found, counted = predicted(world)[case], real(world)[case]
+@pytest.mark.parametrize(
+    ("world_size", "case"), [(world_size, case) for world_size in (1, 2, 4) for case in cases(world_size)]
+)
+def test_every_call_is_predicted(world_size: int, case: str) -> None:
+    found, counted = predicted(world_size)[case], real(world_size)[case]
     assert found == counted
-    if world > 1:
+    if world_size > 1:
         assert sum(call.sent for _, call, _, _ in found) > 10_000
 
 

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from trainer.plan.hollow import Hollow, Peak
+from trainer.plan.shape_only import Peak, ShapeOnlyMode
 
 MIB = 2**20
 
 
 def test_gibibytes_are_counted_and_not_taken() -> None:
-    with Hollow() as hollow:
+    with ShapeOnlyMode() as hollow:
         whole = torch.ones(2**18, 2**10)  # a GiB
         for _ in range(3):
             whole = torch.cat([whole, whole])
@@ -22,7 +22,7 @@ def test_gibibytes_are_counted_and_not_taken() -> None:
 
 
 def test_peak_and_parts() -> None:
-    with Hollow() as hollow:
+    with ShapeOnlyMode() as hollow:
         kept = torch.zeros(MIB // 4)
         hollow.ledger.tag("kept", [kept])
         with record_function("phase"), record_function("inner"):
@@ -37,7 +37,7 @@ def test_peak_and_parts() -> None:
 
 def test_the_state_of_a_step() -> None:
     """Parameters, gradients and two moments, as a real step has."""
-    with Hollow() as hollow:
+    with ShapeOnlyMode() as hollow:
         network = nn.Linear(1024, 1024, bias=False)
         optimizer = torch.optim.AdamW(network.parameters())
         network(torch.randn(8, 1024)).sum().backward()
@@ -48,7 +48,7 @@ def test_the_state_of_a_step() -> None:
 
 
 def test_what_is_real() -> None:
-    with Hollow():
+    with ShapeOnlyMode():
         assert torch.randperm(5, generator=torch.Generator().manual_seed(0)).sort().values.tolist() == [0, 1, 2, 3, 4]
         assert torch.linspace(0, 1, 3)[1].item() == 0.5
         assert (torch.randperm(2**17) == 5).nonzero().numel() == 1
@@ -61,5 +61,5 @@ def test_what_is_real() -> None:
 
 
 def test_a_shape_that_depends_on_values() -> None:
-    with Hollow(), pytest.raises(RuntimeError, match="nonzero"):
+    with ShapeOnlyMode(), pytest.raises(RuntimeError, match="nonzero"):
         torch.randn(512, 512).nonzero()

@@ -12,11 +12,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from tests.ranks import run_ranks
-from tests.trainer.engines import make_config, make_place
-from trainer.build import autocast_type, make_engine, make_game
+from tests.trainer.engines import make_config, make_rank_info
+from trainer.build import autocast_dtype, build_engine, build_method
 from trainer.config import Config
-from trainer.plan.count import ENGINES, STEPS, Memory, count
-from trainer.step import Learner, Rates
+from trainer.plan.memory import ENGINES, STEPS, Memory, count
+from trainer.train_step import Rates, TrainStep
 
 # Parameters and activations of the same order: what both of them need has to be right.
 VIT = {"backbone_args": {"depth": 4, "embed_dim": 128, "num_heads": 4, "patch_size": 4, "img_size": 32}, "dim": 32}
@@ -29,14 +29,14 @@ NETWORKS = {1: ["vit"], 2: ["vit", "resnet"], 4: ["vit"]}
 BUCKET = {"zero_optimization": {"reduce_bucket_size": 200_000}}  # ours would outweigh such networks
 
 
-def cases(world: int) -> dict[tuple[str, str], Config]:
+def cases(world_size: int) -> dict[tuple[str, str], Config]:
     """Four images a rank by network and engine."""
     configs = {}
-    for network in NETWORKS[world]:
+    for network in NETWORKS[world_size]:
         for name, engine in ENGINES.items():
             on_top = {"options": BUCKET} if engine["kind"] == "deepspeed" else {}
             recipe = RECIPES[network]
-            data = {"batch_size": 4 * world, "views": [{"size": 32}] * 2, **recipe.get("data", {})}
+            data = {"batch_size": 4 * world_size, "views": [{"size": 32}] * 2, **recipe.get("data", {})}
             sections: dict[str, dict[str, Any]] = {
                 "method": {"bn": "local"},
                 "bank": {"size": 4096},
@@ -50,18 +50,20 @@ def allocated(config: Config) -> int:
     """The most bytes that torch's allocator had handed out at once on this rank, of its own account."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        place = make_place()
-        game = make_game(config, place)
-        assert game.bank
-        game.bank.fill(torch.randn_like(game.bank.w_KD))
-        engine = make_engine(game, config, place)
-        learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
+        rank_info = make_rank_info()
+        method = build_method(config, rank_info)
+        assert method.bank
+        method.bank.fill(torch.randn_like(method.bank.w_KD))
+        engine = build_engine(method, config, rank_info)
+        train_step = TrainStep(
+            method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device)
+        )
         # Where ranks wait for a core, gloo's threads, which are there by now, would drop what they sent only later.
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         for step in range(STEPS):
-            each, sizes = config.data.batch_size // place.world, [view.size for view in config.data.views]
+            each, sizes = config.data.batch_size // rank_info.world_size, [view.size for view in config.data.views]
             views = [torch.randn(each, 3, size, size).to(memory_format=torch.channels_last) for size in sizes]
-            learner.step(views, step, Rates(1e-3, 3.0, 0.99))
+            train_step.step(views, step, Rates(1e-3, 3.0, 0.99))
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = most = 0
     for event in sorted(events, key=lambda e: e.start_ns()):
@@ -70,39 +72,39 @@ def allocated(config: Config) -> int:
     return most
 
 
-def all_allocated(world: int) -> list[int]:
+def all_allocated(world_size: int) -> list[int]:
     measured = []
-    for config in cases(world).values():
+    for config in cases(world_size).values():
         with ThreadPoolExecutor(1) as thread:  # its own, as none may leave SCHED_IDLE again
             measured.append(thread.submit(allocated, config).result())
     return measured
 
 
-def all_counted(world: int) -> list[Memory]:
-    return [counted.memory for counted in count(list(cases(world).values()), world, world)]
+def all_counted(world_size: int) -> list[Memory]:
+    return [counted.memory for counted in count(list(cases(world_size).values()), world_size, world_size)]
 
 
 @functools.cache
-def measured(world: int, attempt: int) -> dict[tuple[str, str], int]:
-    return dict(zip(cases(world), run_ranks(world, all_allocated, world)[0], strict=True))
+def measured(world_size: int, attempt: int) -> dict[tuple[str, str], int]:
+    return dict(zip(cases(world_size), run_ranks(world_size, all_allocated, world_size)[0], strict=True))
 
 
 @functools.cache
-def predicted(world: int) -> dict[tuple[str, str], Memory]:
+def predicted(world_size: int) -> dict[tuple[str, str], Memory]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
-        return dict(zip(cases(world), pool.submit(all_counted, world).result(), strict=True))
+        return dict(zip(cases(world_size), pool.submit(all_counted, world_size).result(), strict=True))
 
 
 @pytest.mark.parametrize(
-    ("world", "network", "engine"), [(world, *case) for world in NETWORKS for case in cases(world)]
+    ("world_size", "network", "engine"), [(world_size, *case) for world_size in NETWORKS for case in cases(world_size)]
 )
-def test_within_a_tenth_of_what_is_allocated(world: int, network: str, engine: str) -> None:
-    memory = predicted(world)[network, engine]
+def test_within_a_tenth_of_what_is_allocated(world_size: int, network: str, engine: str) -> None:
+    memory = predicted(world_size)[network, engine]
     # The least of up to three runs: on a busy machine gloo's threads may still keep for longer what was sent.
-    least = measured(world, 0)[network, engine]
+    least = measured(world_size, 0)[network, engine]
     for attempt in (1, 2):
         if memory.peak != pytest.approx(least, rel=0.1):
-            least = min(least, measured(world, attempt)[network, engine])
+            least = min(least, measured(world_size, attempt)[network, engine])
     assert memory.peak == pytest.approx(least, rel=0.1)
     if network == "vit":  # each matters
         assert memory.activations > 0.2 * memory.peak

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 
+from data.tools import write_shards
 from tests.trainer.small import PYTHON, RESNET, VIT, VIT_ARGS, small_config, write_images
 from trainer.config import Config, dump
-from trainer.dataset import write_shards
-from trainer.inspect import write_report
 from trainer.pretrain import pretrain
-from trainer.run_dir import read_rows
+from trainer.report.galleries import write_report
+from trainer.run.directory import read_rows
 
 TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib", "teraflops", "phases"}
 
@@ -133,7 +133,7 @@ OTHER_METHODS: dict[str, dict[str, dict[str, Any]]] = {
 @pytest.mark.parametrize("name", OTHER_METHODS)
 def test_every_method_trains_and_goes_on_bit_for_bit(tmp_path: Path, images: Path, name: str) -> None:
     """Queue, its pointer and the schedules, too: cut off after step 8 of 18."""
-    whole, cut = (small_config(tmp_path / place, images, **OTHER_METHODS[name]) for place in ("whole", "cut"))
+    whole, cut = (small_config(tmp_path / rank_info, images, **OTHER_METHODS[name]) for rank_info in ("whole", "cut"))
     pretrain(whole)
     rows = rows_of(tmp_path / "whole")
     training = [row for row in rows if "loss" in row]

@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from tests.trainer.engines import SIDE, make_config, make_learner, make_place, train
+from tests.trainer.engines import SIDE, build_train_step, make_config, make_rank_info, train
 from tests.trainer.small import PYTHON, small_config, write_images
-from trainer import replay
 from trainer.config import dump
+from trainer.ops import replay
 from trainer.pretrain import pretrain
-from trainer.step import NotFinite, Rates
+from trainer.train_step import NotFinite, Rates
 
 
 def test_a_run_that_diverges(tmp_path: Path) -> None:
@@ -34,8 +34,8 @@ def test_a_run_that_diverges(tmp_path: Path) -> None:
 def spoil(folder: Path) -> str:
     """A step after another, in which rank 1 has a picture that is not finite."""
     config = make_config("resnet", run={"dir": str(folder)})
-    learner = make_learner(config, make_place())
-    train(learner, config, steps=1)
+    train_step = build_train_step(config, make_rank_info())
+    train(train_step, config, steps=1)
     views = [torch.rand(8, 3, SIDE, SIDE).contiguous(memory_format=torch.channels_last) for _ in range(3)]
     if dist.get_rank() == 1:
         views[2][3, 0, 5] = torch.inf
@@ -43,8 +43,8 @@ def spoil(folder: Path) -> str:
         (folder / "config.yaml").write_text(dump(config))
     rates, samples = Rates(0.05, 3.0, 0.9), torch.arange(8) + 100 * dist.get_rank()
     with pytest.raises(NotFinite) as refusal:
-        learner.step(views, 7, rates)
-    return replay.dump(folder, 2, learner, views, samples, 7, rates, refusal.value)
+        train_step.step(views, 7, rates)
+    return replay.dump(folder, 2, train_step, views, samples, 7, rates, refusal.value)
 
 
 def test_on_two_ranks(tmp_path: Path) -> None:

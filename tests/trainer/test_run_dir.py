@@ -9,12 +9,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.index import ImageFolder
+from data.sources.open import ImageFolder
 from tests.data.pictures import write_folder
 from tests.ranks import run_ranks
 from trainer.config import Config, load
-from trainer.distributed import Place, started
-from trainer.run_dir import (
+from trainer.distributed import RankInfo, process_group
+from trainer.run.directory import (
     Unreadable,
     claim,
     open_sources,
@@ -27,9 +27,9 @@ from trainer.run_dir import (
 
 
 @pytest.fixture
-def place() -> Iterator[Place]:
-    with started("cpu") as place:
-        yield place
+def rank_info() -> Iterator[RankInfo]:
+    with process_group("cpu") as rank_info:
+        yield rank_info
 
 
 def make_config(
@@ -39,26 +39,26 @@ def make_config(
     return Config.model_validate({"run": {"dir": str(folder), "epochs": 2, "seed": seed}, "data": sets | data})
 
 
-def refusal(config: Config, place: Place) -> str:
-    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught, claim(config, place):
+def refusal(config: Config, rank_info: RankInfo) -> str:
+    with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught, claim(config, rank_info):
         pass
     return str(caught.value)
 
 
-def test_a_new_folder_and_the_same_run_again(tmp_path: Path, place: Place) -> None:
+def test_a_new_folder_and_the_same_run_again(tmp_path: Path, rank_info: RankInfo) -> None:
     config = make_config(tmp_path / "runs" / "x")
     for _ in range(2):
-        with claim(config, place) as folder:
+        with claim(config, rank_info) as folder:
             assert folder == tmp_path / "runs" / "x"
             assert load(folder / "config.yaml") == config == read_config(folder)
             (folder / "checkpoints").mkdir(exist_ok=True)
 
 
-def test_another_configuration_is_refused(tmp_path: Path, place: Place) -> None:
-    with claim(make_config(tmp_path), place):
+def test_another_configuration_is_refused(tmp_path: Path, rank_info: RankInfo) -> None:
+    with claim(make_config(tmp_path), rank_info):
         pass
     other = make_config(tmp_path, seed=3, batch_size=8)
-    message = refusal(other, place)
+    message = refusal(other, rank_info)
     assert message == (
         f"run.dir: {tmp_path} holds another run: run.seed was 0, now 3; data.batch_size was 4, now 8. "
         "Choose another run.dir"
@@ -66,52 +66,52 @@ def test_another_configuration_is_refused(tmp_path: Path, place: Place) -> None:
     assert read_config(tmp_path) == make_config(tmp_path)
 
 
-def test_what_changes_nothing_learned_may_change(tmp_path: Path, place: Place) -> None:
-    with claim(make_config(tmp_path / "a"), place):
+def test_what_changes_nothing_learned_may_change(tmp_path: Path, rank_info: RankInfo) -> None:
+    with claim(make_config(tmp_path / "a"), rank_info):
         pass
     shutil.move(tmp_path / "a", tmp_path / "b")
     values = make_config(tmp_path / "b", workers=0).model_dump()
     values["run"] |= {"log_every": 1, "save_every": 7, "keep": 9, "device": "cpu"}
     values["eval"] |= {"k": 20, "temperature": 0.07, "knn_every": 0}
     config = Config.model_validate(values)
-    with claim(config, place) as folder:
+    with claim(config, rank_info) as folder:
         assert read_config(folder) == config
 
 
 @pytest.mark.parametrize("name", ["checkpoints", "metrics.jsonl"])
-def test_files_of_a_run_without_its_configuration(tmp_path: Path, place: Place, name: str) -> None:
+def test_files_of_a_run_without_its_configuration(tmp_path: Path, rank_info: RankInfo, name: str) -> None:
     (tmp_path / name).mkdir()
-    assert "has files of a run, but no config.yaml" in refusal(make_config(tmp_path), place)
+    assert "has files of a run, but no config.yaml" in refusal(make_config(tmp_path), rank_info)
     assert not (tmp_path / "config.yaml").exists()
 
 
-def test_a_configuration_of_something_else(tmp_path: Path, place: Place) -> None:
+def test_a_configuration_of_something_else(tmp_path: Path, rank_info: RankInfo) -> None:
     (tmp_path / "config.yaml").write_text("port: 8080\n")
-    assert f"{tmp_path}/config.yaml: " in refusal(make_config(tmp_path), place)
+    assert f"{tmp_path}/config.yaml: " in refusal(make_config(tmp_path), rank_info)
     assert (tmp_path / "config.yaml").read_text() == "port: 8080\n"
 
 
-def test_a_path_that_cannot_be_a_folder(tmp_path: Path, place: Place) -> None:
+def test_a_path_that_cannot_be_a_folder(tmp_path: Path, rank_info: RankInfo) -> None:
     (tmp_path / "file").touch()
-    assert "cannot be used: Not a directory" in refusal(make_config(tmp_path / "file" / "x"), place)
-    assert "cannot be used: File exists" in refusal(make_config(tmp_path / "file"), place)
+    assert "cannot be used: Not a directory" in refusal(make_config(tmp_path / "file" / "x"), rank_info)
+    assert "cannot be used: File exists" in refusal(make_config(tmp_path / "file"), rank_info)
 
 
-def test_a_folder_in_use(tmp_path: Path, place: Place) -> None:
+def test_a_folder_in_use(tmp_path: Path, rank_info: RankInfo) -> None:
     config = make_config(tmp_path)
     with (tmp_path / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert refusal(config, place) == f"another process is at work in {tmp_path}"
-    with claim(config, place):
-        assert "another process" in refusal(config, place)
-    with claim(config, place):
+        assert refusal(config, rank_info) == f"another process is at work in {tmp_path}"
+    with claim(config, rank_info):
+        assert "another process" in refusal(config, rank_info)
+    with claim(config, rank_info):
         pass
 
 
 def claim_on_all_ranks(config: Config) -> str:
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     try:
-        with claim(config, Place(torch.device("cpu"), rank, world, world)):
+        with claim(config, RankInfo(torch.device("cpu"), rank, world_size, world_size)):
             return ""
     except ValueError as error:
         return str(error)
@@ -129,7 +129,7 @@ def claim_a_full_disk(config: Config) -> str:
         raise OSError(28, "No space left on device")
 
     if dist.get_rank() == 0:
-        pytest.MonkeyPatch().setattr("trainer.run_dir.write_atomically", refuse)
+        pytest.MonkeyPatch().setattr("trainer.run.directory.write_atomically", refuse)
     return claim_on_all_ranks(config)
 
 
@@ -137,7 +137,7 @@ def test_a_full_disk_is_told_on_all_ranks(tmp_path: Path) -> None:
     assert run_ranks(2, claim_a_full_disk, make_config(tmp_path)) == ["rank 0: [Errno 28] No space left on device"] * 2
 
 
-def test_open_sources(tmp_path: Path, place: Place) -> None:
+def test_open_sources(tmp_path: Path, rank_info: RankInfo) -> None:
     pictures, run = write_folder(tmp_path / "pictures"), tmp_path / "run"
     some = write_folder(tmp_path / "some", classes=2, per_class=1)
     train, val = open_sources(make_config(run, pictures, some).data, run)
@@ -148,7 +148,7 @@ def test_open_sources(tmp_path: Path, place: Place) -> None:
     assert open_sources(make_config(run, pictures).data, run)[1] is None
 
 
-def test_images_that_cannot_be_used(tmp_path: Path, place: Place) -> None:
+def test_images_that_cannot_be_used(tmp_path: Path, rank_info: RankInfo) -> None:
     pictures, run = write_folder(tmp_path / "pictures"), tmp_path / "run"
     (tmp_path / "empty").mkdir()
     more = write_folder(tmp_path / "more", classes=4, per_class=1)
@@ -194,7 +194,9 @@ def test_ranks_must_find_the_same_images(tmp_path: Path) -> None:
     assert "does not exist" in first
 
 
-def test_unreadable_samples_are_listed_once(tmp_path: Path, place: Place, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_samples_are_listed_once(
+    tmp_path: Path, rank_info: RankInfo, caplog: pytest.LogCaptureFixture
+) -> None:
     unreadable = Unreadable(tmp_path, rank=3)
     unreadable.note([(7, "a.jpg: the file is empty"), (9, "b.jpg: damaged")])
     unreadable.note([(7, "a.jpg: the file is empty")])
@@ -209,7 +211,7 @@ def test_unreadable_samples_are_listed_once(tmp_path: Path, place: Place, caplog
     assert Unreadable(tmp_path, rank=0).total() == 0
 
 
-def test_too_many_unreadable_samples(tmp_path: Path, place: Place) -> None:
+def test_too_many_unreadable_samples(tmp_path: Path, rank_info: RankInfo) -> None:
     unreadable = Unreadable(tmp_path, rank=0)
     unreadable.note([(i, "x.jpg: damaged") for i in range(10)])
     unreadable.check(12, 0.01)  # 10 of 1000
@@ -268,7 +270,7 @@ def test_rank_0_lists_the_images_for_all(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["two\nlines.jpg", "two\u2028lines.jpg", "latin1-\udce9.jpg", "tab\t.jpg"])
-def test_unreadable_samples_with_odd_names(tmp_path: Path, place: Place, name: str) -> None:
+def test_unreadable_samples_with_odd_names(tmp_path: Path, rank_info: RankInfo, name: str) -> None:
     Unreadable(tmp_path, rank=0).note([(7, f"{name}: damaged")])
     assert Unreadable(tmp_path, rank=0).samples == {7}
 

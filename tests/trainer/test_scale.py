@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from tests.trainer.small import VIT, small_config
+from trainer.bench.scaling import collect, plot, report, submit
 from trainer.config import dump
-from trainer.scale import collect, plot, report, submit
 
 
 def write_result(folder: Path, kind: str, ranks: int, speed: float, **figures: Any) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from trainer import stop
-from trainer.stop import Stop, Stopped, deadline
+from trainer.ops import stop
+from trainer.ops.stop import Stop, Stopped, deadline
 
 
 def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
@@ -38,10 +38,10 @@ def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
     return done, ""
 
 
-@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("ask", ["SIGTERM", "SIGUSR1", "SIGINT", "file", "clock"])
-def test_all_ranks_leave_after_the_same_step(tmp_path: Path, ask: str, world: int) -> None:
-    ranks = run_ranks(world, train, tmp_path, ask)
+def test_all_ranks_leave_after_the_same_step(tmp_path: Path, ask: str, world_size: int) -> None:
+    ranks = run_ranks(world_size, train, tmp_path, ask)
     assert len(set(ranks)) == 1
     done, words = ranks[0]
     reason = {"file": "asked by file", "clock": "out of time"}.get(ask, ask)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from sklearn.metrics import average_precision_score
 
-from data.voc import read_split
+from data.sources.voc import read_split
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import evaluate_here, write_run
 from tests.trainer.small import write_images
 from trainer.config import Voc07
-from trainer.evaluate.verb import Results
-from trainer.evaluate.voc07 import VERB, average_precision, classify, per_image
+from trainer.evaluate.base import Results
+from trainer.evaluate.voc07 import EVALUATOR, average_precision, classify, per_image
 
 RELEVANT = np.array([True, False, True, False, False, True, False, True])
 SCORES = np.arange(8, 0, -1) / 8
@@ -131,7 +131,7 @@ def test_the_lists(tmp_path: Path) -> None:
 
 
 def on_ranks(run: Path, root: Path) -> Results:
-    return evaluate_here(VERB, run, [f"voc07.root={root}", "voc07.costs=[0.1,1,10]"])
+    return evaluate_here(EVALUATOR, run, [f"voc07.root={root}", "voc07.costs=[0.1,1,10]"])
 
 
 def test_a_run(tmp_path: Path) -> None:
@@ -140,9 +140,9 @@ def test_a_run(tmp_path: Path) -> None:
     (root / "JPEGImages" / "001009.jpg").write_bytes(b"")
     images = write_images(tmp_path / "images")
     found = []
-    for world in (1, 2):
-        run = write_run(tmp_path / f"run-{world}", images)
-        found.append(run_ranks(world, on_ranks, run, root)[0])
+    for world_size in (1, 2):
+        run = write_run(tmp_path / f"run-{world_size}", images)
+        found.append(run_ranks(world_size, on_ranks, run, root)[0])
     one, two = found
     assert one["map"] > 0.8
     assert one["map"] == pytest.approx(two["map"], abs=1e-6)

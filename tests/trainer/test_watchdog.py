@@ -7,7 +7,7 @@ from pathlib import Path
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from trainer.watchdog import Watchdog
+from trainer.ops.watchdog import Watchdog
 
 def stuck_in_here():
     time.sleep(60)

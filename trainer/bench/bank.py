@@ -1,7 +1,7 @@
 """One step of the negatives with a bank as large as this machine's memory: time, memory, and what others would need.
 
-The step is that of training: `models.contrast` on random queries and keys, its gradient, and the bank's own step, in
-one process. N queries and as many keys, K negatives, D dimensions.
+The step is that of training in one process: `models.negatives.contrast` on random queries and keys, its gradient, and
+the bank's own step. N queries and as many keys, K negatives, D dimensions.
 """
 
 import json
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 
-from models.bank import Bank, make_mesh
-from models.contrast import contrast
+from models.negatives.bank import Bank, make_mesh
+from models.negatives.contrast import contrast
 from trainer import distributed
 from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, materialised_peak
-from trainer.build import TYPES
+from trainer.build import DTYPES
 
 _FILL_ROWS = 2**18  # made at a time
 
@@ -32,18 +32,18 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
     would hold: its bank in fp32 and what a step of it allocates, measured at two small K and extended in a line.
     """
     momentum = 0.0 if velocity == "none" else MOMENTUM
-    with distributed.started("cpu") as place:
+    with distributed.process_group("cpu") as rank_info:
         bank = Bank(
             negatives,
             dim,
-            make_mesh("sharded", place.device, place.local_world),
+            make_mesh("sharded", rank_info.device, rank_info.local_world_size),
             kernels="chunked",
             temperature=ADVERSARY_TEMPERATURE,
             momentum=momentum,
             weight_decay=WEIGHT_DECAY,
-            precision=TYPES[precision],
-            weights=TYPES[weights],
-            velocity=None if velocity == "none" else TYPES[velocity],
+            precision=DTYPES[precision],
+            weights=DTYPES[weights],
+            velocity=None if velocity == "none" else DTYPES[velocity],
         )
         generator = torch.Generator().manual_seed(0)
         for part in bank.w_KD.split(_FILL_ROWS):

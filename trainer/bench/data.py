@@ -27,17 +27,17 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from data.index import Source
 from data.loader import MEAN, STD, normalize, train_batches
 from data.order import batch_samples
+from data.sources.open import Source
 from data.views import Augment, View
 from trainer import distributed
-from trainer.build import autocast_type, data_backend, data_workers, fill_bank, make_engine, make_game
+from trainer.build import autocast_dtype, build_engine, build_method, data_backend, data_workers, fill_bank
 from trainer.config import Config
-from trainer.distributed import Place
-from trainer.metrics import set_up_logging
-from trainer.run_dir import open_training
-from trainer.step import Learner, Rates
+from trainer.distributed import RankInfo
+from trainer.run.directory import open_training
+from trainer.run.metrics import set_up_logging
+from trainer.train_step import Rates, TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -63,29 +63,29 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
     that were read before: all of a small data set from the second epoch on. `workers`: processes of cpu and dali; None:
     what the configuration gets on this machine, but no fewer than pil has.
     """
-    with distributed.started(config.run.device) as place:
-        set_up_logging(place.rank)
+    with distributed.process_group(config.run.device) as rank_info:
+        set_up_logging(rank_info.rank)
         source = open_training(config, folder)
         views = sum(view.size**2 for view in config.data.views)
         batch_size = min(config.data.batch_size, max(16, PIXELS // views), len(source))
-        workers = workers or max(PIL_WORKERS, data_workers(config, place.device))
+        workers = workers or max(PIL_WORKERS, data_workers(config, rank_info.device))
         _read_ahead(source)
         speeds: dict[str, list[float]] = {name: [] for name in BACKENDS}
         for _ in range(repeats):
             for name in BACKENDS:
-                batches = _batches(name, source, config, batch_size, place, workers)
-                speeds[name].append(_speed(batches, place, batch_size, workers, seconds))
+                batches = _batches(name, source, config, batch_size, rank_info, workers)
+                speeds[name].append(_speed(batches, rank_info, batch_size, workers, seconds))
                 log.info("%s: %.0f images/s", name, speeds[name][-1])
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # as in a worker process
-        costs = _operations(source, config, place, batch_size, repeats)
+        costs = _operations(source, config, rank_info, batch_size, repeats)
         torch.set_num_threads(threads)
         medians = {name: statistics.median(values) for name, values in speeds.items()}
         return {
             "data": config.data.train,
             "views": [view.size for view in config.data.views],
             "batch_size": batch_size,
-            "device": torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU",
+            "device": torch.cuda.get_device_name() if rank_info.device.type == "cuda" else "CPU",
             "cores": len(os.sched_getaffinity(0)),
             "processor": _processor(),
             "workers": {name: PIL_WORKERS if name == "pil" else workers for name in BACKENDS},
@@ -95,9 +95,9 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
             "images_per_second": medians,
             "times_pil": {name: medians[name] / medians["pil"] for name in BACKENDS},
             "milliseconds": costs,
-            "backend": data_backend(config, place.device),
+            "backend": data_backend(config, rank_info.device),
             "backbone": config.model.backbone,
-            "network_images_per_second": _appetite(config, place, source),
+            "network_images_per_second": _training_throughput(config, rank_info, source),
             "torch": torch.__version__,
         }
 
@@ -153,7 +153,7 @@ def report(result: dict[str, Any], out: Path | None) -> None:
 
 
 def _batches(
-    name: Backend, source: Source, config: Config, batch_size: int, place: Place, workers: int
+    name: Backend, source: Source, config: Config, batch_size: int, rank_info: RankInfo, workers: int
 ) -> Iterator[list[Tensor]]:
     """Normalised float32 views on the device, without end."""
     data = config.data
@@ -163,17 +163,17 @@ def _batches(
             batch_sampler=Order(len(source), batch_size),
             num_workers=PIL_WORKERS,
             multiprocessing_context=multiprocessing.get_context("forkserver"),
-            pin_memory=place.device.type == "cuda",
+            pin_memory=rank_info.device.type == "cuda",
         )
         for views in loader:
-            yield [view.to(place.device, non_blocking=True) for view in views]
+            yield [view.to(rank_info.device, non_blocking=True) for view in views]
         return
     batches = train_batches(
         source, list(data.views), data.augment, 0, batch_size, 0, 1, 0, FOREVER,
-        workers, place.device, name, data.prefetch, data.decoder,
+        workers, rank_info.device, name, data.prefetch, data.decoder,
     )  # fmt: skip
     for batch in batches:
-        yield [normalize(view.to(place.device, non_blocking=True), torch.float32) for view in batch.views]
+        yield [normalize(view.to(rank_info.device, non_blocking=True), torch.float32) for view in batch.views]
 
 
 def _read_ahead(source: Source) -> None:
@@ -189,40 +189,40 @@ def _read_ahead(source: Source) -> None:
             break
 
 
-def _speed(batches: Iterator[object], place: Place, batch_size: int, workers: int, seconds: float) -> float:
+def _speed(batches: Iterator[object], rank_info: RankInfo, batch_size: int, workers: int, seconds: float) -> float:
     """Images/s after what was made ahead at the start is gone."""
     group = max(workers, PIL_WORKERS)  # batches come in such groups
     for _ in range(2 * group):
         next(batches)
-    _wait(place)
+    _wait(rank_info)
     count, began, passed = 0, time.perf_counter(), 0.0
     while passed < seconds:
         for _ in range(group):
             next(batches)
         count += group
-        _wait(place)
+        _wait(rank_info)
         passed = time.perf_counter() - began
     return count * batch_size / passed
 
 
-def _operations(source: Source, config: Config, place: Place, batch_size: int, repeats: int) -> dict[str, Costs]:
+def _operations(source: Source, config: Config, rank_info: RankInfo, batch_size: int, repeats: int) -> dict[str, Costs]:
     """Milliseconds per image of each operation in one process, by backend.
 
     Processor time of all its threads, which other jobs lengthen little; on a GPU, time passed, and DALI's decoding is
     in its crop. The operations after the crop are switched on one after the other, and cost what is added: the samples
     and all other parameters stay the same. Medians of `repeats` batches; a difference below 0 is noise, and is 0.
     """
-    clock = time.perf_counter if place.device.type == "cuda" else time.process_time
+    clock = time.perf_counter if rank_info.device.type == "cuda" else time.process_time
     samples = batch_samples(len(source), 0, 0, batch_size, 0, 1)[1].tolist()
     views = config.data.views
 
     def timed(action: Callable[[], object], images: int = batch_size) -> float:
         values = []
         for _ in range(repeats + 1):
-            _wait(place)
+            _wait(rank_info)
             began = clock()
             action()
-            _wait(place)
+            _wait(rank_info)
             values.append(clock() - began)
         return 1e3 * statistics.median(values[1:]) / images
 
@@ -232,7 +232,7 @@ def _operations(source: Source, config: Config, place: Place, batch_size: int, r
         on |= {key: getattr(config.data.augment, key) for key in keys}
         levels.append(config.data.augment.model_copy(update=on))
     read = timed(lambda: [source.read(i) for i in samples])
-    black = [torch.zeros(batch_size, v.size, v.size, 3, dtype=torch.uint8, device=place.device) for v in views]
+    black = [torch.zeros(batch_size, v.size, v.size, 3, dtype=torch.uint8, device=rank_info.device) for v in views]
     normalised = timed(lambda: [normalize(x, torch.float32) for x in black])
     costs: dict[str, Costs] = {}
     for name in BACKENDS:
@@ -246,12 +246,12 @@ def _operations(source: Source, config: Config, place: Place, batch_size: int, r
             normalised_here, decoded, made = normalised, timed(lambda: [source.image(i) for i in samples]), []
             for level in levels:
                 batches = train_batches(
-                    source, list(views), level, 0, batch_size, 0, 1, 0, FOREVER, 0, place.device, name,
+                    source, list(views), level, 0, batch_size, 0, 1, 0, FOREVER, 0, rank_info.device, name,
                     config.data.prefetch, config.data.decoder,
                 )  # fmt: skip
                 next(batches)
                 made.append(timed(lambda x=batches: [next(x) for _ in range(2)], 2 * batch_size))  # type: ignore[misc]
-            if name == "dali" and place.device.type == "cuda":
+            if name == "dali" and rank_info.device.type == "cuda":
                 decoded = read
         stages = {"read": read, "decode": decoded - read, "crop, resize": made[0] - decoded}
         stages |= {key: after - before for key, before, after in zip(OPERATIONS, made[:-1], made[1:], strict=True)}
@@ -267,38 +267,38 @@ def _make_pil(pil: "PilViews", samples: list[int]) -> None:
         pil[i]
 
 
-def _appetite(config: Config, place: Place, source: Source) -> float:
+def _training_throughput(config: Config, rank_info: RankInfo, source: Source) -> float:
     """Images/s of training steps on images that are on the device already; all ranks' together would be more."""
-    on_gpu = place.device.type == "cuda"
-    batch = config.data.batch_size // place.world
+    on_gpu = rank_info.device.type == "cuda"
+    batch = config.data.batch_size // rank_info.world_size
     if not on_gpu:  # a step of 256 images of 224 pixels takes minutes there, and no longer per image than a small one
         batch = min(batch, 16)
     bank = config.bank.model_copy(update={"init": "random"})
-    data = config.data.model_copy(update={"batch_size": batch * place.world})
+    data = config.data.model_copy(update={"batch_size": batch * rank_info.world_size})
     config = config.model_copy(update={"bank": bank, "data": data})
-    game = make_game(config, place)
-    fill_bank(game.bank, config, place, source)
-    engine = make_engine(game, config, place)
-    learner = Learner(game, engine, place, config.optim.accumulate, autocast_type(config, place.device))
+    method = build_method(config, rank_info)
+    fill_bank(method.bank, config, rank_info, source)
+    engine = build_engine(method, config, rank_info)
+    train_step = TrainStep(method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device))
     views = [
         normalize(
-            torch.randint(0, 256, (batch, v.size, v.size, 3), dtype=torch.uint8, device=place.device), torch.float32
+            torch.randint(0, 256, (batch, v.size, v.size, 3), dtype=torch.uint8, device=rank_info.device), torch.float32
         )
         for v in config.data.views
     ]
     rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
     times = []
     for i in range(23 if on_gpu else 4):
-        _wait(place)
+        _wait(rank_info)
         began = time.perf_counter()
-        learner.step(views, i, rates)
-        _wait(place)
+        train_step.step(views, i, rates)
+        _wait(rank_info)
         times.append(time.perf_counter() - began)
-    return batch * place.world / statistics.median(times[3 if on_gpu else 1 :])
+    return batch * rank_info.world_size / statistics.median(times[3 if on_gpu else 1 :])
 
 
-def _wait(place: Place) -> None:
-    if place.device.type == "cuda":
+def _wait(rank_info: RankInfo) -> None:
+    if rank_info.device.type == "cuda":
         torch.cuda.synchronize()
 
 

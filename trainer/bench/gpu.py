@@ -22,7 +22,7 @@ from torch import Tensor
 
 import kernels
 from kernels import reference
-from trainer.bench import roofline, static
+from trainer.bench import static
 from trainer.bench.kernels import (
     ADVERSARY_TEMPERATURE,
     MOMENTUM,
@@ -33,6 +33,7 @@ from trainer.bench.kernels import (
     ours,
     random_game,
 )
+from trainer.plan import roofline
 
 SHAPES = ((1024, 65536), (4096, 65536), (1024, 2**20), (4096, 2**20))  # N, K
 CHECKED = (1000, 65521)  # not multiples of any tile; in fp64 about 3 GiB
@@ -115,12 +116,12 @@ def report(result: dict[str, Any], out: Path | None) -> bool:
 
 
 def tune(device: torch.device, repeats: int, shape: tuple[int, int] = (4096, 65536)) -> list[dict[str, Any]]:
-    """The fastest tiles of each kernel on this device, written to `kernels/tiles.csv` for its architecture.
+    """The fastest tiles of each kernel on this device, written to `kernels/triton/tiles.csv` for its architecture.
 
     Of CANDIDATES those are timed that the compiler fits into registers and shared memory. One dictionary for each
     kernel, type and dimension: kernel, dtype, dim, tried, tile, seconds.
     """
-    from kernels.tiles import TABLE, TABLE_PATH, Key, Tiles, architecture, write_table
+    from kernels.triton.tiles import TABLE, TABLE_PATH, Key, Tiles, architecture, write_table
 
     number = architecture(device)
     compiled_for = 90 if number // 10 in (9, 10) else 80
@@ -285,7 +286,7 @@ def _on(game: Game, device: torch.device) -> Game:
 
 
 def _capability(device: torch.device) -> int:
-    from kernels.tiles import architecture
+    from kernels.triton.tiles import architecture
 
     return architecture(device)
 

@@ -11,12 +11,13 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from trainer import checkpoint, distributed
+from trainer import distributed
 from trainer.bench.step import make_batch, timed
 from trainer.build import fill_bank
 from trainer.config import Config
-from trainer.run_dir import open_training, write_json
-from trainer.step import Rates, make_learner
+from trainer.run import checkpoint
+from trainer.run.directory import open_training, write_json
+from trainer.train_step import Rates, build_train_step
 
 
 def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
@@ -25,24 +26,27 @@ def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
     step_seconds: of a step while nothing is written, between two checkpoints as many as beside one. beside_seconds: of
     a step beside a save. copy_seconds: what training waits for before each save. save_seconds: until all is written.
     """
-    with distributed.started(config.run.device) as place, tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with (
+        distributed.process_group(config.run.device) as rank_info,
+        tempfile.TemporaryDirectory(dir=folder) as temporary,
+    ):
         names: list[Any] = [temporary]
         dist.broadcast_object_list(names)
         train = open_training(config, Path(temporary))
-        learner, views = make_learner(config, place), make_batch(config, place, train)
-        fill_bank(learner.game.bank, config, place, train)
+        train_step, views = build_train_step(config, rank_info), make_batch(config, rank_info, train)
+        fill_bank(train_step.method.bank, config, rank_info, train)
         rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
         saver = checkpoint.Saver(Path(names[0]) / "checkpoints", keep=1)
 
         def step() -> float:
-            return timed(lambda: learner.step(views, 0, rates), place.device)
+            return timed(lambda: train_step.step(views, 0, rates), rank_info.device)
 
         for _ in range(3):  # they choose algorithms and allocate
             step()
         alone, beside, copying, saving = [], [], [], []
         for number in range(saves):
             began = time.perf_counter()
-            saver.start(number, learner.state(number))
+            saver.start(number, train_step.state(number))
             copying.append(time.perf_counter() - began)
             steps = []
             while not _all(saver.done()):
@@ -59,8 +63,8 @@ def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
             "backbone": config.model.backbone,
             "batch_size": config.data.batch_size,
             "negatives": config.bank.size,
-            "device": place.device.type,
-            "ranks": place.world,
+            "device": rank_info.device.type,
+            "ranks": rank_info.world_size,
             "checkpoint_bytes": size,
             "saves": saves,
             "steps": len(beside),

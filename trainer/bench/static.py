@@ -50,7 +50,7 @@ INSTRUCTIONS = {
 
 
 class Job(NamedTuple):
-    """One kernel to compile. architecture: 80 or 90; tile: of `kernels.tiles`, None for that of the table.
+    """One kernel to compile. architecture: 80 or 90; tile: of `kernels.triton.tiles`, None for that of the table.
 
     weights, velocity: types, of `adversary`. kept: columns for each query, of `hardest`.
     """
@@ -132,7 +132,7 @@ def compile_job(job: Job) -> dict[str, Any]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kernels.tiles import Tiles, tiles
+    from kernels.triton.tiles import Tiles, tiles
 
     tile = Tiles(*job.tile) if job.tile else tiles(job.kernel, job.architecture, job.dim, getattr(torch, job.dtype))
     kernel, types, constants = _arguments(job, tile)
@@ -169,10 +169,10 @@ def compile_job(job: Job) -> dict[str, Any]:
 
 def _arguments(job: Job, tile: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
     """The kernel, types of those arguments that `_type_of` does not know, values of those known to the compiler."""
-    from kernels.tiles import products
-    from kernels.triton_adversary import adversary_kernel
-    from kernels.triton_mining import hardest_kernel
-    from kernels.triton_score import score_kernel
+    from kernels.triton.adversary import adversary_kernel
+    from kernels.triton.hardest import hardest_kernel
+    from kernels.triton.score import score_kernel
+    from kernels.triton.tiles import products
 
     similarity, weighted, precision = products(
         getattr(torch, job.dtype), 0 if job.kernel == "hardest" else job.dim, interpreted=False

@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from data.index import Source
 from data.loader import normalize, train_batches
+from data.sources.open import Source
 from trainer import distributed
 from trainer.build import fill_bank
 from trainer.config import Config
-from trainer.distributed import Place
-from trainer.run_dir import open_training
-from trainer.step import Learner, Rates, make_learner
+from trainer.distributed import RankInfo
+from trainer.run.directory import open_training
+from trainer.train_step import Rates, TrainStep, build_train_step
 
 
 def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
@@ -29,31 +29,31 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
     optimizer step and moving average, nothing else. overhead: the ratio less one. phases: share of the step's time.
     Learning rates are 0, so that neither side drifts.
     """
-    with distributed.started(config.run.device) as place:
+    with distributed.process_group(config.run.device) as rank_info:
         train = open_training(config, folder)
-        learner, bare = (make_learner(config, place) for _ in range(2))
-        fill_bank(learner.game.bank, config, place, train)
-        views = make_batch(config, place, train)
+        train_step, bare = (build_train_step(config, rank_info) for _ in range(2))
+        fill_bank(train_step.method.bank, config, rank_info, train)
+        views = make_batch(config, rank_info, train)
         rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
         times: dict[str, list[float]] = {"step": [], "bare": []}
         for i in range(repeats + 3):
             for name, action in (
-                ("step", lambda i=i: learner.step(views, i, rates)),
+                ("step", lambda i=i: train_step.step(views, i, rates)),
                 ("bare", lambda: _bare_step(bare, views, config)),
             ):
-                seconds = timed(action, place.device)
+                seconds = timed(action, rank_info.device)
                 if i >= 3:  # the first ones choose algorithms and allocate
                     times[name].append(seconds)
             if i == 2:
-                learner.phases.take()
-        phases = learner.phases.take()
+                train_step.phases.take()
+        phases = train_step.phases.take()
         step, alone = (statistics.median(times[name]) for name in ("step", "bare"))
         return {
             "backbone": config.model.backbone,
             "batch_size": config.data.batch_size,
             "negatives": config.bank.size,
-            "device": place.device.type,
-            "ranks": place.world,
+            "device": rank_info.device.type,
+            "ranks": rank_info.world_size,
             "repeats": repeats,
             "step_seconds": step,
             "bare_seconds": alone,
@@ -80,12 +80,12 @@ def report(result: dict[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
-def make_batch(config: Config, place: Place, train: Source) -> list[Tensor]:
+def make_batch(config: Config, rank_info: RankInfo, train: Source) -> list[Tensor]:
     """The first batch's views, normalised, on the device."""
     data = config.data
-    world, rank = place.world, place.rank
-    batches = train_batches(train, list(data.views), data.augment, 0, data.batch_size, rank, world, 0, 1, 0)
-    return [normalize(view.to(place.device), torch.float32) for view in next(batches).views]
+    world_size, rank = rank_info.world_size, rank_info.rank
+    batches = train_batches(train, list(data.views), data.augment, 0, data.batch_size, rank, world_size, 0, 1, 0)
+    return [normalize(view.to(rank_info.device), torch.float32) for view in next(batches).views]
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:
@@ -99,17 +99,17 @@ def timed(action: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - began
 
 
-def _bare_step(learner: Learner, views: list[Tensor], config: Config) -> None:
-    game, engine = learner.game, learner.engine
-    precision, last = learner.precision, learner.accumulate - 1
-    for number, parts in enumerate(zip(*(view.chunk(learner.accumulate) for view in views), strict=True)):
-        with engine.part(last=number == last):
+def _bare_step(train_step: TrainStep, views: list[Tensor], config: Config) -> None:
+    method, engine = train_step.method, train_step.engine
+    precision, last = train_step.precision, train_step.accumulate - 1
+    for number, parts in enumerate(zip(*(view.chunk(train_step.accumulate) for view in views), strict=True)):
+        with engine.micro_batch(last=number == last):
             with torch.autocast(views[0].device.type, precision, enabled=precision != torch.float32):
                 with torch.no_grad():
-                    for j in game.key_views:
-                        assert game.teacher
-                        game.teacher([parts[j]])
-                loss = engine.student([parts[i] for i in game.query_views(len(parts))]).sum()
+                    for j in method.key_views:
+                        assert method.teacher
+                        method.teacher([parts[j]])
+                loss = engine.student([parts[i] for i in method.query_views(len(parts))]).sum()
             engine.backward(loss)
     engine.step(0.0)
-    engine.follow(config.method.teacher_momentum)
+    engine.update_teacher(config.method.teacher_momentum)

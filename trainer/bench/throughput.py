@@ -20,17 +20,17 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from data.index import Source
 from data.loader import Batch, normalize
+from data.sources.open import Source
 from trainer import distributed
-from trainer.build import autocast_type, data_backend, data_workers, fill_bank, make_batches
+from trainer.build import autocast_dtype, data_backend, data_workers, fill_bank, make_batches
 from trainer.config import Config
-from trainer.distributed import Place
-from trainer.flops import peak, step_flops
-from trainer.metrics import memory, set_up_logging
-from trainer.phases import Phases, as_row, host_names, spread, straggler
-from trainer.run_dir import open_training, read_json, write_json
-from trainer.step import Learner, Rates, make_learner
+from trainer.distributed import RankInfo
+from trainer.plan.flops import peak, step_flops
+from trainer.run.directory import open_training, read_json, write_json
+from trainer.run.metrics import memory, set_up_logging
+from trainer.run.phases import Phases, as_row, host_names, spread, straggler
+from trainer.train_step import Rates, TrainStep, build_train_step
 
 log = logging.getLogger(__name__)
 
@@ -44,8 +44,9 @@ def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[
 
     Learning rates are 0, so that a network that nobody watches does not diverge; the arithmetic is that of training.
     """
-    with distributed.started(config.run.device) as place, tempfile.TemporaryDirectory() as folder:
-        set_up_logging(place.rank)
+    with distributed.process_group(config.run.device) as rank_info, tempfile.TemporaryDirectory() as folder:
+        set_up_logging(rank_info.rank)
+        device = rank_info.device
         train = None
         if set(modes) != {"synthetic"}:
             folders: list[Any] = [folder]
@@ -53,11 +54,11 @@ def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[
             shared = folders[0] if os.path.isdir(folders[0]) else folder
             train = open_training(config, Path(shared))
         hosts = host_names()
-        learner = None if set(modes) == {"data"} else make_learner(config, place)
-        if learner:
-            fill_bank(learner.game.bank, _random(config), place, range(1 << 30))  # type: ignore[arg-type]
-        results = {mode: _measure(config, place, mode, learner, train, hosts, steps, warmup) for mode in modes}
-        cuda = place.device.type == "cuda"
+        train_step = None if set(modes) == {"data"} else build_train_step(config, rank_info)
+        if train_step:
+            fill_bank(train_step.method.bank, _random(config), rank_info, range(1 << 30))  # type: ignore[arg-type]
+        results = {mode: _measure(config, rank_info, mode, train_step, train, hosts, steps, warmup) for mode in modes}
+        cuda = rank_info.device.type == "cuda"
         return {
             "backbone": config.model.backbone,
             "method": config.method.name,
@@ -66,9 +67,9 @@ def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[
             "negatives": config.bank.size,
             "placement": config.bank.placement,
             "engine": config.engine.kind,
-            "precision": str(autocast_type(config, place.device)).removeprefix("torch."),
-            "data": f"{data_backend(config, place.device)}, {data_workers(config, place.device)} workers a rank",
-            "ranks": place.world,
+            "precision": str(autocast_dtype(config, rank_info.device)).removeprefix("torch."),
+            "data": f"{data_backend(config, device)}, {data_workers(config, device)} workers a rank",
+            "ranks": rank_info.world_size,
             "nodes": len(set(hosts)),
             "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
             "torch": torch.__version__,
@@ -85,31 +86,31 @@ def _random(config: Config) -> Config:
 
 def _measure(
     config: Config,
-    place: Place,
+    rank_info: RankInfo,
     mode: Mode,
-    learner: Learner | None,
+    train_step: TrainStep | None,
     train: Source | None,
     hosts: list[str],
     steps: int,
     warmup: int,
 ) -> dict[str, Any]:
-    learner = None if mode == "data" else learner
-    phases = learner.phases if learner else Phases(place.device)
+    train_step = None if mode == "data" else train_step
+    phases = train_step.phases if train_step else Phases(rank_info.device)
     phases.take()
     rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
     if mode == "synthetic":
-        batches: Iterator[Batch] = repeat(_synthetic(config, place))
+        batches: Iterator[Batch] = repeat(_synthetic(config, rank_info))
     else:
         assert train is not None
-        batches = make_batches(config, place, train, 0, warmup + steps + TRACED)
+        batches = make_batches(config, rank_info, train, 0, warmup + steps + TRACED)
 
     def step(number: int) -> None:
         with phases("data"):
             batch = next(batches)
         with phases("normalize"):
-            views = [normalize(view.to(place.device, non_blocking=True), torch.float32) for view in batch.views]
-        if learner:
-            learner.step(views, number, rates)
+            views = [normalize(view.to(rank_info.device, non_blocking=True), torch.float32) for view in batch.views]
+        if train_step:
+            train_step.step(views, number, rates)
 
     seconds, watts = [], []
     for number in range(warmup + steps):
@@ -118,41 +119,43 @@ def _measure(
             dist.barrier()
         began = time.perf_counter()
         step(number)
-        if place.device.type == "cuda":
+        if rank_info.device.type == "cuda":
             torch.cuda.synchronize()
         if number >= warmup:
             seconds.append(time.perf_counter() - began)
             if number % 10 == 0:
-                watts += _power(place.device)
+                watts += _power(rank_info.device)
     by_phase = spread(phases.take(), steps)
-    if place.rank == 0 and (late := straggler(by_phase, hosts)):
+    if rank_info.rank == 0 and (late := straggler(by_phase, hosts)):
         log.warning("%s", late)
     step_seconds = _mean(statistics.median(seconds))
     result: dict[str, Any] = {
         "images_per_second": config.data.batch_size / step_seconds,
-        "images_per_second_per_rank": config.data.batch_size / step_seconds / place.world,
+        "images_per_second_per_rank": config.data.batch_size / step_seconds / rank_info.world_size,
         "step_seconds": step_seconds,
         "step_seconds_10": _mean(statistics.quantiles(seconds, n=10, method="inclusive")[0]),
         "step_seconds_90": _mean(statistics.quantiles(seconds, n=10, method="inclusive")[-1]),
         "data_wait": by_phase["data"].mean / _mean(statistics.mean(seconds)),
         "phases": as_row(by_phase),
-        **memory(place.device),
+        **memory(rank_info.device),
     }
-    if learner and place.world > 1:
-        result["communication"] = _communication(step, place, warmup + steps) / step_seconds
+    if train_step and rank_info.world_size > 1:
+        result["communication"] = _communication(step, rank_info, warmup + steps) / step_seconds
     if watts:
         result["watts_per_rank"] = _mean(statistics.mean(watts))
-    if learner:
-        result["teraflops"] = step_flops(config) / step_seconds / place.world / 1e12
-        if most := peak(place.device):
+    if train_step:
+        result["teraflops"] = step_flops(config) / step_seconds / rank_info.world_size / 1e12
+        if most := peak(rank_info.device):
             result["mfu"] = result["teraflops"] * 1e12 / most
     return result
 
 
-def _synthetic(config: Config, place: Place) -> Batch:
-    images, generator = config.data.batch_size // place.world, torch.Generator().manual_seed(place.rank)
+def _synthetic(config: Config, rank_info: RankInfo) -> Batch:
+    images, generator = config.data.batch_size // rank_info.world_size, torch.Generator().manual_seed(rank_info.rank)
     views = [
-        torch.randint(256, (images, view.size, view.size, 3), dtype=torch.uint8, generator=generator).to(place.device)
+        torch.randint(256, (images, view.size, view.size, 3), dtype=torch.uint8, generator=generator).to(
+            rank_info.device
+        )
         for view in config.data.views
     ]
     return Batch(views, torch.arange(images), [])
@@ -175,13 +178,13 @@ def _power(device: torch.device) -> list[float]:
         return []
 
 
-def _communication(step: Any, place: Place, first: int) -> float:
+def _communication(step: Any, rank_info: RankInfo, first: int) -> float:
     """Seconds a step in which this rank has a collective under way, hidden behind arithmetic or not; mean over ranks.
 
     By torch's profiler: NCCL's kernels, or gloo's operations.
     """
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if place.device.type == "cuda" else [])]
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rank_info.device.type == "cuda" else [])]
     with profile(activities=activities) as profiler:
         for number in range(first, first + TRACED):
             step(number)

@@ -39,10 +39,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
-from models.bank import Bank, gather, make_mesh
-from models.contrast import contrast
-from trainer.bench.collectives import Collective, CollectiveTrace
+from models.negatives.bank import Bank, gather, make_mesh
+from models.negatives.contrast import contrast
 from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY
+from trainer.plan.collectives import Collective, CollectiveTrace
 
 FORMULATIONS = ("published", "replicated", "sharded")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -105,14 +105,14 @@ def run(rows: int, negatives: list[int], dim: int, ranks: list[int]) -> list[dic
     return results
 
 
-def play(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
+def run_case(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
     """One step of a case in the present process group: the weights this rank then holds, and what was sent.
 
     fake: with tensors that have no values.
     """
     mesh = make_mesh("sharded" if case.formulation == "sharded" else "replicated", torch.device("cpu"), 1)
-    rank, world = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * case.rows // world, (rank + 1) * case.rows // world)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    mine = slice(rank * case.rows // world_size, (rank + 1) * case.rows // world_size)
     with FakeTensorMode() if fake else nullcontext():
         generator = torch.Generator().manual_seed(0)  # the same bank, queries and keys on all ranks
         w_KD = torch.randn(case.negatives, case.dim, generator=generator)
@@ -206,7 +206,7 @@ def _process(cases: list[Case], rank: int, ranks: int, store: str) -> list[Count
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
     try:
-        return [play(case)[1] for case in cases]
+        return [run_case(case)[1] for case in cases]
     finally:
         dist.destroy_process_group()
 
@@ -215,7 +215,7 @@ def _faked(cases: list[Case], ranks: int) -> list[list[Count]]:
     """For each case what rank 0 of so many would send; nothing is computed and nothing sent."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        return [[play(case, fake=True)[1]] for case in cases]
+        return [[run_case(case, fake=True)[1]] for case in cases]
     finally:
         dist.destroy_process_group()
 

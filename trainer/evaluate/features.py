@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data.index import Source
 from data.loader import Crops, eval_batches, normalize
+from data.sources.open import Source
 from models.encoder import Encoder
-from trainer.build import autocast_type, data_workers
+from trainer.build import autocast_dtype, data_workers
 from trainer.config import Config
-from trainer.distributed import agree
+from trainer.distributed import raise_on_all_ranks
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def apply(
     network: in evaluation mode meanwhile. Images that cannot be read are left out; at the end the log says how many.
     """
     size = config.eval.size or config.data.views[0].size
-    precision = autocast_type(config, device)
+    precision = autocast_dtype(config, device)
     bad: list[tuple[int, str]] = []
     batches = eval_batches(source, samples, size, config.eval.batch_size, data_workers(config, device), crops)
     for images, numbers, unreadable in batches:
@@ -75,7 +75,9 @@ def embed(
     for x_BD, numbers in apply(encoder, function, source, samples, device, config):
         xs.append(F.normalize(x_BD, dim=1))
         shown.append(numbers)
-    agree(None if xs else f"none of {len(samples)} images can be read, such as {source.name(int(samples[0]))}")
+    raise_on_all_ranks(
+        None if xs else f"none of {len(samples)} images can be read, such as {source.name(int(samples[0]))}"
+    )
     samples_N = torch.cat(shown)
     labels_N = torch.from_numpy(source.labels[samples_N.numpy()])
     return Features(torch.cat(xs), labels_N.to(device), samples_N)

@@ -6,7 +6,8 @@ the network is trained on the labelled images, from the backbone and a new linea
 of the labels, 30 with 10 % or all. Ours are batches of 256, not 4,096, and half a cosine to zero. BatchNorm is over all
 ranks' batches, so that the result does not depend on their number.
 
-The published subsets are files of names (finetune.subset_list); without one the subset is drawn, see `data.subset`.
+The published subsets are files of names (finetune.subset_list); without one the subset is drawn by
+`data.sources.subset`.
 """
 
 import copy
@@ -23,15 +24,15 @@ from rich.console import Console
 from rich.table import Table
 from timm.optim import param_groups_layer_decay
 
-from data.index import Source
 from data.order import steps_per_epoch
-from data.subset import Subset, balanced, named, read_names
-from models.shuffle_bn import synchronise_bn
+from data.sources.open import Source
+from data.sources.subset import Subset, balanced, named, read_names
+from models.batchnorm import synchronise_bn
 from trainer.config import Config, Finetune
-from trainer.evaluate.classifier import MOMENTUM, Classifier, Recipe, fit, score
-from trainer.evaluate.verb import RESULTS, Job, Results, Verb, labelled_sources
-from trainer.optim import cosine, scaled_lr
-from trainer.run_dir import read_json, write_atomically, write_json
+from trainer.engines.optim import cosine, scaled_lr
+from trainer.evaluate.base import RESULTS, Evaluator, Job, Results, labelled_sources
+from trainer.evaluate.probe import MOMENTUM, Classifier, Recipe, fit, score
+from trainer.run.directory import read_json, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def _evaluate(job: Job) -> Results:
     finetune = job.config.finetune
     whole, test = labelled_sources(job.config, job.folder)
     train = Subset(whole, labelled(whole, finetune))
-    if job.place.rank == 0:
+    if job.rank_info.rank == 0:
         write_atomically(job.folder / "subset.txt", "".join(f"{train.name(i)}\n" for i in range(len(train))))
     count = epochs(finetune, len(train) / len(whole))
     log.info("%d of %d images with labels, %d epochs", len(train), len(whole), count)
@@ -62,7 +63,7 @@ def _evaluate(job: Job) -> Results:
         "epochs": count,
         "seeds": results,
     }
-    if job.place.rank == 0:
+    if job.rank_info.rank == 0:
         _show(summary)
     return summary
 
@@ -72,7 +73,7 @@ def _name(config: Config) -> str:
     return f"finetune-{Path(finetune.subset_list).stem if finetune.subset_list else f'{100 * finetune.labels:g}pct'}"
 
 
-VERB = Verb(_name, _settings, _evaluate)
+EVALUATOR = Evaluator(_name, _settings, _evaluate)
 
 
 def epochs(finetune: Finetune, share: float) -> int:
@@ -125,14 +126,14 @@ def groups(network: Classifier, finetune: Finetune) -> list[dict[str, Any]]:
 
 
 def _one_seed(seed: int, epochs: int, train: Source, test: Source, job: Job) -> Results:
-    folder, place, finetune = job.folder / f"seed-{seed}", job.place, job.config.finetune
+    folder, rank_info, finetune = job.folder / f"seed-{seed}", job.rank_info, job.config.finetune
     if (folder / RESULTS).exists():
         return read_json(folder / RESULTS)
-    if place.rank == 0:
+    if rank_info.rank == 0:
         folder.mkdir(exist_ok=True)
     network = Classifier(copy.deepcopy(job.encoder), len(train.classes), frozen=False, seed=seed)
-    if place.world > 1:
-        synchronise_bn(network, place.device)
+    if rank_info.world_size > 1:
+        synchronise_bn(network, rank_info.device)
     lr = scaled_lr(finetune.lr, finetune.batch_size)
     optimizer: torch.optim.Optimizer
     if finetune.optimizer == "adamw":
@@ -150,7 +151,7 @@ def _one_seed(seed: int, epochs: int, train: Source, test: Source, job: Job) -> 
     )
     seconds = fit(network, optimizer, train, recipe, job, folder)
     result = {"seed": seed, **score(network, test, train.classes, job)._asdict(), "seconds": seconds}
-    if place.rank == 0:
+    if rank_info.rank == 0:
         write_json(folder / RESULTS, result)
     return result
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data.index import Source
+from data.sources.open import Source
 from models.encoder import Encoder
 from trainer.config import Config
 from trainer.evaluate.features import Features, embed
@@ -26,22 +26,22 @@ def accuracy(train: Features, test: Features, classes: int, k: int, temperature:
 
     Each rank holds its own part of both sets, of any size. A neighbour votes with weight exp(similarity / temperature).
     """
-    world, device = dist.get_world_size(), test.x_ND.device
+    world_size, device = dist.get_world_size(), test.x_ND.device
     k = min(k, _over_ranks(len(train.x_ND), dist.ReduceOp.SUM, device))
     rounds = -(-_over_ranks(len(test.x_ND), dist.ReduceOp.MAX, device) // _CHUNK)
     correct = torch.zeros((), device=device)
     for i in range(rounds):
         own_ND = test.x_ND[i * _CHUNK : (i + 1) * _CHUNK]
         padded_ND = F.pad(own_ND, (0, 0, 0, _CHUNK - len(own_ND)))
-        all_MD = padded_ND.new_empty(world * _CHUNK, own_ND.shape[1])
+        all_MD = padded_ND.new_empty(world_size * _CHUNK, own_ND.shape[1])
         dist.all_gather_single(all_MD, padded_ND)
         similarity_Mk, label_Mk = _nearest(all_MD, train, k)
         # Every rank's neighbours of every rank's queries: to each the ones of its own.
         similarity_RNk, label_RNk = torch.empty_like(similarity_Mk), torch.empty_like(label_Mk)
         dist.all_to_all_single(similarity_RNk, similarity_Mk)
         dist.all_to_all_single(label_RNk, label_Mk)
-        similarity_NK = rearrange(similarity_RNk, "(r n) k -> n (r k)", r=world)[: len(own_ND)]
-        label_NK = rearrange(label_RNk, "(r n) k -> n (r k)", r=world)[: len(own_ND)]
+        similarity_NK = rearrange(similarity_RNk, "(r n) k -> n (r k)", r=world_size)[: len(own_ND)]
+        label_NK = rearrange(label_RNk, "(r n) k -> n (r k)", r=world_size)[: len(own_ND)]
         best_Nk, place_Nk = similarity_NK.topk(k, dim=1)
         votes_NC = torch.zeros(len(own_ND), classes, device=device)
         weight_Nk = torch.exp((best_Nk - 1) / temperature)  # -1: the largest is 1, for fp32 at low temperatures
@@ -53,12 +53,12 @@ def accuracy(train: Features, test: Features, classes: int, k: int, temperature:
 
 def evaluate(encoder: Encoder, train: Source, test: Source, device: torch.device, config: Config) -> float:
     """kNN accuracy of the encoder's backbone; every rank embeds each R-th sample, none twice."""
-    rank, world = dist.get_rank(), dist.get_world_size()
+    rank, world_size = dist.get_rank(), dist.get_world_size()
     for source in (train, test):
-        if len(source) < world:
-            raise ValueError(f"kNN: {len(source)} images are too few for {world} ranks")
+        if len(source) < world_size:
+            raise ValueError(f"kNN: {len(source)} images are too few for {world_size} ranks")
     train_part, test_part = (
-        embed(encoder, source, np.arange(rank, len(source), world), device, config) for source in (train, test)
+        embed(encoder, source, np.arange(rank, len(source), world_size), device, config) for source in (train, test)
     )
     # The two sets may list their classes differently.
     labels_C = torch.tensor([train.classes.index(name) for name in test.classes], device=device)

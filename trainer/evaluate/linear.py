@@ -6,7 +6,7 @@ layer, weights of N(0, 0.01²); SGD with momentum 0.9, learning rate 10 for batc
 cosine to 0.01, no weight decay, 100 epochs; random resized crops of 8 to 100 % of the area and flips on the training
 images, the central crop on the test images. MoCo's own is linear.lr=30 with steps. They report the best epoch on the
 validation images; this one the last. Learning rates are for features of such a length: another backbone, or another
-method, may need another, which the fast protocol (see `trainer.evaluate.heads`) finds without the test images.
+method, may need another, which the fast protocol (see `trainer.evaluate.linear_fast`) finds without the test images.
 """
 
 import logging
@@ -16,10 +16,10 @@ from typing import Any
 import torch
 
 from trainer.config import Config
-from trainer.evaluate import heads
-from trainer.evaluate.classifier import MOMENTUM, Classifier, Recipe, fit, score
-from trainer.evaluate.verb import Job, Results, Verb, labelled_sources
-from trainer.optim import cosine
+from trainer.engines.optim import cosine
+from trainer.evaluate import linear_fast as heads
+from trainer.evaluate.base import Evaluator, Job, Results, labelled_sources
+from trainer.evaluate.probe import MOMENTUM, Classifier, Recipe, fit, score
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def _evaluate(job: Job) -> Results:
     return _fast(job) if job.config.linear.fast else _full(job)
 
 
-VERB = Verb(lambda config: "linear-fast" if config.linear.fast else "linear", _settings, _evaluate)
+EVALUATOR = Evaluator(lambda config: "linear-fast" if config.linear.fast else "linear", _settings, _evaluate)
 
 
 def _full(job: Job) -> Results:
@@ -71,12 +71,12 @@ def _fast(job: Job) -> Results:
     network = Classifier(job.encoder, len(train.classes), frozen=True, seed=seed)
     features = heads.cache(job.encoder, train, job)
     log.info("features of %d images after %.0f s", len(features.readable), time.monotonic() - began)
-    choices = heads.select(features, train, fast, seed, job.place)
+    choices = heads.select(features, train, fast, seed, job.rank_info)
     best = choices[0]
     for choice in choices[:3]:
         log.info("held out: %.4f with lr %g, weight decay %g", choice.accuracy, choice.lr, choice.weight_decay)
     pair = [(best.lr, best.weight_decay)]
-    w_HCD = heads.train(features, train, features.readable, pair, fast, seed, job.place)
+    w_HCD = heads.train(features, train, features.readable, pair, fast, seed, job.rank_info)
     network.head.load_state_dict(heads.as_layer(w_HCD[0], features))
     seconds = time.monotonic() - began
     return {

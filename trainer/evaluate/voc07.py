@@ -28,17 +28,17 @@ from sklearn.metrics import average_precision_score
 from sklearn.model_selection import GridSearchCV
 from sklearn.svm import LinearSVC
 
-from data.voc import read_split
+from data.sources.voc import read_split
 from trainer.config import Voc07
-from trainer.distributed import agree
+from trainer.distributed import raise_on_all_ranks
+from trainer.evaluate.base import Evaluator, Job, Results
 from trainer.evaluate.features import embed
-from trainer.evaluate.verb import Job, Results, Verb
 
 log = logging.getLogger(__name__)
 
 
 def _evaluate(job: Job) -> Results:
-    began, place = time.monotonic(), job.place
+    began, rank_info = time.monotonic(), job.rank_info
     features, labels, unreadable = {}, {}, 0
     classes: list[str] = []
     for split in ("trainval", "test"):
@@ -49,13 +49,13 @@ def _evaluate(job: Job) -> Results:
         unreadable += total - len(x_ND)
     log.info("features of %d and %d images", len(features["trainval"]), len(features["test"]))
     # Each rank has its classes, and its share of the cores.
-    jobs = max(1, len(os.sched_getaffinity(0)) // place.local_world)
+    jobs = max(1, len(os.sched_getaffinity(0)) // rank_info.local_world_size)
     mine = {}
-    for c in range(place.rank, len(classes), place.world):
+    for c in range(rank_info.rank, len(classes), rank_info.world_size):
         train, test = (labels[split][:, c] for split in ("trainval", "test"))
         mine[c] = classify(features["trainval"], train, features["test"], test, job.config.voc07, classes[c], jobs)
         log.info("%s: average precision %.4f, C %g", classes[c], mine[c]["average_precision"], mine[c]["cost"])
-    everyones: list[dict[int, dict[str, Any]]] = [mine] * place.world
+    everyones: list[dict[int, dict[str, Any]]] = [mine] * rank_info.world_size
     dist.all_gather_object(everyones, mine)
     found = {c: result for part in everyones for c, result in part.items()}
     scores_NC = np.stack([found[c].pop("scores") for c in range(len(classes))], axis=1)
@@ -142,19 +142,21 @@ def per_image(labels_NC: NDArray[np.int64], scores_NC: NDArray[np.floating]) -> 
 
 def _features(job: Job, split: str) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str], int]:
     """Unit rows of the images that can be read, in their order, and their labels, on all ranks; classes; all images."""
-    place, error = job.place, None
+    rank_info, error = job.rank_info, None
     try:
         images, classes, labels_NC = read_split(Path(job.config.voc07.root), split)
     except ValueError as refusal:
         error = f"voc07.root: {refusal}"
-    agree(error)
-    found = embed(job.encoder, images, np.arange(place.rank, len(images), place.world), place.device, job.config)
+    raise_on_all_ranks(error)
+    found = embed(
+        job.encoder, images, np.arange(rank_info.rank, len(images), rank_info.world_size), rank_info.device, job.config
+    )
     part = (found.x_ND.cpu().numpy(), found.samples_N.numpy())
-    parts = [part] * place.world
+    parts = [part] * rank_info.world_size
     dist.all_gather_object(parts, part)
     samples = np.concatenate([numbers for _, numbers in parts])
     order = np.argsort(samples)
     return np.concatenate([x for x, _ in parts])[order], labels_NC[samples[order]], classes, len(images)
 
 
-VERB = Verb(lambda config: "voc07", lambda config: config.voc07.model_dump(), _evaluate)
+EVALUATOR = Evaluator(lambda config: "voc07", lambda config: config.voc07.model_dump(), _evaluate)

@@ -6,9 +6,9 @@ docs/plan.md has the table of all constants with their sources.
 import math
 from typing import NamedTuple
 
-from trainer.bench.collectives import Collective
-from trainer.bench.roofline import A100, H100
-from trainer.bench.roofline import Gpu as Peaks
+from trainer.plan.collectives import Collective
+from trainer.plan.roofline import A100, H100
+from trainer.plan.roofline import Gpu as Peaks
 
 
 class Gpu(NamedTuple):

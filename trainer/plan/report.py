@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import Config
-from trainer.plan.count import OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS, name_of
+from trainer.plan.memory import OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS, name_of
 from trainer.plan.predict import JITTER, LAUNCH, MEMORY, PLAIN, TENSOR
 from trainer.plan.rows import IMAGENET, Plan, Row, Target
 

@@ -12,10 +12,10 @@ from rich.progress import track
 
 from data.order import steps_per_epoch
 from trainer.config import Config
-from trainer.plan.count import ENGINES, Counted, Memory, changed, check_ranks, count, name_of, with_engine
 from trainer.plan.hardware import Cluster, make_cluster
+from trainer.plan.memory import ENGINES, Counted, Memory, changed, check_ranks, count, name_of, with_engine
 from trainer.plan.predict import Step, calibration, step_time
-from trainer.run_dir import read_json
+from trainer.run.directory import read_json
 
 IMAGENET = 1_281_167  # training images
 CLOSE = 0.02  # of speed: not worth another engine or placement
@@ -143,7 +143,7 @@ class Counter:
 
     def __enter__(self) -> "Counter":
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trainer.plan.count", "timm"])
+        context.set_forkserver_preload(["trainer.plan.memory", "timm"])
         self.pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, max_tasks_per_child=1)
         return self
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trainer.bench.collectives import Collective, CollectiveTrace, group_of
+from trainer.plan.collectives import Collective, CollectiveTrace, group_of
 
 
 class Op(NamedTuple):
@@ -114,7 +114,7 @@ def _bytes(x: Tensor) -> int:
 
 
 # FLOPs and exponentials of operators that torch's table does not have, from their arguments.
-# Two products, and with T / T_a = 6 one exponential for both temperatures (`trainer.bench.roofline`).
+# Two products, and with T / T_a = 6 one exponential for both temperatures (`trainer.plan.roofline`).
 def _score(args: tuple[Any, ...]) -> tuple[float, float]:
     _, q_ND, k_MD, _, n_KD, *_ = args
     scores = float(len(q_ND) * (len(k_MD) + len(n_KD)))
@@ -156,7 +156,7 @@ def _by_engine() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if "/fsdp/" in file or "/deepspeed/" in file or "/plan/count" in file:
+        if "/fsdp/" in file or "/deepspeed/" in file or "/plan/memory" in file:
             return True
         if "/models/" in file:
             return False

@@ -1,0 +1,81 @@
+"""A folder of pictures, root/class/**/image.jpg: the layout of ImageNet and torchvision."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.sources.base import UnreadableImage
+from data.sources.files import read_file
+from data.sources.index import SCAN_THREADS, Listing
+
+EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp")
+
+
+class ImageFolder(Listing):
+    """Classes are the sorted names of the root's folders, samples are sorted by path.
+
+    Hidden files and folders are ignored. Pictures directly in the root, without class folders, are one class.
+    """
+
+    @classmethod
+    def scan(cls, root: Path) -> "ImageFolder":
+        """Lists the pictures under `root`. Raises ValueError if there are none, or no clear classes.
+
+        Holds the paths of one class at a time as objects; the others are bytes in a row.
+        """
+        top = os.fsencode(root)
+        with os.scandir(top) as entries:
+            folders = sorted(e.name for e in entries if not e.name.startswith(b".") and e.is_dir())
+        loose = _images(top, b"", recurse=False)
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            by_class = list(pool.map(lambda folder: _packed(_images(top, folder + b"/")), folders))
+        if any(len(sizes) for _, sizes in by_class):
+            if loose:
+                raise ValueError(
+                    f"{root} has pictures both in class folders and outside them (such as {os.fsdecode(loose[0])}): "
+                    "put every picture in a class folder, or none"
+                )
+            classes = [os.fsdecode(folder) for folder in folders]
+        elif loose:
+            classes, by_class = [root.resolve().name], [_packed(loose)]
+        else:
+            raise ValueError(
+                f"{root} has no pictures: it needs class/picture.jpg (or "
+                f"{', '.join(e.decode() for e in EXTENSIONS[1:])}), or shards (.tar, .arrow, .parquet) inside; for IDX "
+                "data give the path of the *-images-idx3-ubyte[.gz] file"
+            )
+        labels = np.repeat(np.arange(len(classes)), [len(sizes) for _, sizes in by_class])
+        names = np.frombuffer(bytearray().join(paths for paths, _ in by_class), np.uint8)
+        offsets = np.zeros(len(labels) + 1, np.int64)
+        np.cumsum(np.concatenate([sizes for _, sizes in by_class]), out=offsets[1:])
+        return cls(root, classes, labels, names, offsets)
+
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of sample i. Raises UnreadableImage."""
+        name = self.name(i)
+        try:
+            return read_file(os.path.join(self.root, name))
+        except OSError as error:
+            raise UnreadableImage(f"{name}: {error.strerror}") from error
+
+
+def _packed(paths: list[bytes]) -> tuple[bytes, NDArray[np.int64]]:
+    """Paths in a row, and the length of each."""
+    return b"".join(paths), np.fromiter(map(len, paths), np.int64, len(paths))
+
+
+def _images(top: bytes, folder: bytes, recurse: bool = True) -> list[bytes]:
+    """Sorted paths, relative to `top`, of the pictures in `folder` (which is empty or ends in a slash) and below."""
+    found: list[bytes] = []
+    with os.scandir(os.path.join(top, folder)) as entries:
+        for entry in entries:
+            if entry.name.startswith(b"."):
+                continue
+            if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
+                found.append(folder + entry.name)
+            elif recurse and entry.is_dir():
+                found += _images(top, folder + entry.name + b"/")
+    return sorted(found)

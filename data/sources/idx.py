@@ -1,0 +1,89 @@
+"""Grey pictures in the IDX format of MNIST and Fashion-MNIST."""
+
+import gzip
+import math
+import re
+import zlib
+from pathlib import Path
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from data.sources.base import SharedArray, Source, read_classes
+
+
+class IdxImages(Source):
+    """x-images-idx3-ubyte[.gz] beside x-labels-idx1-ubyte[.gz].
+
+    Format: http://yann.lecun.com/exdb/mnist/. Everything is read into memory. Classes are called by their numbers, or
+    by the lines of a file classes.txt beside.
+    """
+
+    PATTERN = re.compile(r"(.*)-images-idx3-ubyte(\.gz)?")
+
+    def __init__(self, path: Path) -> None:
+        """Reads both files. Raises ValueError if one is missing, damaged or of another kind."""
+        match = self.PATTERN.fullmatch(path.name)
+        if match is None:
+            raise ValueError(
+                f"{path} is not named like IDX images: it must be *-images-idx3-ubyte or *-images-idx3-ubyte.gz"
+            )
+        beside = [path.with_name(f"{match[1]}-labels-idx1-ubyte{end}") for end in (match[2] or "", "", ".gz")]
+        labels_path = next((p for p in beside if p.is_file()), None)
+        if labels_path is None:
+            raise ValueError(f"{path} needs its labels beside it, in {beside[0].name}; there is no such file")
+        images, labels = _read_idx(path, 3), _read_idx(labels_path, 1).astype(np.int64)
+        if len(images) == 0 or len(images) != len(labels):
+            raise ValueError(
+                f"{path} has {len(images)} images and {labels_path.name} {len(labels)} labels: give as many, not 0"
+            )
+        self._file = path.name
+        self._images, self._labels = SharedArray(images), SharedArray(labels)
+        self.classes = [str(label) for label in range(labels.max() + 1)]
+        names = path.with_name("classes.txt")
+        if (lines := read_classes(names)) is not None:
+            self.classes = lines
+            if labels.max() >= len(self.classes):
+                raise ValueError(
+                    f"{names} has {len(self.classes)} lines, but {labels_path.name} has label {labels.max()}"
+                )
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [n], indices into `classes`."""
+        return self._labels.array
+
+    def __len__(self) -> int:
+        return len(self._labels.array)
+
+    def name(self, i: int) -> str:
+        """The file and the number in it."""
+        return f"{self._file}[{i}]"
+
+    def read(self, i: int) -> NDArray[np.uint8]:
+        """Sample i: uint8 [H, W, 3], the grey value in all channels."""
+        return cv2.cvtColor(self._images.array[i], cv2.COLOR_GRAY2RGB)
+
+
+def _read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
+    """The uint8 array of `dims` dimensions in an IDX file, gzipped or not. Raises ValueError if it is another thing."""
+    try:
+        data = path.read_bytes()
+        if data.startswith(b"\x1f\x8b"):
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:  # gzip's own BadGzipFile is an OSError
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    magic = bytes([0, 0, 8, dims])  # 8: unsigned bytes
+    header = len(magic) + 4 * dims
+    if not data.startswith(magic) or len(data) < header:
+        raise ValueError(
+            f"{path} is not an IDX file: it must begin with {magic.hex()} and {dims} sizes, "
+            f"it begins with {data[:header].hex()}"
+        )
+    shape = np.frombuffer(data, ">u4", dims, len(magic)).tolist()
+    if len(data) - header != math.prod(shape):
+        raise ValueError(
+            f"{path} is damaged: its header says {shape}, so {math.prod(shape)} bytes, but it has {len(data) - header}"
+        )
+    return np.frombuffer(bytearray(data), np.uint8, offset=header).reshape(shape)

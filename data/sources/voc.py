@@ -1,0 +1,48 @@
+"""PASCAL VOC's classification task: pictures that may show several classes, listed as the development kit has them.
+
+VOC2007/ImageSets/Main/test.txt            identifiers of a split, one a line
+VOC2007/ImageSets/Main/cat_test.txt        the same with 1: shows a cat, -1: does not, 0: only ones that are difficult
+VOC2007/JPEGImages/000001.jpg
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.sources.folder import ImageFolder
+
+
+def read_split(root: Path, split: str) -> tuple[ImageFolder, list[str], NDArray[np.int64]]:
+    """The pictures of a split, the sorted classes, and int64 [n, classes] of 1, -1 and 0 (difficult).
+
+    Raises ValueError where files are missing or do not fit one another.
+    """
+    lists = root / "ImageSets" / "Main"
+    ids = _lines(lists / f"{split}.txt")
+    names = [f"{line.split()[0]}.jpg" for line in ids]
+    classes = sorted(path.name.removesuffix(f"_{split}.txt") for path in lists.glob(f"*_{split}.txt"))
+    if not classes:
+        raise ValueError(f"{lists} has no lists of classes such as aeroplane_{split}.txt")
+    columns = []
+    for name in classes:
+        path = lists / f"{name}_{split}.txt"
+        rows = [line.split() for line in _lines(path)]
+        if [row[0] for row in rows] != ids or any(len(row) != 2 or row[1] not in ("1", "-1", "0") for row in rows):
+            raise ValueError(f"{path} needs the identifiers of {split}.txt in their order, each with 1, -1 or 0")
+        columns.append([int(row[1]) for row in rows])
+    encoded = [os.fsencode(name) for name in names]
+    offsets = np.concatenate([[0], np.cumsum([len(name) for name in encoded])])
+    packed = np.frombuffer(bytearray(b"".join(encoded)), np.uint8)
+    unlabelled = np.zeros(len(names), np.int64)
+    images = ImageFolder(root / "JPEGImages", [root.resolve().name], unlabelled, packed, offsets)
+    return images, classes, np.array(columns, np.int64).T.copy()
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="ascii").splitlines()
+    except OSError as error:
+        raise ValueError(f"{path}: {error.strerror}: need VOC's development kit, VOCdevkit/VOC2007") from error
+    return [line.strip() for line in lines if line.strip()]

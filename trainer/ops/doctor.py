@@ -1,0 +1,132 @@
+"""What this machine has for training, and what a configuration needs and lacks here."""
+
+import importlib
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from data.sources.open import open_source
+from trainer.config import Config
+from trainer.run.directory import existing_parent
+
+
+class Check(NamedTuple):
+    """state: ok, absent (training works without it) or missing (it does not)."""
+
+    name: str
+    state: str
+    detail: str
+
+
+def examine(config: Config | None) -> list[Check]:
+    """The machine's checks, then the configuration's if one is given. Changes nothing."""
+    checks = [_cpu(), *_gpus(), _nccl(), *(_package(*p) for p in _PACKAGES), _slurm(), _disk(Path.cwd())]
+    return checks + (_needs(config) if config else [])
+
+
+def show(checks: list[Check]) -> bool:
+    """Print the checks as a table; False if anything needed is missing."""
+    colors = {"ok": "green", "absent": "dim", "missing": "red"}
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "state", "detail"):
+        table.add_column(column, overflow="fold")
+    for check in checks:
+        table.add_row(check.name, f"[{colors[check.state]}]{check.state}[/]", escape(check.detail))
+    Console().print(table)
+    return all(check.state != "missing" for check in checks)
+
+
+_PACKAGES = (
+    ("DALI", "nvidia-dali-cuda130", "nvidia.dali"),
+    ("Triton", "triton", "triton"),
+    ("DeepSpeed", "deepspeed", "deepspeed"),
+    ("timm", "timm", "timm"),
+)
+
+
+def _cpu() -> Check:
+    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
+    return Check("CPU", "ok", f"{len(os.sched_getaffinity(0))} cores, {pages * size / 2**30:.0f} GiB memory")
+
+
+def _gpus() -> list[Check]:
+    if not torch.cuda.is_available():
+        if torch.cuda.device_count():
+            return [Check("GPU", "missing", f"the driver is too old for torch {torch.__version__}")]
+        return [Check("GPU", "absent", f"torch {torch.__version__} sees none: training runs on the CPU")]
+    found = []
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        free, total = (x / 2**30 for x in torch.cuda.mem_get_info(i))
+        bf16 = "bf16" if properties.major >= 8 else "no bf16"
+        found.append(Check(f"GPU {i}", "ok", f"{properties.name}, {free:.0f} of {total:.0f} GiB free, {bf16}"))
+    problem = compiler_problem()
+    return [*found, Check("compiler", "missing" if problem else "ok", problem or "for Triton")]
+
+
+def _nccl() -> Check:
+    if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
+        return Check("NCCL", "absent", "several processes use gloo")
+    return Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
+
+
+def _package(name: str, package: str, module: str) -> Check:
+    try:
+        importlib.import_module(module)
+        return Check(name, "ok", f"{package} {importlib.metadata.version(package)}")
+    except (ImportError, OSError, importlib.metadata.PackageNotFoundError) as error:
+        return Check(name, "absent", f"{error}; pip install -r requirements.txt brings {package}")
+
+
+def compiler_problem() -> str | None:
+    """What Triton lacks on this machine to compile its launcher at the first step on a GPU; None if nothing."""
+    if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
+        return "no C compiler, which Triton needs: gcc or clang, or CC=…"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "no Python.h, which Triton compiles with: Debian's python3-dev"
+    return None
+
+
+def _slurm() -> Check:
+    if shutil.which("sbatch") is None:
+        return Check("SLURM", "absent", "no sbatch on PATH: start with python -m trainer, or torchrun")
+    version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=False).stdout.strip()
+    return Check("SLURM", "ok", version)
+
+
+def _disk(folder: Path) -> Check:
+    folder = existing_parent(folder)
+    free = shutil.disk_usage(folder).free / 2**30
+    writable = os.access(folder, os.W_OK)
+    detail = f"{free:.1f} GiB free at {folder}" + ("" if writable else ", but it cannot be written")
+    return Check("disk", "ok" if writable and free > 1 else "missing", detail)
+
+
+def _needs(config: Config) -> list[Check]:
+    checks = []
+    for name, path in (("data.train", config.data.train), ("data.val", config.data.val)):
+        if path is None:
+            continue
+        try:
+            source = open_source(path)
+            checks.append(Check(name, "ok", f"{len(source)} images in {len(source.classes)} classes at {path}"))
+        except (ValueError, OSError) as error:
+            checks.append(Check(name, "missing", str(error)))
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        checks.append(Check("run.device", "missing", "cuda, but torch sees no GPU"))
+    if config.run.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
+        checks.append(Check("run.precision", "missing", "bf16, which this GPU does not have"))
+    cores = len(os.sched_getaffinity(0))
+    if config.data.workers is not None and config.data.workers > cores:
+        checks.append(Check("data.workers", "absent", f"{config.data.workers} processes a rank for {cores} cores"))
+    checks.append(_disk(Path(config.run.dir))._replace(name="run.dir"))
+    return checks

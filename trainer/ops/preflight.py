@@ -224,7 +224,7 @@ def _same() -> dict[str, str]:
     for found in importlib.metadata.distributions():
         packages.setdefault(f"package {found.metadata['Name']}", found.version)  # the first on the path is imported
     code = hashlib.sha256()
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     for folder in ("trainer", "models", "data", "kernels"):
         for path in sorted((root / folder).rglob("*.py")):
             code.update(path.read_bytes())

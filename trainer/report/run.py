@@ -1,7 +1,7 @@
 """One self-contained HTML page about a run: summary, charts, galleries, configuration.
 
 The page loads nothing from anywhere: plotly.js, styles and images (base64 PNG) are inside it, and its
-Content-Security-Policy forbids the rest. The template is `report.html.j2`; what is charted is in `CHARTS`.
+Content-Security-Policy forbids the rest. The template is `run.html.j2`; what is charted is in `CHARTS`.
 """
 
 import base64
@@ -191,7 +191,7 @@ def render(
     environment.filters["crisp"] = lambda image: max(image.shape[:2]) <= CRISP_SIDE
     evaluated = evaluations(run_dir)
     charts = draw_charts([*rows, *evaluated_rows(rows, evaluated)], results)
-    return environment.get_template("report.html.j2").render(
+    return environment.get_template("run.html.j2").render(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
         finished=bool(results),

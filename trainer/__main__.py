@@ -83,10 +83,10 @@ def knn(run: RunPath, overrides: Overrides = None, network: NetworkName = "stude
     The run's own settings apply; eval.k=20 eval.temperature=0.07 is DINO's convention, eval.k=200
     eval.temperature=0.1 the original one, which lightly's benchmarks use.
     """
-    from trainer.interop.weights import Which
+    from trainer.interop.weights import CheckpointChoice
     from trainer.report.galleries import evaluate_knn
 
-    evaluate_knn(run, overrides or [], Which(network, step))
+    evaluate_knn(run, overrides or [], CheckpointChoice(network, step))
 
 
 @app.command("import")
@@ -121,9 +121,9 @@ def export(
     The student by default: it is what AdCo, MoCo, SimCLR and BYOL evaluate. DINO evaluates its teacher.
     """
     from trainer.interop.export import export
-    from trainer.interop.weights import Which
+    from trainer.interop.weights import CheckpointChoice
 
-    if told := export(run, to, out, Which(network, step), licence):
+    if told := export(run, to, out, CheckpointChoice(network, step), licence):
         print(told)
 
 
@@ -142,9 +142,9 @@ def embed(
     KEY=VALUE are of eval.batch_size, eval.size (pixels), run.device and the like. See docs/ecosystem.md.
     """
     from trainer.evaluate.embed import embed
-    from trainer.interop.weights import Which
+    from trainer.interop.weights import CheckpointChoice
 
-    if told := embed(run, src, out, Which(network, step), points, overrides or []):
+    if told := embed(run, src, out, CheckpointChoice(network, step), points, overrides or []):
         print(told)
 
 
@@ -164,10 +164,10 @@ def linear(
     """
     from trainer.evaluate.base import run_evaluation
     from trainer.evaluate.linear import EVALUATOR
-    from trainer.interop.weights import Which
+    from trainer.interop.weights import CheckpointChoice
 
     settings = [*(overrides or []), *(["linear.fast=true"] if fast else [])]
-    _stoppable(lambda: run_evaluation(EVALUATOR, run, settings, name, Which(network, step)))
+    _stoppable(lambda: run_evaluation(EVALUATOR, run, settings, name, CheckpointChoice(network, step)))
 
 
 @app.command()
@@ -181,9 +181,9 @@ def finetune(
     """
     from trainer.evaluate.base import run_evaluation
     from trainer.evaluate.finetune import EVALUATOR
-    from trainer.interop.weights import Which
+    from trainer.interop.weights import CheckpointChoice
 
-    _stoppable(lambda: run_evaluation(EVALUATOR, run, overrides or [], name, Which(network, step)))
+    _stoppable(lambda: run_evaluation(EVALUATOR, run, overrides or [], name, CheckpointChoice(network, step)))
 
 
 @app.command()
@@ -196,9 +196,9 @@ def voc07(
     """
     from trainer.evaluate.base import run_evaluation
     from trainer.evaluate.voc07 import EVALUATOR
-    from trainer.interop.weights import Which
+    from trainer.interop.weights import CheckpointChoice
 
-    run_evaluation(EVALUATOR, run, overrides or [], name, Which(network, step))
+    run_evaluation(EVALUATOR, run, overrides or [], name, CheckpointChoice(network, step))
 
 
 @app.command()

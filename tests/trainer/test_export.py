@@ -23,7 +23,7 @@ from trainer.__main__ import main
 from trainer.interop.export import export
 from trainer.interop.import_ import import_weights
 from trainer.interop.layouts import to_detectron2
-from trainer.interop.weights import NEWEST, Which, load_encoder
+from trainer.interop.weights import NEWEST, CheckpointChoice, load_encoder
 from trainer.pretrain import pretrain
 from trainer.run.directory import read_config
 
@@ -79,7 +79,7 @@ def ours(run: Path, x_BCHW: Tensor, network: Any = "student") -> Tensor:
     from trainer.distributed import process_group
 
     with process_group("cpu"), torch.no_grad():
-        encoder, _ = load_encoder(run, read_config(run), Which(network))
+        encoder, _ = load_encoder(run, read_config(run), CheckpointChoice(network))
         x_BD: Tensor = encoder.backbone.eval()(x_BCHW)
     return x_BD
 
@@ -227,7 +227,7 @@ def test_the_model_card(resnet18: Path, trained: Path, tmp_path: Path) -> None:
 def test_the_networks_of_a_run(trained: Path, tmp_path: Path, images: Tensor) -> None:
     x_BCHW = images[:, :, :16, :16]
     assert not torch.equal(ours(trained, x_BCHW, "student"), ours(trained, x_BCHW, "teacher"))
-    told = export(trained, "timm", tmp_path / "a.safetensors", Which("teacher"), "unknown")
+    told = export(trained, "timm", tmp_path / "a.safetensors", CheckpointChoice("teacher"), "unknown")
     assert "the teacher of" in told
     assert "after 2 steps" in told
     (how,) = re.findall(r"timm\.create_model\(.*\)", told)

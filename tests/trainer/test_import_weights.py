@@ -22,7 +22,7 @@ from tests.trainer.small import RESNET, VIT_ARGS, small_config, write_images
 from trainer.__main__ import main
 from trainer.distributed import process_group
 from trainer.interop.import_ import import_weights
-from trainer.interop.weights import NEWEST, Network, Which, load_encoder
+from trainer.interop.weights import NEWEST, CheckpointChoice, Network, load_encoder
 from trainer.pretrain import pretrain
 from trainer.report.galleries import evaluate_knn
 from trainer.run.directory import read_config, read_json
@@ -173,7 +173,7 @@ OFFICIAL: list[tuple[Callable[[nn.Module, nn.Module], Any], str, bool, bool, lis
 
 
 def same_features(run: Path, network: Network, expected: nn.Module, side: int = 32) -> None:
-    encoder, step = load_encoder(run, read_config(run), Which(network))
+    encoder, step = load_encoder(run, read_config(run), CheckpointChoice(network))
     assert step == 0
     x_BCHW = torch.randn(4, 3, side, side)
     with torch.no_grad():
@@ -201,7 +201,7 @@ def test_official_layouts(tmp_path: Path, make: Any, name: str, teacher: bool, h
         same_features(run, "teacher", networks[1])
     else:
         with pytest.raises(ValueError, match="has no teacher, only student"):
-            load_encoder(run, read_config(run), Which("teacher"))
+            load_encoder(run, read_config(run), CheckpointChoice("teacher"))
     assert ("with its head" in told) == head
     if head:
         config = read_config(run)
@@ -359,7 +359,7 @@ def test_an_imported_model_is_evaluated_and_never_trained_in(
     networks: tuple[Network, ...] = ("student", "teacher")
     for network in networks:
         capsys.readouterr()
-        evaluate_knn(run, given, Which(network))
+        evaluate_knn(run, given, CheckpointChoice(network))
         assert '"knn": ' in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds an imported model"):
         pretrain(read_config(run, given))
@@ -382,7 +382,7 @@ def test_training_starts_from_imported_weights(tmp_path: Path) -> None:
     with process_group("cpu"):
         kinds: tuple[Network, ...] = ("student", "teacher")
         for kind in kinds:
-            encoder, step = load_encoder(tmp_path / "run", config, Which(kind))
+            encoder, step = load_encoder(tmp_path / "run", config, CheckpointChoice(kind))
             assert step == 2
             for name, x in networks[0].named_parameters():
                 torch.testing.assert_close(encoder.backbone.get_parameter(name), x, rtol=0, atol=1e-5)

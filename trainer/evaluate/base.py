@@ -24,7 +24,7 @@ from models.encoder import Encoder
 from trainer import distributed
 from trainer.config import Config, flatten
 from trainer.distributed import RankInfo
-from trainer.interop.weights import Which, load_encoder, to_device
+from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.run.directory import claimed, open_sources, read_config, read_json, write_json
 from trainer.run.metrics import set_up_logging
 
@@ -54,7 +54,9 @@ class Evaluator(NamedTuple):
     evaluate: Callable[[Job], Results]
 
 
-def run_evaluation(verb: Evaluator, run: Path, overrides: list[str], name: str | None, which: Which) -> None:
+def run_evaluation(
+    verb: Evaluator, run: Path, overrides: list[str], name: str | None, choice: CheckpointChoice
+) -> None:
     """Evaluate a checkpoint of a run, or an imported model, into RUN/NAME, and print the result as one JSON line.
 
     Goes on where it was stopped; what is finished is only printed. Raises ValueError if there is no run, no usable
@@ -64,16 +66,22 @@ def run_evaluation(verb: Evaluator, run: Path, overrides: list[str], name: str |
     config = read_config(run, overrides)
     with distributed.process_group(config.run.device) as rank_info:
         set_up_logging(rank_info.rank)
-        results = evaluate(verb, run, config, name, which, rank_info, started)
+        results = evaluate(verb, run, config, name, choice, rank_info, started)
         if rank_info.rank == 0:
             print(json.dumps(results))
 
 
 def evaluate(
-    verb: Evaluator, run: Path, config: Config, name: str | None, which: Which, rank_info: RankInfo, started: float
+    verb: Evaluator,
+    run: Path,
+    config: Config,
+    name: str | None,
+    choice: CheckpointChoice,
+    rank_info: RankInfo,
+    started: float,
 ) -> Results:
     """The results, on all ranks. Raises RuntimeError if the encoder is not bit for bit what it was."""
-    encoder, step = load_encoder(run, config, which)
+    encoder, step = load_encoder(run, config, choice)
     to_device(encoder, rank_info.device)
     before = fingerprint(encoder.backbone)
     settings = {
@@ -83,15 +91,15 @@ def evaluate(
         **verb.settings(config),
     }
     if not name:
-        of_step = "" if which.step is None else f"-step{step}"
-        name = verb.name(config) + ("-teacher" if which.network == "teacher" else "") + of_step
+        of_step = "" if choice.step is None else f"-step{step}"
+        name = verb.name(config) + ("-teacher" if choice.network == "teacher" else "") + of_step
     with opened(run, name, settings, rank_info) as folder:
         if not (folder / RESULTS).exists():
             results = verb.evaluate(Job(encoder, config, rank_info, folder, started))
             if fingerprint(encoder.backbone) != before:
                 raise RuntimeError("the backbone has changed while it was evaluated: the result would mean nothing")
             if rank_info.rank == 0:
-                origin = {"network": which.network, "step": step}
+                origin = {"network": choice.network, "step": step}
                 write_json(folder / RESULTS, {**results, **origin, **machine(rank_info)})
         dist.barrier()
         return read_json(folder / RESULTS)

@@ -29,7 +29,7 @@ from trainer import distributed
 from trainer.config import Config
 from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.evaluate.features import apply
-from trainer.interop.weights import Which, load_encoder, to_device
+from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.report.embed_page import name_and_label, render_page
 from trainer.run.directory import read_config, write_atomically
 from trainer.run.metrics import set_up_logging
@@ -49,7 +49,7 @@ class Part(NamedTuple):
     samples: Path
 
 
-def embed(run: Path, src: str, out: Path, which: Which, points: int, overrides: list[str]) -> str:
+def embed(run: Path, src: str, out: Path, choice: CheckpointChoice, points: int, overrides: list[str]) -> str:
     """Write the backbone's features of every picture of `src` to `out`, and a page of `points` of them beside it.
 
     They are as the backbone gives them, not of unit length. `points` 0: no page. Pictures that cannot be read are left
@@ -59,15 +59,17 @@ def embed(run: Path, src: str, out: Path, which: Which, points: int, overrides: 
     config = read_config(run, overrides)
     with distributed.process_group(config.run.device) as rank_info:
         set_up_logging(rank_info.rank)
-        return embed_here(run, config, rank_info, src, out, which, points)
+        return embed_here(run, config, rank_info, src, out, choice, points)
 
 
-def embed_here(run: Path, config: Config, rank_info: RankInfo, src: str, out: Path, which: Which, points: int) -> str:
+def embed_here(
+    run: Path, config: Config, rank_info: RankInfo, src: str, out: Path, choice: CheckpointChoice, points: int
+) -> str:
     """`embed` in a group that there is; '' on all ranks but the first."""
     page = out.with_suffix(".html") if points else None
     new = [out, *([out.with_suffix(".csv")] if out.suffix == ".npy" else []), *([page] if page else [])]
     raise_on_all_ranks(_refusal(out, new) if rank_info.rank == 0 else None)
-    encoder, _ = load_encoder(run, config, which)
+    encoder, _ = load_encoder(run, config, choice)
     to_device(encoder, rank_info.device)
     source = _open(src)
     mine = np.arange(

@@ -31,7 +31,7 @@ from trainer import distributed
 from trainer.config import Config
 from trainer.interop.layouts import from_torchvision_vit, to_detectron2
 from trainer.interop.model_card import model_card
-from trainer.interop.weights import Which, differences, load_encoder
+from trainer.interop.weights import CheckpointChoice, differences, load_encoder
 from trainer.run.directory import read_config
 
 Format = Literal["timm", "torchvision", "detectron2", "onnx", "huggingface"]
@@ -40,7 +40,7 @@ TOLERANCE = 1e-4  # of the largest feature: another order of the same sums
 
 
 @torch.no_grad()
-def export(run: Path, to: Format, out: Path, which: Which, licence: str) -> str:
+def export(run: Path, to: Format, out: Path, which: CheckpointChoice, licence: str) -> str:
     """Write the backbone of a run to `out`, a new file or folder; says how to load it. See the module.
 
     licence: for the model card, an identifier of Hugging Face's. Raises ValueError where `out` exists, where there is

@@ -25,17 +25,17 @@ from trainer.run.checkpoint import WEIGHTS
 Network = Literal["student", "teacher"]
 
 
-class Which(NamedTuple):
+class CheckpointChoice(NamedTuple):
     """network: of the two that a run has. step: of the checkpoint; None for the newest good one."""
 
     network: Network = "student"
     step: int | None = None
 
 
-NEWEST = Which()
+NEWEST = CheckpointChoice()
 
 
-def load_encoder(run: Path, config: Config, which: Which = NEWEST) -> tuple[Encoder, int]:
+def load_encoder(run: Path, config: Config, which: CheckpointChoice = NEWEST) -> tuple[Encoder, int]:
     """A network of the run directory in host memory, and the step it is of (0 for an imported one).
 
     `config` is that of the run, or another of the same backbone: a head or predictor that is not in the file stays

@@ -19,7 +19,7 @@ from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.evaluate import knn
 from trainer.evaluate.features import embed
-from trainer.interop.weights import Which, load_encoder, to_device
+from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.report.run import Gallery, Image, render
 from trainer.run import checkpoint
 from trainer.run.directory import open_sources, read_config, read_json, read_rows, write_atomically
@@ -55,7 +55,7 @@ def draw_views(config: Config, out: Path, samples: int) -> None:
     out.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
 
 
-def evaluate_knn(run: Path, overrides: list[str], which: Which) -> None:
+def evaluate_knn(run: Path, overrides: list[str], which: CheckpointChoice) -> None:
     """Print the kNN accuracy of a checkpoint, or of an imported model, as one JSON line.
 
     `overrides` are of data.*, eval.* and run.device. Raises ValueError if there is no run, no usable checkpoint, or no

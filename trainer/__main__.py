@@ -237,13 +237,13 @@ def doctor(
 
     settings = load(config, overrides) if config else None
     if "GROUP_RANK" in os.environ:
-        from trainer.ops.preflight import compare
+        from trainer.ops.preflight import run_preflight
 
-        fit = compare(settings, bad_nodes)
+        fit = run_preflight(settings, bad_nodes)
     else:
-        from trainer.ops.doctor import examine, show
+        from trainer.ops.doctor import print_checks, run_checks
 
-        fit = show(examine(settings))
+        fit = print_checks(run_checks(settings))
     if not fit:
         raise typer.Exit(1)
 

@@ -34,13 +34,17 @@ from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate import knn
 from trainer.interop.weights import load_encoder
 from trainer.ops import replay
-from trainer.ops.stop import Stop, deadline
+from trainer.ops.stop import StopHandler, deadline
 from trainer.ops.watchdog import Watchdog
 from trainer.plan.flops import peak, step_flops
 from trainer.run import checkpoint
-from trainer.run.directory import Row, Unreadable, check_batch, claim, open_sources, read_rows, write_json
-from trainer.run.metrics import Averages, Recorder, memory, set_up_logging
-from trainer.run.phases import Spread, as_row, host_names, spread, straggler, traced
+from trainer.run.directory import claim
+from trainer.run.files import write_json
+from trainer.run.metrics import Averages, MetricsLogger, peak_memory, set_up_logging
+from trainer.run.phases import PhaseTimes, find_straggler, gather_phase_times, host_names, phase_metrics, trace_steps
+from trainer.run.results import Row, read_rows
+from trainer.run.sources import check_batch, open_sources
+from trainer.run.unreadable import UnreadableImages
 from trainer.train_step import NotFinite, Rates, TrainStep
 
 log = logging.getLogger(__name__)
@@ -88,13 +92,13 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, started: float)
 
     saver = checkpoint.Saver(folder / "checkpoints", run.keep, stays)
     with (
-        Recorder(folder, start, steps, config.monitor, active=rank_info.rank == 0) as recorder,
-        Stop(folder, deadline(config.run.max_minutes, started)) as stop,
+        MetricsLogger(folder, start, steps, config.monitor, active=rank_info.rank == 0) as metrics_logger,
+        StopHandler(folder, deadline(config.run.max_minutes, started)) as stop,
         Watchdog(folder, rank_info.rank) as watchdog,
     ):
-        for step in _steps(config, rank_info, train_step, train, start, steps, recorder, watchdog):
+        for step in _steps(config, rank_info, train_step, train, start, steps, metrics_logger, watchdog):
             epoch = step / epoch_steps
-            stopping = step > start and stop.at_boundary()
+            stopping = step > start and stop.should_stop()
             watchdog.expect(f"what follows step {step}", config.run.long_timeout)
             if step > start and (step % run.save_every == 0 or step == steps or stays(step) or stopping):
                 with train_step.phases("save"):
@@ -102,18 +106,20 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, started: float)
                     saver.start(step, train_step.state(step))
             if stopping and step < steps:
                 saver.wait()
-                stop.leave(step)
+                stop.raise_stopped(step)
             every = config.eval.knn_every
             due = step in (0, steps) or (every and epoch % every == 0)
-            if val and due and step not in recorder.evaluated:
+            if val and due and step not in metrics_logger.evaluated_steps:
                 method.average_buffers()
-                recorder.say(f"epoch {epoch:g}: evaluating")
+                metrics_logger.print(f"epoch {epoch:g}: evaluating")
                 student = full_student(method, engine, config, rank_info)
                 accuracy = knn.evaluate(student, train, val, rank_info.device, config)
-                recorder.row({"step": step, "epoch": epoch, "images": step * config.data.batch_size, "knn": accuracy})
+                metrics_logger.log(
+                    {"step": step, "epoch": epoch, "images": step * config.data.batch_size, "knn": accuracy}
+                )
         saver.wait()
         if rank_info.rank == 0:
-            write_json(folder / "results.json", _results(config, rank_info, recorder))
+            write_json(folder / "results.json", _results(config, rank_info, metrics_logger))
 
 
 def _steps(
@@ -123,7 +129,7 @@ def _steps(
     train: Source,
     start: int,
     steps: int,
-    recorder: Recorder,
+    metrics_logger: MetricsLogger,
     watchdog: Watchdog,
 ) -> Iterator[int]:
     """Train from step `start` to `steps`; gives the number of steps done, the first time before any."""
@@ -131,18 +137,18 @@ def _steps(
     run, data = config.run, config.data
     epoch_steps = steps // run.epochs
     averages = Averages()
-    unreadable = Unreadable(Path(run.dir), rank_info.rank)
+    unreadable = UnreadableImages(Path(run.dir), rank_info.rank)
     batches = make_batches(config, rank_info, train, start, steps)
     hosts, flops = host_names(), step_flops(config)
     collapsed: str | None = None  # said once
     first, seconds = start, 0.0  # since the last row; what is done between steps does not count
-    with traced(Path(run.dir) / "trace.json.gz", run.profile if rank_info.rank == 0 else 0) as tracer:
+    with trace_steps(Path(run.dir) / "trace.json.gz", run.profile if rank_info.rank == 0 else 0) as tracer:
         for step in range(start + 1, steps + 1):
             watchdog.expect(f"step {step}", run.long_timeout if step == start + 1 else run.step_timeout)
             before = time.perf_counter()
             with train_step.phases("data"):
                 batch = next(batches)
-            unreadable.note(batch.bad)
+            unreadable.add(batch.bad)
             with train_step.phases("normalize"):
                 views = [normalize(view.to(rank_info.device, non_blocking=True), torch.float32) for view in batch.views]
             rates = rates_at(config, step - 1, steps)
@@ -154,11 +160,11 @@ def _steps(
                 told = replay.dump(Path(run.dir), step, train_step, views, batch.samples, seed, rates, error)
                 raise ValueError(f"step {step}: {error}; checkpoints stay as they are; {told}") from error
             averages.add(metrics)
-            recorder.advance(step)
+            metrics_logger.advance(step)
             if tracer:
                 tracer.step()
             if step % run.log_every == 0 or step % run.save_every == 0 or step == steps:
-                row = averages.take()
+                row = averages.pop()
                 seconds += time.perf_counter() - before
                 if not all(map(math.isfinite, row.values())):
                     raise ValueError(f"step {step}: not finite: {row}; checkpoints stay as they are")
@@ -168,7 +174,7 @@ def _steps(
                 row |= rates._asdict()
                 images = step * data.batch_size
                 row |= _speed(
-                    spread(train_step.phases.take(), step - first),
+                    gather_phase_times(train_step.phases.pop(), step - first),
                     step - first,
                     seconds,
                     data.batch_size,
@@ -176,9 +182,9 @@ def _steps(
                     rank_info,
                     hosts,
                 )
-                row |= {**memory(rank_info.device), "unreadable": unreadable.total()}
-                recorder.row({"step": step, "epoch": step / epoch_steps, "images": images, **row})
-                unreadable.check(min((step - start) * data.batch_size, len(train)), data.max_unreadable)
+                row |= {**peak_memory(rank_info.device), "unreadable": unreadable.total()}
+                metrics_logger.log({"step": step, "epoch": step / epoch_steps, "images": images, **row})
+                unreadable.check_limit(min((step - start) * data.batch_size, len(train)), data.max_unreadable)
                 first, seconds = step, 0.0
             else:
                 seconds += time.perf_counter() - before
@@ -186,7 +192,7 @@ def _steps(
 
 
 def _speed(
-    phases: dict[str, Spread],
+    phases: dict[str, PhaseTimes],
     steps: int,
     seconds: float,
     images: int,
@@ -195,13 +201,13 @@ def _speed(
     hosts: list[str],
 ) -> Row:
     """What `steps` steps of `images` images and `flops` FLOPs each took; says so if a rank holds the others up."""
-    if rank_info.rank == 0 and (late := straggler(phases, hosts)):
+    if rank_info.rank == 0 and (late := find_straggler(phases, hosts)):
         log.warning("%s", late)
     row: Row = {"images_per_second": steps * images / seconds, "data_wait": steps * phases["data"].mean / seconds}
     row["teraflops"] = steps * flops / seconds / rank_info.world_size / 1e12
     if most := peak(rank_info.device):
         row["mfu"] = row["teraflops"] * 1e12 / most
-    return {**row, "phases": as_row(phases)}
+    return {**row, "phases": phase_metrics(phases)}
 
 
 def rates_at(config: Config, step: int, steps: int) -> Rates:
@@ -257,9 +263,9 @@ def _introduce(
         log.info("continuing from %s", saved)
 
 
-def _results(config: Config, rank_info: RankInfo, recorder: Recorder) -> dict[str, Any]:
+def _results(config: Config, rank_info: RankInfo, metrics_logger: MetricsLogger) -> dict[str, Any]:
     """What the finished run reached. Rows that a full disk did not take are missing in it."""
-    rows = read_rows(recorder.path)
+    rows = read_rows(metrics_logger.path)
     accuracies = [row["knn"] for row in rows if "knn" in row]
     trained = [row for row in rows if "loss" in row]
     images = np.diff([0, *(row["images"] for row in trained)])
@@ -273,7 +279,7 @@ def _results(config: Config, rank_info: RankInfo, recorder: Recorder) -> dict[st
         results |= {"knn_untrained": accuracies[0], "knn": accuracies[-1]}
         results |= {"k": config.eval.k, "temperature": config.eval.temperature}
     if trained:
-        results |= {"epochs": config.run.epochs, "images": trained[-1]["images"], "seconds": recorder.seconds}
+        results |= {"epochs": config.run.epochs, "images": trained[-1]["images"], "seconds": metrics_logger.seconds}
         results |= {"images_per_second": images.sum() / seconds.sum(), "data_wait": waited.sum() / seconds.sum()}
         results |= {"memory_gib": trained[-1]["memory_gib"]}
     return {**results, "ranks": rank_info.world_size, "device": device, "torch": torch.__version__}

@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines.base import Engine
 from trainer.run import checkpoint
-from trainer.run.phases import Phases
+from trainer.run.phases import PhaseTimer
 
 
 class Rates(NamedTuple):
@@ -50,7 +50,7 @@ class TrainStep:
         precision: torch.dtype = torch.float32,
     ) -> None:
         self.method, self.engine, self.accumulate, self.precision = method, engine, accumulate, precision
-        self.rank_info, self.phases = rank_info, Phases(rank_info.device)
+        self.rank_info, self.phases = rank_info, PhaseTimer(rank_info.device)
 
     def step(self, views: list[Tensor], seed: int, rates: Rates) -> dict[str, Tensor]:
         """views: V normalised images [B, 3, S_v, S_v] on the device. Gives this rank's metrics.

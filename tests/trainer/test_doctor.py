@@ -7,7 +7,7 @@ import torch
 
 from tests.data.pictures import write_folder
 from trainer.config import Config
-from trainer.ops.doctor import Check, examine, show
+from trainer.ops.doctor import Check, print_checks, run_checks
 
 
 def make_config(folder: Path, train: Path, **sections: dict[str, object]) -> Config:
@@ -16,16 +16,16 @@ def make_config(folder: Path, train: Path, **sections: dict[str, object]) -> Con
 
 
 def needs(config: Config) -> dict[str, Check]:
-    machine = {check.name for check in examine(None)}
-    return {check.name: check for check in examine(config) if check.name not in machine}
+    machine = {check.name for check in run_checks(None)}
+    return {check.name: check for check in run_checks(config) if check.name not in machine}
 
 
 def test_the_machine() -> None:
-    names = [check.name for check in examine(None)]
+    names = [check.name for check in run_checks(None)]
     gpus = [name for name in names if name.startswith("GPU")]
     assert names == ["CPU", *gpus, "NCCL", "DALI", "Triton", "DeepSpeed", "timm", "SLURM", "disk"]
     assert len(gpus) == max(1, torch.cuda.device_count())
-    states = {check.name: check.state for check in examine(None)}
+    states = {check.name: check.state for check in run_checks(None)}
     assert states["CPU"] == states["timm"] == "ok"
     assert set(states.values()) <= {"ok", "absent", "missing"}
 
@@ -46,7 +46,7 @@ def test_a_configuration_whose_data_are_missing(tmp_path: Path, capsys: pytest.C
     found = needs(config)
     assert (found["data.train"].state, found["data.val"].state) == ("missing", "missing")
     assert "does not exist" in found["data.train"].detail
-    assert not show(list(found.values()))
+    assert not print_checks(list(found.values()))
     shown = capsys.readouterr().out
     assert "data.train" in shown
     assert "missing" in shown
@@ -60,7 +60,7 @@ def test_more_than_this_machine_has(tmp_path: Path) -> None:
 
 
 def test_what_is_absent_is_not_needed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert show([Check("a", "ok", "here"), Check("b", "absent", "not here")])
-    assert not show([Check("a", "ok", "here"), Check("c", "missing", "a [/path] with [red] brackets [.gz]")])
+    assert print_checks([Check("a", "ok", "here"), Check("b", "absent", "not here")])
+    assert not print_checks([Check("a", "ok", "here"), Check("c", "missing", "a [/path] with [red] brackets [.gz]")])
     shown = " ".join(capsys.readouterr().out.split())
     assert "c missing a [/path] with [red] brackets [.gz]" in shown

@@ -12,7 +12,7 @@ from tests.trainer.small import small_config, write_images
 from trainer.__main__ import app, main
 from trainer.pretrain import pretrain
 from trainer.report.compare import charts, read, tabulate
-from trainer.run.directory import evaluated_rows, evaluations, read_rows
+from trainer.run.results import evaluation_rows, read_evaluations, read_rows
 
 FAST = ["--fast", "fast.batch_size=16", "fast.epochs=2", "fast.lrs=[1]", "fast.weight_decays=[0]", "fast.crops=0"]
 
@@ -45,7 +45,7 @@ def test_knn_of_each_is_that_of_its_epoch(run: Path) -> None:
 def test_linear_of_several(run: Path) -> None:
     found = [json.loads(command("linear", run, *FAST, *step)) for step in (["--step", "6"], [], ["--step", "12"])]
     assert [results["step"] for results in found] == [6, 18, 12]
-    assert evaluations(run).keys() == {"linear-fast-step6", "linear-fast", "linear-fast-step12"}
+    assert read_evaluations(run).keys() == {"linear-fast-step6", "linear-fast", "linear-fast-step12"}
 
     compared = read(run, [run])
     (row,) = tabulate([compared])[1]
@@ -72,11 +72,11 @@ def test_one_evaluation_is_no_curve() -> None:
         "voc07": {"map": 0.3, "step": 18},
         "voc07-step9": {"map": 0.2, "step": 9},
     }
-    assert evaluated_rows(rows, found) == [
+    assert evaluation_rows(rows, found) == [
         {"step": 9, "epoch": 1.5, "images": 108.0, "seconds": 15.0, "voc07": 0.2},
         {"step": 18, "epoch": 3.0, "images": 216.0, "seconds": 30.0, "voc07": 0.3},
     ]
-    assert evaluated_rows([{"step": 3, "loss": 1.0}], found) == [], "nowhere to put them"
+    assert evaluation_rows([{"step": 3, "loss": 1.0}], found) == [], "nowhere to put them"
 
 
 def test_export_of_each(run: Path, tmp_path: Path) -> None:

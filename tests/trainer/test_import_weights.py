@@ -25,7 +25,8 @@ from trainer.interop.import_ import import_weights
 from trainer.interop.weights import NEWEST, CheckpointChoice, Network, load_encoder
 from trainer.pretrain import pretrain
 from trainer.report.galleries import evaluate_knn
-from trainer.run.directory import read_config, read_json
+from trainer.run.directory import read_config
+from trainer.run.files import read_json
 
 State = dict[str, Tensor]
 

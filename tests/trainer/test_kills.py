@@ -17,7 +17,7 @@ import torch
 from tests.trainer.small import RESNET, small_config, write_images
 from trainer.config import Config
 from trainer.pretrain import pretrain
-from trainer.run.directory import read_rows
+from trainer.run.results import read_rows
 
 TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib", "teraflops", "phases"}
 PREDICTOR = {"predictor": 16, "head_norm": True}

@@ -28,7 +28,7 @@ from trainer.evaluate.linear import EVALUATOR
 from trainer.evaluate.probe import Classifier
 from trainer.ops.stop import Stopped
 from trainer.run import checkpoint
-from trainer.run.directory import evaluations
+from trainer.run.results import read_evaluations
 
 FULL = ["linear.epochs=4", "linear.batch_size=12", "linear.lr=1", "linear.scale=[0.5,1]"]
 FAST = [
@@ -316,4 +316,4 @@ def test_the_command(run: Path) -> None:
     result = CliRunner().invoke(app, ["linear", str(run), *FAST, "--fast", "--name", "mine"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout.splitlines()[-1])["protocol"] == "fast linear"
-    assert evaluations(run).keys() == {"mine"}
+    assert read_evaluations(run).keys() == {"mine"}

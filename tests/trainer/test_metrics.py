@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.ranks import run_ranks
 from trainer.config import MonitorSettings
-from trainer.run.directory import Row, read_rows
-from trainer.run.metrics import Averages, Recorder, memory
+from trainer.run.metrics import Averages, MetricsLogger, peak_memory
+from trainer.run.results import Row, read_rows
 
 
 def row(step: int) -> Row:
@@ -30,11 +30,11 @@ def evaluation(step: int) -> Row:
     return {"step": step, "epoch": step / 10, "images": 100 * step, "knn": 0.8125}
 
 
-def record(folder: Path, start: int, rows: list[Row]) -> Recorder:
-    with Recorder(folder, start, 100, MonitorSettings(), active=True) as recorder:
+def record(folder: Path, start: int, rows: list[Row]) -> MetricsLogger:
+    with MetricsLogger(folder, start, 100, MonitorSettings(), active=True) as metrics_logger:
         for each in rows:
-            recorder.row(each)
-    return recorder
+            metrics_logger.log(each)
+    return metrics_logger
 
 
 def tensorboard(folder: Path, name: str) -> dict[int, float]:
@@ -53,7 +53,7 @@ def average() -> list[dict[str, float]]:
     for values in ([1.0, 3.0], [10.0]):
         for value in values:
             averages.add({"a": torch.tensor(value + rank), "b": torch.tensor(rank)})
-        taken.append(averages.take())
+        taken.append(averages.pop())
     return taken
 
 
@@ -65,7 +65,7 @@ def test_averages_over_steps_and_ranks() -> None:
 def average_a_failure() -> dict[str, float]:
     averages = Averages()
     averages.add({"a": torch.tensor(math.nan if dist.get_rank() else 1.0)})
-    return averages.take()
+    return averages.pop()
 
 
 def test_one_rank_that_is_not_finite_shows_on_all() -> None:
@@ -89,17 +89,17 @@ def test_resuming_drops_later_rows_and_keeps_the_time(tmp_path: Path, group: Non
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({**each, "seconds": 100 + each["step"]}) + "\n" for each in read_rows(path)))
 
-    recorder = record(tmp_path, 20, [row(25)])
+    metrics_logger = record(tmp_path, 20, [row(25)])
     assert steps(tmp_path) == [0, 10, 20, 25]
-    assert recorder.evaluated == {0}
+    assert metrics_logger.evaluated_steps == {0}
     assert 120 <= read_rows(path)[-1]["seconds"] < 180
     assert list(tensorboard(tmp_path, "loss")) == [10, 20, 25]
 
 
 def test_starting_over_drops_all_but_the_first_evaluation(tmp_path: Path, group: None) -> None:
     record(tmp_path, 0, [evaluation(0), row(10), row(20)])
-    recorder = record(tmp_path, 0, [row(15)])
-    assert recorder.evaluated == {0}
+    metrics_logger = record(tmp_path, 0, [row(15)])
+    assert metrics_logger.evaluated_steps == {0}
     assert steps(tmp_path) == [0, 15]
     assert list(tensorboard(tmp_path, "loss")) == [15]
 
@@ -114,11 +114,11 @@ def test_a_line_cut_short_by_a_kill_does_not_spoil_the_next(tmp_path: Path, grou
 
 
 def record_on_all_ranks(folder: Path) -> tuple[set[int], bool]:
-    with Recorder(folder, 10, 100, MonitorSettings(), active=dist.get_rank() == 0) as recorder:
-        recorder.row(row(20))
-        recorder.advance(20)
-        recorder.say("once")
-    return recorder.evaluated, recorder.seconds > 5
+    with MetricsLogger(folder, 10, 100, MonitorSettings(), active=dist.get_rank() == 0) as metrics_logger:
+        metrics_logger.log(row(20))
+        metrics_logger.advance(20)
+        metrics_logger.print("once")
+    return metrics_logger.evaluated_steps, metrics_logger.seconds > 5
 
 
 def test_only_one_rank_writes_and_all_know_what_was_there(tmp_path: Path) -> None:
@@ -129,10 +129,10 @@ def test_only_one_rank_writes_and_all_know_what_was_there(tmp_path: Path) -> Non
 
 
 def test_lines_where_there_is_no_terminal(tmp_path: Path, group: None, capsys: pytest.CaptureFixture[str]) -> None:
-    with Recorder(tmp_path, 20, 100, MonitorSettings(), active=True) as recorder:
-        recorder.advance(60)
-        recorder.row({**row(60), "images": 60 * 2468, "images_per_second": 1234.0})  # two seconds a step, 40 steps
-        recorder.row(evaluation(60))
+    with MetricsLogger(tmp_path, 20, 100, MonitorSettings(), active=True) as metrics_logger:
+        metrics_logger.advance(60)
+        metrics_logger.log({**row(60), "images": 60 * 2468, "images_per_second": 1234.0})
+        metrics_logger.log(evaluation(60))
     line, knn = capsys.readouterr().out.splitlines()
     assert line == "step 60/100  epoch 6.00  loss 2.000  pretext 0.500  1,234 img/s  left 0:01:20"
     assert knn == "epoch 6: kNN 0.8125"
@@ -142,12 +142,12 @@ def test_a_dashboard_on_a_terminal(tmp_path: Path, group: None, monkeypatch: pyt
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=150)
     monkeypatch.setattr("trainer.run.metrics.Console", lambda **_: terminal)
-    with Recorder(tmp_path, 0, 100, MonitorSettings(), active=True) as recorder:
-        recorder.row(evaluation(0))
-        recorder.row(row(10))
-        recorder.advance(60)
-        recorder.row(row(60))
-        recorder.say("[red] is a word")
+    with MetricsLogger(tmp_path, 0, 100, MonitorSettings(), active=True) as metrics_logger:
+        metrics_logger.log(evaluation(0))
+        metrics_logger.log(row(10))
+        metrics_logger.advance(60)
+        metrics_logger.log(row(60))
+        metrics_logger.print("[red] is a word")
     shown = screen.getvalue()
     assert "[red] is a word" in shown
     newest = re.sub(r"\x1b\[[^m]*[A-Za-z]", "", shown[shown.rindex("60/100") :])
@@ -167,11 +167,11 @@ def test_a_file_that_cannot_be_written(
     def refuse(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    with Recorder(tmp_path, 0, 100, MonitorSettings(), active=True) as recorder:
+    with MetricsLogger(tmp_path, 0, 100, MonitorSettings(), active=True) as metrics_logger:
         with monkeypatch.context() as patch:
             patch.setattr(Path, "open", refuse)
-            recorder.row(row(10))
-        recorder.row(row(20))
+            metrics_logger.log(row(10))
+        metrics_logger.log(row(20))
     assert "metrics of step 10 not written: [Errno 28] No space left on device" in caplog.text
     assert steps(tmp_path) == [20]
     assert list(tensorboard(tmp_path, "loss")) == [10, 20]
@@ -181,13 +181,13 @@ def fill_disk(folder: Path) -> bool:
     """Record while no file can grow beyond a few rows, then with room again."""
     logging.getLogger("trainer.run.metrics").disabled = True
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with Recorder(folder, 0, 100, MonitorSettings(), active=True) as recorder:
+    with MetricsLogger(folder, 0, 100, MonitorSettings(), active=True) as metrics_logger:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
         for step in range(1, 60):
-            recorder.row(row(step))
+            metrics_logger.log(row(step))
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        recorder.row(row(60))
-    return not recorder.monitors
+        metrics_logger.log(row(60))
+    return not metrics_logger.trackers
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -200,10 +200,10 @@ def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
 
 
 def test_peak_memory() -> None:
-    assert 0.05 < memory(torch.device("cpu"))["memory_gib"] < 1000
+    assert 0.05 < peak_memory(torch.device("cpu"))["memory_gib"] < 1000
 
 
 def test_memory_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 5 * 2**30)
-    assert memory(torch.device("cuda")) == {"memory_gib": 3, "reserved_gib": 5}
+    assert peak_memory(torch.device("cuda")) == {"memory_gib": 3, "reserved_gib": 5}

@@ -10,21 +10,29 @@ import torch
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from trainer.run.phases import Phases, Spread, as_row, host_names, spread, straggler, traced
+from trainer.run.phases import (
+    PhaseTimer,
+    PhaseTimes,
+    find_straggler,
+    gather_phase_times,
+    host_names,
+    phase_metrics,
+    trace_steps,
+)
 
 
 def test_phases_add_up_until_they_are_taken() -> None:
-    phases = Phases(torch.device("cpu"))
+    phases = PhaseTimer(torch.device("cpu"))
     for _ in range(2):
         with phases("data"):
             time.sleep(0.02)
         with phases("backward"):
             pass
-    taken = phases.take()
+    taken = phases.pop()
     assert list(taken) == ["data", "backward"]
     assert taken["data"] >= 0.04
     assert taken["backward"] < 0.02
-    assert phases.take() == {}
+    assert phases.pop() == {}
 
 
 class Event:
@@ -50,26 +58,29 @@ class Event:
 def test_a_gpu_is_waited_for_only_when_the_times_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     Event.clock = iter([0, 3, 3, 4, 10, 12])
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    phases = Phases(torch.device("cuda"))
+    phases = PhaseTimer(torch.device("cuda"))
     for name in ("student", "ema", "student"):
         with phases(name):
             pass
     assert not any(end.done for _, _, end in phases.events)  # type: ignore[attr-defined]
-    assert phases.take() == {"student": 5, "ema": 1}
+    assert phases.pop() == {"student": 5, "ema": 1}
 
 
-def slow_rank() -> tuple[dict[str, Spread], str | None, str | None]:
+def slow_rank() -> tuple[dict[str, PhaseTimes], str | None, str | None]:
     hosts = host_names()
     rank = dist.get_rank()
     late = {"data": 8.0 if rank == 1 else 2.0, "student": 20.0, "save": 0.0 if rank else 90.0}
-    phases, even = spread(late, steps=10), spread({"data": 2.0, "student": 20.0 + rank / 10}, steps=10)
-    return phases, straggler(phases, hosts), straggler(even, hosts)
+    phases, even = (
+        gather_phase_times(late, steps=10),
+        gather_phase_times({"data": 2.0, "student": 20.0 + rank / 10}, steps=10),
+    )
+    return phases, find_straggler(phases, hosts), find_straggler(even, hosts)
 
 
 def test_the_slowest_rank_of_a_phase() -> None:
     for phases, late, even in run_ranks(3, slow_rank):
-        assert phases["data"] == pytest.approx(Spread(mean=0.4, median=0.2, slowest=0.8, rank=1))
-        assert as_row(phases)["data"] == pytest.approx({"seconds": 0.4, "slowest": 0.8, "rank": 1})
+        assert phases["data"] == pytest.approx(PhaseTimes(mean=0.4, median=0.2, slowest=0.8, rank=1))
+        assert phase_metrics(phases)["data"] == pytest.approx({"seconds": 0.4, "slowest": 0.8, "rank": 1})
         assert late is not None
         assert late.startswith("rank 1 on ")
         assert late.endswith("takes 0.8 s a step for data, the median rank 0.2 s")
@@ -77,8 +88,8 @@ def test_the_slowest_rank_of_a_phase() -> None:
 
 
 def test_a_trace_of_some_steps(tmp_path: Path) -> None:
-    phases = Phases(torch.device("cpu"))
-    with traced(tmp_path / "trace.json", 2) as tracer:
+    phases = PhaseTimer(torch.device("cpu"))
+    with trace_steps(tmp_path / "trace.json", 2) as tracer:
         assert tracer is not None
         for step in range(20):
             with phases(f"step {step + 1}"):
@@ -86,6 +97,6 @@ def test_a_trace_of_some_steps(tmp_path: Path) -> None:
             tracer.step()
     events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     assert {event["name"] for event in events if event["name"].startswith("step ")} == {"step 10", "step 11"}
-    with traced(tmp_path / "none.json", 0) as tracer:
+    with trace_steps(tmp_path / "none.json", 0) as tracer:
         assert tracer is None
     assert not (tmp_path / "none.json").exists()

@@ -20,7 +20,7 @@ from tests.trainer.small import PYTHON, RESNET, VIT, VIT_ARGS, small_config, wri
 from trainer.config import Config, dump
 from trainer.pretrain import pretrain
 from trainer.report.galleries import write_report
-from trainer.run.directory import read_rows
+from trainer.run.results import read_rows
 
 TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib", "teraflops", "phases"}
 
@@ -410,7 +410,7 @@ def test_checkpoints_of_whole_epochs_stay(tmp_path: Path, images: Path) -> None:
     ("sections", "message"),
     [
         ({"data": {"train": "/no/such/folder"}}, "data: /no/such/folder does not exist"),
-        ({"data": {"batch_size": 73}}, "data.batch_size: 73 images are more than"),
+        ({"data": {"batch_size": 73}}, "data.batch_size: a batch of 73 images is larger than"),
         ({"model": {"backbone": "resnet_none"}}, "model.backbone: timm has no model 'resnet_none'"),
     ],
 )

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from trainer.report.run import MAX_POINTS, Gallery, Image, format_seconds, png_data_url, render
-from trainer.run.directory import read_rows
+from trainer.run.results import read_rows
 
 HOSTILE = "<script>alert('x')</script>\"&<img src=http://evil.example/x.png>"
 

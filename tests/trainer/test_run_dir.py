@@ -14,16 +14,11 @@ from tests.data.pictures import write_folder
 from tests.ranks import run_ranks
 from trainer.config import Config, load
 from trainer.distributed import RankInfo, process_group
-from trainer.run.directory import (
-    Unreadable,
-    claim,
-    open_sources,
-    open_training,
-    read_config,
-    read_json,
-    read_rows,
-    write_json,
-)
+from trainer.run.directory import claim, read_config
+from trainer.run.files import read_json, write_json
+from trainer.run.results import read_rows
+from trainer.run.sources import open_sources, open_training
+from trainer.run.unreadable import UnreadableImages
 
 
 @pytest.fixture
@@ -101,7 +96,7 @@ def test_a_folder_in_use(tmp_path: Path, rank_info: RankInfo) -> None:
     config = make_config(tmp_path)
     with (tmp_path / "lock").open("w") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert refusal(config, rank_info) == f"another process is at work in {tmp_path}"
+        assert refusal(config, rank_info) == f"another process is using {tmp_path}"
     with claim(config, rank_info):
         assert "another process" in refusal(config, rank_info)
     with claim(config, rank_info):
@@ -157,12 +152,12 @@ def test_images_that_cannot_be_used(tmp_path: Path, rank_info: RankInfo) -> None
         (make_config(run, tmp_path / "nowhere"), run, r"data: .*nowhere does not exist"),
         (make_config(run, tmp_path / "empty"), run, r"data: .*empty has no pictures"),
         (make_config(run, pictures, tmp_path / "empty"), run, r"data: .*empty has no pictures"),
-        (make_config(run, pictures, more), run, r"data\.val: .*more has classes that .*pictures has not: c3"),
+        (make_config(run, pictures, more), run, r"data\.val: .*more has classes that .*pictures does not have: c3"),
         (make_config(run, pictures), tmp_path / "file", "data: .*(Not a directory|File exists)"),
     ):
         with pytest.raises(ValueError, match=words):
             open_sources(config.data, index)
-    with pytest.raises(ValueError, match=r"data\.batch_size: 25 images are more than .* has, 24"):
+    with pytest.raises(ValueError, match=r"data\.batch_size: a batch of 25 images is larger than .*, which has 24"):
         open_training(make_config(run, pictures, tmp_path / "nowhere", batch_size=25), run)
 
 
@@ -197,52 +192,52 @@ def test_ranks_must_find_the_same_images(tmp_path: Path) -> None:
 def test_unreadable_samples_are_listed_once(
     tmp_path: Path, rank_info: RankInfo, caplog: pytest.LogCaptureFixture
 ) -> None:
-    unreadable = Unreadable(tmp_path, rank=3)
-    unreadable.note([(7, "a.jpg: the file is empty"), (9, "b.jpg: damaged")])
-    unreadable.note([(7, "a.jpg: the file is empty")])
+    unreadable = UnreadableImages(tmp_path, rank=3)
+    unreadable.add([(7, "a.jpg: the file is empty"), (9, "b.jpg: damaged")])
+    unreadable.add([(7, "a.jpg: the file is empty")])
     assert unreadable.total() == 2
-    assert caplog.text.count("sample 7 cannot be read") == 1
+    assert caplog.text.count("image 7 cannot be read") == 1
 
-    again = Unreadable(tmp_path, rank=3)
-    again.note([(9, "b.jpg: damaged"), (11, "c.jpg: damaged")])
+    again = UnreadableImages(tmp_path, rank=3)
+    again.add([(9, "b.jpg: damaged"), (11, "c.jpg: damaged")])
     assert again.total() == 3
     lines = (tmp_path / "unreadable-3.txt").read_text().splitlines()
     assert lines == ["7\ta.jpg: the file is empty", "9\tb.jpg: damaged", "11\tc.jpg: damaged"]
-    assert Unreadable(tmp_path, rank=0).total() == 0
+    assert UnreadableImages(tmp_path, rank=0).total() == 0
 
 
 def test_too_many_unreadable_samples(tmp_path: Path, rank_info: RankInfo) -> None:
-    unreadable = Unreadable(tmp_path, rank=0)
-    unreadable.note([(i, "x.jpg: damaged") for i in range(10)])
-    unreadable.check(12, 0.01)  # 10 of 1000
-    unreadable.note([(3, "x.jpg: damaged"), (10, "x.jpg: damaged")])
-    unreadable.check(1200, 0.01)
+    unreadable = UnreadableImages(tmp_path, rank=0)
+    unreadable.add([(i, "x.jpg: damaged") for i in range(10)])
+    unreadable.check_limit(12, 0.01)  # 10 of 1000
+    unreadable.add([(3, "x.jpg: damaged"), (10, "x.jpg: damaged")])
+    unreadable.check_limit(1200, 0.01)
     for seen in (1099, 12):
         with pytest.raises(ValueError, match=r"\A11 of [^\n]*\Z") as caught:
-            unreadable.check(seen, 0.01)
+            unreadable.check_limit(seen, 0.01)
         assert str(caught.value) == (
             f"11 of {seen:,} images cannot be read, more than data.max_unreadable=0.01 allows; "
             f"they are listed in {tmp_path}/unreadable-*.txt"
         )
     # What an earlier start met may have been mended since.
-    again = Unreadable(tmp_path, rank=0)
-    again.check(12, 0)
-    again.note([(3, "x.jpg: damaged")])
-    again.check(12, 0.001)
+    again = UnreadableImages(tmp_path, rank=0)
+    again.check_limit(12, 0)
+    again.add([(3, "x.jpg: damaged")])
+    again.check_limit(12, 0.001)
     with pytest.raises(ValueError, match="1 of 12 images"):
-        again.check(12, 0)
+        again.check_limit(12, 0)
 
 
 def count_together(folder: Path) -> list[str]:
     """What each check says: ranks meet 4 samples each, 2 of them the same, then one rank 7 more."""
     rank = dist.get_rank()
-    unreadable = Unreadable(folder, rank)
+    unreadable = UnreadableImages(folder, rank)
     said = []
     for bad in (range(2 * rank, 2 * rank + 4), range(10, 17) if rank == 1 else range(0), range(0)):
-        unreadable.note([(i, "x.jpg: damaged") for i in bad])
+        unreadable.add([(i, "x.jpg: damaged") for i in bad])
         for share in (0.0059, 0.0125):
             try:
-                unreadable.check(500, share)
+                unreadable.check_limit(500, share)
             except ValueError as error:
                 said.append(str(error).partition(" images")[0])
             else:
@@ -271,8 +266,8 @@ def test_rank_0_lists_the_images_for_all(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["two\nlines.jpg", "two\u2028lines.jpg", "latin1-\udce9.jpg", "tab\t.jpg"])
 def test_unreadable_samples_with_odd_names(tmp_path: Path, rank_info: RankInfo, name: str) -> None:
-    Unreadable(tmp_path, rank=0).note([(7, f"{name}: damaged")])
-    assert Unreadable(tmp_path, rank=0).samples == {7}
+    UnreadableImages(tmp_path, rank=0).add([(7, f"{name}: damaged")])
+    assert UnreadableImages(tmp_path, rank=0).listed == {7}
 
 
 def test_small_files(tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from trainer.ops import stop
-from trainer.ops.stop import Stop, Stopped, deadline
+from trainer.ops.stop import StopHandler, Stopped, deadline
 
 
 def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
     """Steps that this rank did, and its exception's words; the last rank asks in its step 5."""
     done = 0
     limit = time.time() + 1 if ask == "clock" else None
-    with Stop(folder, limit, margin=0.5) as end:
+    with StopHandler(folder, limit, margin=0.5) as end:
         for step in range(1, steps + 1):
             done = step
             if dist.get_rank() == dist.get_world_size() - 1 and step == 5:
@@ -28,11 +28,11 @@ def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
                     (folder / "stop").touch()
             if ask in ("clock", "file"):
                 time.sleep(0.02)
-            if end.at_boundary():
+            if end.should_stop():
                 break
         try:
             if done < steps:
-                end.leave(done)
+                end.raise_stopped(done)
         except Stopped as error:
             return done, str(error)
     return done, ""
@@ -61,7 +61,7 @@ def test_training_to_the_end_leaves_no_mark(tmp_path: Path) -> None:
 
 def second_signal(folder: Path) -> str:
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-    with Stop(folder):
+    with StopHandler(folder):
         os.kill(os.getpid(), signal.SIGINT)
         try:
             os.kill(os.getpid(), signal.SIGINT)
@@ -76,12 +76,12 @@ def test_a_second_interrupt_is_not_swallowed(tmp_path: Path) -> None:
 
 
 def several_signals(folder: Path) -> str:
-    with Stop(folder) as end:
+    with StopHandler(folder) as end:
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
-        end.at_boundary()
-        return "stops" if end.at_boundary() else "goes on"
+        end.should_stop()
+        return "stops" if end.should_stop() else "goes on"
 
 
 def test_one_request_may_come_as_several_signals(tmp_path: Path) -> None:

@@ -35,8 +35,8 @@ from trainer import distributed
 from trainer.build import autocast_dtype, build_engine, build_method, data_backend, data_workers, fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.run.directory import open_training
 from trainer.run.metrics import set_up_logging
+from trainer.run.sources import open_training
 from trainer.train_step import Rates, TrainStep
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,8 @@ from trainer.bench.step import make_batch, timed
 from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.run import checkpoint
-from trainer.run.directory import open_training, write_json
+from trainer.run.files import write_json
+from trainer.run.sources import open_training
 from trainer.train_step import Rates, build_train_step
 
 

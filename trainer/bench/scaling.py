@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from trainer.config import Config, load
-from trainer.run.directory import read_json, write_atomically, write_json
+from trainer.run.files import read_json, write_atomically, write_json
 
 Kind = Literal["strong", "weak"]
 

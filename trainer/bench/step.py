@@ -18,7 +18,7 @@ from trainer import distributed
 from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.run.directory import open_training
+from trainer.run.sources import open_training
 from trainer.train_step import Rates, TrainStep, build_train_step
 
 
@@ -45,8 +45,8 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
                 if i >= 3:  # the first ones choose algorithms and allocate
                     times[name].append(seconds)
             if i == 2:
-                train_step.phases.take()
-        phases = train_step.phases.take()
+                train_step.phases.pop()
+        phases = train_step.phases.pop()
         step, alone = (statistics.median(times[name]) for name in ("step", "bare"))
         return {
             "backbone": config.model.backbone,

@@ -27,9 +27,10 @@ from trainer.build import autocast_dtype, data_backend, data_workers, fill_bank,
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.plan.flops import peak, step_flops
-from trainer.run.directory import open_training, read_json, write_json
-from trainer.run.metrics import memory, set_up_logging
-from trainer.run.phases import Phases, as_row, host_names, spread, straggler
+from trainer.run.files import read_json, write_json
+from trainer.run.metrics import peak_memory, set_up_logging
+from trainer.run.phases import PhaseTimer, find_straggler, gather_phase_times, host_names, phase_metrics
+from trainer.run.sources import open_training
 from trainer.train_step import Rates, TrainStep, build_train_step
 
 log = logging.getLogger(__name__)
@@ -95,8 +96,8 @@ def _measure(
     warmup: int,
 ) -> dict[str, Any]:
     train_step = None if mode == "data" else train_step
-    phases = train_step.phases if train_step else Phases(rank_info.device)
-    phases.take()
+    phases = train_step.phases if train_step else PhaseTimer(rank_info.device)
+    phases.pop()
     rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
     if mode == "synthetic":
         batches: Iterator[Batch] = repeat(_synthetic(config, rank_info))
@@ -115,7 +116,7 @@ def _measure(
     seconds, watts = [], []
     for number in range(warmup + steps):
         if number == warmup:
-            phases.take()
+            phases.pop()
             dist.barrier()
         began = time.perf_counter()
         step(number)
@@ -125,8 +126,8 @@ def _measure(
             seconds.append(time.perf_counter() - began)
             if number % 10 == 0:
                 watts += _power(rank_info.device)
-    by_phase = spread(phases.take(), steps)
-    if rank_info.rank == 0 and (late := straggler(by_phase, hosts)):
+    by_phase = gather_phase_times(phases.pop(), steps)
+    if rank_info.rank == 0 and (late := find_straggler(by_phase, hosts)):
         log.warning("%s", late)
     step_seconds = _mean(statistics.median(seconds))
     result: dict[str, Any] = {
@@ -136,8 +137,8 @@ def _measure(
         "step_seconds_10": _mean(statistics.quantiles(seconds, n=10, method="inclusive")[0]),
         "step_seconds_90": _mean(statistics.quantiles(seconds, n=10, method="inclusive")[-1]),
         "data_wait": by_phase["data"].mean / _mean(statistics.mean(seconds)),
-        "phases": as_row(by_phase),
-        **memory(rank_info.device),
+        "phases": phase_metrics(by_phase),
+        **peak_memory(rank_info.device),
     }
     if train_step and rank_info.world_size > 1:
         result["communication"] = _communication(step, rank_info, warmup + steps) / step_seconds

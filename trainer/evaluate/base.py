@@ -25,8 +25,10 @@ from trainer import distributed
 from trainer.config import Config, flatten
 from trainer.distributed import RankInfo
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
-from trainer.run.directory import claimed, open_sources, read_config, read_json, write_json
+from trainer.run.directory import lock_directory, read_config
+from trainer.run.files import read_json, write_json
 from trainer.run.metrics import set_up_logging
+from trainer.run.sources import open_sources
 
 RESULTS = "results.json"
 
@@ -113,7 +115,9 @@ def opened(run: Path, name: str, settings: dict[str, Any], rank_info: RankInfo) 
     """
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"--name: got {name!r}, need letters, digits and - only: it names a folder in {run}")
-    with claimed(run / name, rank_info, lambda folder: _take(folder, json.loads(json.dumps(settings)))) as folder:
+    with lock_directory(
+        run / name, rank_info, lambda folder: _take(folder, json.loads(json.dumps(settings)))
+    ) as folder:
         yield folder
 
 

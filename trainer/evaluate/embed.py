@@ -31,7 +31,8 @@ from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.evaluate.features import apply
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.report.embed_page import name_and_label, render_page
-from trainer.run.directory import read_config, write_atomically
+from trainer.run.directory import read_config
+from trainer.run.files import write_atomically
 from trainer.run.metrics import set_up_logging
 
 log = logging.getLogger(__name__)

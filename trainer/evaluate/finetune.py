@@ -32,7 +32,7 @@ from trainer.config import Config, Finetune
 from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate.base import RESULTS, Evaluator, Job, Results, labelled_sources
 from trainer.evaluate.probe import MOMENTUM, Classifier, Recipe, fit, score
-from trainer.run.directory import read_json, write_atomically, write_json
+from trainer.run.files import read_json, write_atomically, write_json
 
 log = logging.getLogger(__name__)
 

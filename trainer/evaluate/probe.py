@@ -26,11 +26,11 @@ from trainer.config import MonitorSettings
 from trainer.engines.base import LossScale, named_state, set_named_state, squared_norm, update
 from trainer.evaluate.base import Job
 from trainer.evaluate.features import apply
-from trainer.ops.stop import Stop, deadline
+from trainer.ops.stop import StopHandler, deadline
 from trainer.ops.watchdog import Watchdog
 from trainer.run import checkpoint
-from trainer.run.directory import Unreadable
-from trainer.run.metrics import Averages, Recorder, memory
+from trainer.run.metrics import Averages, MetricsLogger, peak_memory
+from trainer.run.unreadable import UnreadableImages
 
 MOMENTUM = 0.9  # of SGD, in every protocol
 
@@ -136,19 +136,19 @@ def fit(
     labels_N = torch.from_numpy(train.labels).to(rank_info.device)
     batches = make_batches(config, rank_info, train, start, steps)
     saver = checkpoint.Saver(folder / "checkpoints", keep=1)
-    unreadable = Unreadable(folder, rank_info.rank)
+    unreadable = UnreadableImages(folder, rank_info.rank)
     averages = Averages()
     run, since, seconds = config.run, start, 0.0
     with (
-        Recorder(folder, start, steps, MonitorSettings(), active=rank_info.rank == 0) as recorder,
-        Stop(job.folder, deadline(run.max_minutes, job.started)) as stop,
+        MetricsLogger(folder, start, steps, MonitorSettings(), active=rank_info.rank == 0) as metrics_logger,
+        StopHandler(job.folder, deadline(run.max_minutes, job.started)) as stop,
         Watchdog(folder, rank_info.rank) as watchdog,
     ):
         for step in range(start + 1, steps + 1):
             watchdog.expect(f"step {step}", run.long_timeout if step == start + 1 else run.step_timeout)
             before = time.perf_counter()
             batch = next(batches)
-            unreadable.note(batch.bad)
+            unreadable.add(batch.bad)
             x_BCHW = normalize(batch.views[0].to(rank_info.device, non_blocking=True), torch.float32)
             labels_B = labels_N[batch.samples.to(rank_info.device, non_blocking=True)]
             with torch.autocast(rank_info.device.type, precision, enabled=precision != torch.float32):
@@ -165,25 +165,25 @@ def fit(
             lr = recipe.lr(step - 1)
             update(optimizer, [grads], norm, None, scale, lr)
             averages.add({"loss": loss.detach(), "top1": (logits_BC.argmax(1) == labels_B).float().mean()})
-            recorder.advance(step)
+            metrics_logger.advance(step)
             seconds += time.perf_counter() - before
             if step % run.log_every == 0 or step == steps:
                 images = step * recipe.batch_size
-                row = {"step": step, "epoch": step / epoch_steps, "images": images, **averages.take(), "lr": lr}
+                row = {"step": step, "epoch": step / epoch_steps, "images": images, **averages.pop(), "lr": lr}
                 speed = (step - since) * recipe.batch_size / seconds
-                recorder.row({**row, "images_per_second": speed, **memory(rank_info.device)})
-                unreadable.check(min((step - start) * recipe.batch_size, len(train)), config.data.max_unreadable)
+                metrics_logger.log({**row, "images_per_second": speed, **peak_memory(rank_info.device)})
+                unreadable.check_limit(min((step - start) * recipe.batch_size, len(train)), config.data.max_unreadable)
                 since, seconds = step, 0.0
-            stopping = stop.at_boundary() and step < steps
+            stopping = stop.should_stop() and step < steps
             watchdog.expect(f"what follows step {step}", run.long_timeout)
             if step % recipe.save_every == 0 or stopping or step == steps:
                 state = {"classifier": trained.state_dict(), **named_state(trained, optimizer, scale)}
                 saver.start(step, {**state, "step": torch.tensor(step)})
             if stopping:
                 saver.wait()
-                stop.leave(step)
+                stop.raise_stopped(step)
         saver.wait()
-        return recorder.seconds
+        return metrics_logger.seconds
 
 
 def score(network: Classifier, test: Source, classes: list[str], job: Job) -> Score:

@@ -26,7 +26,8 @@ from trainer.config import Config, dump, load
 from trainer.interop.layouts import BESIDES, LAYOUTS, Layout, from_children, from_torchvision_vit, is_torchvision_vit
 from trainer.interop.weights import differences, read_safetensors
 from trainer.run.checkpoint import WEIGHTS
-from trainer.run.directory import IMPORTED, write_atomically, write_json
+from trainer.run.directory import IMPORTED
+from trainer.run.files import write_atomically, write_json
 
 # Entries of a checkpoint that hold tensors by name, and what stands before these names from then on.
 CONTAINERS = {

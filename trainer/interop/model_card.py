@@ -11,7 +11,9 @@ from torch import nn
 from data.loader import MEAN, STD
 from trainer.config import Config
 from trainer.report.run import format_percent, format_seconds, latest
-from trainer.run.directory import IMPORTED, read_json, read_rows
+from trainer.run.directory import IMPORTED
+from trainer.run.files import read_json
+from trainer.run.results import read_rows
 
 METHODS = {
     "adco": "AdCo, adversarial contrast against learned negatives (arXiv 2011.08435)",

@@ -51,7 +51,7 @@ def load_encoder(run: Path, config: Config, which: CheckpointChoice = NEWEST) ->
         raise ValueError(f"{run} is an imported model: it has no checkpoint of step {step}")
     if not path.exists():
         folder = run / "checkpoints"
-        saved = checkpoint.newest(folder) if step is None else checkpoint.at(folder, step)
+        saved = checkpoint.newest(folder) if step is None else checkpoint.find(folder, step)
         if saved is None:
             raise ValueError(f"{run} has no usable checkpoint")
         path, found = saved / WEIGHTS, checkpoint.step_of(saved)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from data.sources.open import open_source
 from trainer.config import Config
-from trainer.run.directory import existing_parent
+from trainer.run.files import existing_parent
 
 
 class Check(NamedTuple):
@@ -27,13 +27,13 @@ class Check(NamedTuple):
     detail: str
 
 
-def examine(config: Config | None) -> list[Check]:
+def run_checks(config: Config | None) -> list[Check]:
     """The machine's checks, then the configuration's if one is given. Changes nothing."""
     checks = [_cpu(), *_gpus(), _nccl(), *(_package(*p) for p in _PACKAGES), _slurm(), _disk(Path.cwd())]
     return checks + (_needs(config) if config else [])
 
 
-def show(checks: list[Check]) -> bool:
+def print_checks(checks: list[Check]) -> bool:
     """Print the checks as a table; False if anything needed is missing."""
     colors = {"ok": "green", "absent": "dim", "missing": "red"}
     table = Table(box=None, pad_edge=False)

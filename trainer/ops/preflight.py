@@ -37,7 +37,7 @@ from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.ops.doctor import compiler_problem
 from trainer.ops.watchdog import Watchdog
-from trainer.run.directory import existing_parent
+from trainer.run.files import existing_parent
 
 CLOCK_SECONDS = 5.0  # that clocks may differ
 SLOW = 3.0  # times slower than the median node is a fault, not noise
@@ -48,7 +48,7 @@ _REPEATS = 5  # the best counts
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
-class Node(NamedTuple):
+class NodeReport(NamedTuple):
     """What one machine says of itself. same: what must be equal everywhere. problems: what it lacks.
 
     clock: seconds ahead of the first node. memory: free, GiB. unreachable: nodes it cannot connect to. speeds: higher
@@ -71,7 +71,7 @@ class Fault(NamedTuple):
     text: str
 
 
-def judge(nodes: list[Node], slow: float = SLOW) -> list[Fault]:
+def find_faults(nodes: list[NodeReport], slow: float = SLOW) -> list[Fault]:
     """What is wrong with which node; one that is `slow` times slower than the median is."""
     faults = [Fault(node.name, text) for node in nodes for text in node.problems]
     faults += _differences(nodes)
@@ -97,7 +97,7 @@ def judge(nodes: list[Node], slow: float = SLOW) -> list[Fault]:
     return faults
 
 
-def _differences(nodes: list[Node]) -> list[Fault]:
+def _differences(nodes: list[NodeReport]) -> list[Fault]:
     """What of `same` is not, one line a node."""
     unlike: dict[str | None, list[str]] = {}
     for key in sorted({key for node in nodes for key in node.same}):
@@ -116,7 +116,7 @@ def _differences(nodes: list[Node]) -> list[Fault]:
     return [Fault(name, "; ".join(texts[:_SHOWN]) + more[name]) for name, texts in unlike.items()]
 
 
-def compare(config: Config | None, bad_nodes: Path | None) -> bool:
+def run_preflight(config: Config | None, bad_nodes: Path | None) -> bool:
     """Run by all ranks under torchrun; prints on the first. False on all of them if anything is wrong.
 
     On all, since the torchrun of a node whose ranks were content waits ten minutes for the others, deaf to signals. The
@@ -131,13 +131,13 @@ def compare(config: Config | None, bad_nodes: Path | None) -> bool:
         exchange = _Exchange(store, index, count, local_rank == 0)
         nodes = _introduce(exchange, config)
         over_all = None
-        if not judge(nodes):  # else the group might hang
+        if not find_faults(nodes):  # else the group might hang
             watchdog.expect("joining the group and an all-reduce over all nodes", _WAIT)
             with distributed.process_group(config.run.device if config else "auto") as rank_info:
                 speeds, over_all = _speeds(rank_info, index, count)
             nodes = [node._replace(speeds=speeds[i]) for i, node in enumerate(nodes)]
         # Cores are shared with other programs, so what they do in a second says little.
-        faults = judge(nodes, math.inf if nodes[0].same["GPUs"] == "none" else SLOW)
+        faults = find_faults(nodes, math.inf if nodes[0].same["GPUs"] == "none" else SLOW)
         if rank == 0:
             _show(nodes, faults, world_size, over_all)
             bad = sorted({fault.node for fault in faults if fault.node is not None})
@@ -171,7 +171,7 @@ class _Exchange:
         return [json.loads(value) for value in self.store.multi_get(keys)]
 
 
-def _introduce(exchange: _Exchange, config: Config | None) -> list[Node]:
+def _introduce(exchange: _Exchange, config: Config | None) -> list[NodeReport]:
     """All nodes, without speeds."""
     with closing(socket.create_server(("", 0), backlog=1024)) as server:
         names: list[tuple[str, str, int]] = exchange.all(
@@ -184,7 +184,7 @@ def _introduce(exchange: _Exchange, config: Config | None) -> list[Node]:
         facts = exchange.all("facts", lambda: [_same(), _problems(config), _free_memory()])
         reach = exchange.all("connections", lambda: _unreachable(names))
     return [
-        Node(name[0], same, problems, clock - clocks[0], memory, unreachable, {})
+        NodeReport(name[0], same, problems, clock - clocks[0], memory, unreachable, {})
         for name, clock, (same, problems, memory), unreachable in zip(names, clocks, facts, reach, strict=True)
     ]
 
@@ -343,7 +343,7 @@ def _best(work: Callable[[], object], device: torch.device) -> float:
     return best
 
 
-def _show(nodes: list[Node], faults: list[Fault], world_size: int, over_all: tuple[float, int] | None) -> None:
+def _show(nodes: list[NodeReport], faults: list[Fault], world_size: int, over_all: tuple[float, int] | None) -> None:
     console = Console(width=None if Console().is_terminal else 120, markup=False, highlight=False)
     usual = {key: Counter(node.same.get(key, "absent") for node in nodes).most_common(1)[0][0] for key in nodes[0].same}
     console.print(

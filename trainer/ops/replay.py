@@ -19,7 +19,8 @@ from trainer import distributed
 from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.engines.base import named_networks
 from trainer.run import checkpoint
-from trainer.run.directory import read_config, write_json
+from trainer.run.directory import read_config
+from trainer.run.files import write_json
 from trainer.run.metrics import set_up_logging
 from trainer.train_step import NotFinite, Rates, TrainStep, build_train_step
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.run.directory import write_json
+from trainer.run.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -28,13 +28,13 @@ class Stopped(Exception):
     """Training ended before its last step, with a checkpoint."""
 
 
-class Stop:
+class StopHandler:
     """Whether to end early, the same on all ranks at the same step; made and called by all ranks.
 
-        with Stop(folder, deadline) as stop:
+        with StopHandler(folder, deadline) as stop:
             for step in steps:
                 ...
-                if stop.at_boundary():
+                if stop.should_stop():
                     break
 
     Asked for by SIGTERM, SIGUSR1 or SIGINT (a second SIGINT ends the process as it always does; of the others several
@@ -54,7 +54,7 @@ class Stop:
         self.handlers: dict[int, Any] = {}
         self.next_look = 0.0
 
-    def __enter__(self) -> "Stop":
+    def __enter__(self) -> "StopHandler":
         if self.first:
             (self.folder / _LEFT_FILE).unlink(missing_ok=True)
         for number in _SIGNALS:
@@ -69,7 +69,7 @@ class Stop:
         if self.work is not None and kind is None:
             self.work.wait()
 
-    def at_boundary(self) -> bool:
+    def should_stop(self) -> bool:
         """Called after each step: whether a rank had asked by the end of the step before.
 
         The votes of one step are counted during the next, so nobody waits for them.
@@ -86,7 +86,7 @@ class Stop:
             self.work = None
         return agreed
 
-    def leave(self, step: int) -> None:
+    def raise_stopped(self, step: int) -> None:
         """Write down where training stopped, for scripts and people, and raise Stopped. Called by all ranks."""
         reasons: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(reasons, self.reason, group=self.group)

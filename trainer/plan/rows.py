@@ -15,7 +15,7 @@ from trainer.config import Config
 from trainer.plan.hardware import Cluster, make_cluster
 from trainer.plan.memory import ENGINES, Counted, Memory, changed, check_ranks, count, name_of, with_engine
 from trainer.plan.predict import Step, calibration, step_time
-from trainer.run.directory import read_json
+from trainer.run.files import read_json
 
 IMAGENET = 1_281_167  # training images
 CLOSE = 0.02  # of speed: not worth another engine or placement

@@ -15,16 +15,9 @@ from rich.table import Table
 
 from trainer.config import Config, flatten
 from trainer.report.run import format_evaluation, format_percent, format_seconds, is_number, latest, thin
-from trainer.run.directory import (
-    Row,
-    evaluated_rows,
-    evaluations,
-    of_each_step,
-    read_config,
-    read_json,
-    read_rows,
-    write_atomically,
-)
+from trainer.run.directory import read_config
+from trainer.run.files import read_json, write_atomically
+from trainer.run.results import Row, evaluation_rows, group_by_step, read_evaluations, read_rows
 
 POSITIONS = {"epoch": "epochs", "images": "images seen", "hours": "hours"}
 # What tells where a run lay and how it was watched, and not what it learned from.
@@ -42,7 +35,7 @@ APART = (
 class Run(NamedTuple):
     """What a run directory has.
 
-    evaluations: results of other verbs by name, of the last step that each was made of. evaluated: `evaluated_rows`.
+    evaluations: results of other verbs by name, of the last step that each was made of. evaluated: `evaluation_rows`.
     """
 
     name: str
@@ -84,9 +77,9 @@ def read(folder: Path, folders: list[Path]) -> Run:
     alike = [other for other in folders if other.resolve().name == folder.resolve().name]
     name = folder.resolve().name if len(alike) == 1 else str(folder)
     rows, results = read_rows(folder / "metrics.jsonl"), read_json(folder / "results.json")
-    found = evaluations(folder)
-    last = {verb: list(by_step.values())[-1] for verb, by_step in of_each_step(found).items()}
-    return Run(name, config, rows, results, last, evaluated_rows(rows, found))
+    found = read_evaluations(folder)
+    last = {verb: list(by_step.values())[-1] for verb, by_step in group_by_step(found).items()}
+    return Run(name, config, rows, results, last, evaluation_rows(rows, found))
 
 
 def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:

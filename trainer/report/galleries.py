@@ -22,8 +22,11 @@ from trainer.evaluate.features import embed
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.report.run import Gallery, Image, render
 from trainer.run import checkpoint
-from trainer.run.directory import open_sources, read_config, read_json, read_rows, write_atomically
+from trainer.run.directory import read_config
+from trainer.run.files import read_json, write_atomically
 from trainer.run.metrics import set_up_logging
+from trainer.run.results import read_rows
+from trainer.run.sources import open_sources
 
 # Of the report's galleries.
 _QUERIES, _NEGATIVES, _NEIGHBOURS = 8, 12, 8

@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from trainer.run.directory import Row, evaluated_rows, evaluations
+from trainer.run.results import Row, evaluation_rows, read_evaluations
 
 Image = NDArray[np.uint8]
 
@@ -189,8 +189,8 @@ def render(
     )
     environment.filters["png"] = png_data_url
     environment.filters["crisp"] = lambda image: max(image.shape[:2]) <= CRISP_SIDE
-    evaluated = evaluations(run_dir)
-    charts = draw_charts([*rows, *evaluated_rows(rows, evaluated)], results)
+    evaluated = read_evaluations(run_dir)
+    charts = draw_charts([*rows, *evaluation_rows(rows, evaluated)], results)
     return environment.get_template("run.html.j2").render(
         name=run_dir.resolve().name,
         run_dir=str(run_dir),

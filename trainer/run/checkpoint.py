@@ -154,7 +154,7 @@ def newest(folder: Path) -> Path | None:
     return None
 
 
-def at(folder: Path, step: int) -> Path:
+def find(folder: Path, step: int) -> Path:
     """The checkpoint of a step, its files as its manifest says. Called by all ranks, who share the reading.
 
     Raises ValueError, on all of them, where it is not there or damaged.

@@ -5,7 +5,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trainer.run.directory import Row
+from trainer.run.results import Row
 
 _BARS = "▁▂▃▄▅▆▇█"
 _KEPT = 40  # losses in the curve

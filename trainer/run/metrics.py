@@ -19,14 +19,15 @@ from torch import Tensor
 
 from trainer.config import MonitorSettings, flatten
 from trainer.run.console import Dashboard
-from trainer.run.directory import Row, read_rows, write_atomically
-from trainer.run.trackers import Monitor, openers
+from trainer.run.files import write_atomically
+from trainer.run.results import Row, read_rows
+from trainer.run.trackers import Tracker, tracker_factories
 
 log = logging.getLogger(__name__)
 
 
 class Averages:
-    """Means of scalars over steps and ranks, kept on the device: nothing waits for it until `take`."""
+    """Means of scalars over steps and ranks, kept on the device: nothing waits for it until `pop`."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
@@ -39,7 +40,7 @@ class Averages:
         self.sums = values if self.sums is None else self.sums + values
         self.steps += 1
 
-    def take(self) -> dict[str, float]:
+    def pop(self) -> dict[str, float]:
         """The means since the last call, equal on all ranks; waits for the device."""
         assert self.sums is not None
         means = self.sums / self.steps
@@ -48,7 +49,7 @@ class Averages:
         return dict(zip(self.names, (means / dist.get_world_size()).tolist(), strict=True))
 
 
-def memory(device: torch.device) -> Row:
+def peak_memory(device: torch.device) -> Row:
     """memory_gib: the most that tensors have taken on the GPU, reserved_gib: that torch has taken for them; without a
     GPU memory_gib is the most that the process has taken.
     """
@@ -58,7 +59,7 @@ def memory(device: torch.device) -> Row:
     return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux counts in KiB
 
 
-class Recorder:
+class MetricsLogger:
     """Writes rows, and shows how far the run is: a dashboard on a terminal, plain lines elsewhere.
 
     start: the step the run continues from. Rows after it are of a run that was cut off, and are dropped.
@@ -73,16 +74,16 @@ class Recorder:
             shared = [_keep_rows_until(self.path, start)]
         dist.broadcast_object_list(shared)
         kept: list[Row] = shared[0]
-        self.evaluated = {row["step"] for row in kept if "knn" in row}
+        self.evaluated_steps = {row["step"] for row in kept if "knn" in row}
         self.earlier_seconds = kept[-1]["seconds"] if kept else 0.0
         self.began = time.monotonic()
         self.dashboard: Dashboard | None = None
-        self.monitors: dict[str, Monitor] = {}
+        self.trackers: dict[str, Tracker] = {}
         if not active:
             return
-        for name, opened in openers(settings, folder, start).items():
+        for name, opened in tracker_factories(settings, folder, start).items():
             try:
-                self.monitors[name] = opened()
+                self.trackers[name] = opened()
             except OSError as error:
                 log.warning("no %s: %s", name, error)
         self.console = Console(stderr=False)
@@ -90,7 +91,7 @@ class Recorder:
         if self.console.is_terminal:
             self.dashboard = Dashboard(self.console, start, total)
 
-    def __enter__(self) -> "Recorder":
+    def __enter__(self) -> "MetricsLogger":
         if self.dashboard:
             self.dashboard.live.start()
         return self
@@ -100,9 +101,9 @@ class Recorder:
     ) -> None:
         if self.dashboard:
             self.dashboard.live.stop()
-        for name, monitor in self.monitors.items():
+        for name, tracker in self.trackers.items():
             try:
-                monitor.close()
+                tracker.close()
             except OSError as error:
                 log.warning("the last rows not written to %s: %s", name, error)
 
@@ -115,13 +116,13 @@ class Recorder:
         if self.dashboard:
             self.dashboard.advance(step)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """A line on the console, above the dashboard if there is one."""
         if self.active:
             with suppress(OSError):  # standard output may be a file on a full disk
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    def row(self, row: Row) -> None:
+    def log(self, row: Row) -> None:
         """Record one row; `step` is its place. What the disk does not take is said, not raised."""
         if not self.active:
             return
@@ -131,24 +132,24 @@ class Recorder:
         except OSError as error:
             log.warning("metrics of step %d not written: %s", row["step"], error)
         values = {name: value for name, value in flatten(row).items() if name != "step"}
-        for name, monitor in list(self.monitors.items()):
+        for name, tracker in list(self.trackers.items()):
             try:
-                monitor.add(row["step"], values)
+                tracker.add(row["step"], values)
             except OSError as error:
                 log.warning("no more rows to %s until the next start: %s", name, error)
-                del self.monitors[name]  # TensorBoard's writer does not recover
+                del self.trackers[name]  # TensorBoard's writer does not recover
         self._show(row)
 
     def _show(self, row: Row) -> None:
         if self.dashboard:
             self.dashboard.show(row)
         if "knn" in row:
-            self.say(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}")
+            self.print(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}")
         elif not self.dashboard:
             pretext = f"pretext {row['pretext_top1']:.3f}  " if "pretext_top1" in row else ""
             status = f"loss {row['loss']:.3f}  {pretext}{row['images_per_second']:,.0f} img/s"
             left = (self.total - row["step"]) * row["images"] / row["step"] / row["images_per_second"]
-            self.say(f"step {row['step']:,}/{self.total:,}  epoch {row['epoch']:.2f}  {status}  left {_clock(left)}")
+            self.print(f"step {row['step']:,}/{self.total:,}  epoch {row['epoch']:.2f}  {status}  left {_clock(left)}")
 
 
 def _clock(seconds: float) -> str:

@@ -15,7 +15,7 @@ from torch.profiler import profile, record_function, schedule
 STRAGGLES = 0.1  # of a step's time that a rank is behind the median one
 
 
-class Spread(NamedTuple):
+class PhaseTimes(NamedTuple):
     """Seconds a step of one phase: mean over ranks, the median rank's, the slowest's, and the latter's number."""
 
     mean: float
@@ -24,8 +24,8 @@ class Spread(NamedTuple):
     rank: int
 
 
-class Phases:
-    """Adds up the time of phases on the device; on a GPU by events, so that nothing waits for it until `take`.
+class PhaseTimer:
+    """Adds up the time of phases on the device; on a GPU by events, so that nothing waits for it until `pop`.
 
     with phases("backward"):
         loss.backward()
@@ -52,7 +52,7 @@ class Phases:
                 yield
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
-    def take(self) -> dict[str, float]:
+    def pop(self) -> dict[str, float]:
         """This rank's seconds of each phase since the last call, in the order in which they first ran."""
         for name, start, end in self.events:
             end.synchronize()
@@ -61,19 +61,19 @@ class Phases:
         return taken
 
 
-def spread(seconds: dict[str, float], steps: int) -> dict[str, Spread]:
+def gather_phase_times(seconds: dict[str, float], steps: int) -> dict[str, PhaseTimes]:
     """What all ranks took for each phase of a step, from each rank's sum over `steps`. Called by all ranks."""
     mine = torch.tensor(list(seconds.values()), dtype=torch.float64) / steps
     ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(ranks, mine)
     by_rank = torch.stack(ranks)
     return {
-        name: Spread(x.mean().item(), x.median().item(), x.max().item(), int(x.argmax()))
+        name: PhaseTimes(x.mean().item(), x.median().item(), x.max().item(), int(x.argmax()))
         for name, x in zip(seconds, by_rank.unbind(1), strict=True)
     }
 
 
-def straggler(phases: dict[str, Spread], hosts: list[str]) -> str | None:
+def find_straggler(phases: dict[str, PhaseTimes], hosts: list[str]) -> str | None:
     """Who holds the others up: the rank that is furthest behind the median, if by a tenth of a step. hosts: by rank.
 
     A rank that waits for a slow one in a collective is late in the collective's phase as all others are, so only
@@ -90,7 +90,7 @@ def straggler(phases: dict[str, Spread], hosts: list[str]) -> str | None:
     )
 
 
-def as_row(phases: dict[str, Spread]) -> dict[str, Any]:
+def phase_metrics(phases: dict[str, PhaseTimes]) -> dict[str, Any]:
     """For a row of metrics: seconds, and the slowest rank's where there are several."""
     return {name: {"seconds": s.mean, "slowest": s.slowest, "rank": s.rank} for name, s in phases.items()}
 
@@ -103,7 +103,7 @@ def host_names() -> list[str]:
 
 
 @contextmanager
-def traced(path: Path, steps: int) -> Iterator[profile | None]:
+def trace_steps(path: Path, steps: int) -> Iterator[profile | None]:
     """Writes a Chrome trace of `steps` steps, from the tenth on, to path; its `step` is to end each. None for 0."""
     if not steps:
         yield None

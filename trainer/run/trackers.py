@@ -1,6 +1,7 @@
-"""Where the rows of the log go beside metrics.jsonl: TensorBoard, Weights & Biases, Prometheus.
+"""Trackers that receive the rows of metrics.jsonl as well: TensorBoard, Weights & Biases and Prometheus.
 
-A monitor never stops a run: what disk or network refuses is an OSError of it, which the recorder tells and goes on.
+A tracker never ends a run. It raises OSError if the disk or the network fails; the metrics logger reports that and
+continues without it.
 """
 
 import re
@@ -10,19 +11,22 @@ from pathlib import Path
 from typing import Protocol
 
 from trainer.config import MonitorSettings
-from trainer.run.directory import read_config, write_atomically
+from trainer.run.directory import read_config
+from trainer.run.files import write_atomically
 
 
-class Monitor(Protocol):
+class Tracker(Protocol):
+    """Receives the numbers of each row."""
+
     def add(self, step: int, values: dict[str, float]) -> None:
-        """Numbers of a row, by dotted name. Raises OSError."""
+        """Record the values of a row, by dotted name. Raises OSError."""
 
     def close(self) -> None:
-        """Raises OSError."""
+        """Write what is still buffered. Raises OSError."""
 
 
 class TensorBoard:
-    """start: later steps of earlier starts are hidden."""
+    """Writes TensorBoard event files, and hides steps after `start` that an earlier process wrote."""
 
     def __init__(self, folder: Path, start: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
@@ -30,46 +34,50 @@ class TensorBoard:
         self.writer = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
 
     def add(self, step: int, values: dict[str, float]) -> None:
+        """See `Tracker`."""
         for name, value in values.items():
             self.writer.add_scalar(name.replace(".", "/"), value, step)
 
     def close(self) -> None:
+        """See `Tracker`."""
         self.writer.close()
 
 
 class WeightsAndBiases:
-    """One run over all starts. Charts are over `step`: rows that a restart repeats are there twice, and agree."""
+    """Logs all starts of a run to one W&B run. Steps that a resumed run repeats appear twice with equal values."""
 
     def __init__(self, folder: Path, project: str) -> None:
         import wandb
 
         (folder / "wandb").mkdir(exist_ok=True)
-        name = folder / "wandb" / "id"
-        if not name.exists():
-            write_atomically(name, uuid.uuid4().hex)
+        id_file = folder / "wandb" / "id"
+        if not id_file.exists():
+            write_atomically(id_file, uuid.uuid4().hex)
         try:
             self.run = wandb.init(
                 project=project,
                 name=folder.name,
-                id=name.read_text(encoding="utf-8"),
+                id=id_file.read_text(encoding="utf-8"),
                 resume="allow",
                 dir=folder,
                 config=read_config(folder).model_dump(mode="json"),
                 settings=wandb.Settings(console="off", silent=True),
             )
-        except wandb.Error as error:  # no network, no key
+        except wandb.Error as error:  # no network or no API key
             raise OSError(" ".join(str(error).split())) from error
         self.run.define_metric("*", step_metric="step")
 
     def add(self, step: int, values: dict[str, float]) -> None:
+        """See `Tracker`."""
         self.run.log({"step": step} | {name.replace(".", "/"): value for name, value in values.items()})
 
     def close(self) -> None:
+        """See `Tracker`."""
         self.run.finish()
 
 
 class Prometheus:
-    """Gauges `adco_loss{run="…"}` and so on, in Prometheus' text format. A scraper never sees half a file."""
+    """Writes gauges such as `adco_loss{run="…"}` to a text file for node_exporter, replacing it atomically."""
 
     def __init__(self, path: Path, run: str) -> None:
         from prometheus_client import CollectorRegistry, Gauge
@@ -78,6 +86,7 @@ class Prometheus:
         self.gauges: dict[str, Gauge] = {}
 
     def add(self, step: int, values: dict[str, float]) -> None:
+        """See `Tracker`."""
         from prometheus_client import Gauge, write_to_textfile
 
         for name, value in ({"step": step} | values).items():
@@ -88,16 +97,16 @@ class Prometheus:
         write_to_textfile(str(self.path), self.registry)
 
     def close(self) -> None:
-        """The last values stay, for those who look later."""
+        """Keep the file: the last values stay readable after the run."""
 
 
-def openers(settings: MonitorSettings, folder: Path, start: int) -> dict[str, Callable[[], Monitor]]:
-    """What the settings ask for, by name, each to be opened. Opening raises OSError."""
-    found: dict[str, Callable[[], Monitor]] = {}
+def tracker_factories(settings: MonitorSettings, folder: Path, start: int) -> dict[str, Callable[[], Tracker]]:
+    """Return a constructor for each tracker that the settings enable, by display name. Constructors raise OSError."""
+    factories: dict[str, Callable[[], Tracker]] = {}
     if settings.tensorboard:
-        found["TensorBoard"] = lambda: TensorBoard(folder, start)
+        factories["TensorBoard"] = lambda: TensorBoard(folder, start)
     if project := settings.wandb:
-        found["Weights & Biases"] = lambda: WeightsAndBiases(folder, project)
+        factories["Weights & Biases"] = lambda: WeightsAndBiases(folder, project)
     if path := settings.prometheus:
-        found["Prometheus"] = lambda: Prometheus(Path(path), str(folder))
-    return found
+        factories["Prometheus"] = lambda: Prometheus(Path(path), str(folder))
+    return factories

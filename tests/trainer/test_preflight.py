@@ -13,24 +13,26 @@ import torch.distributed as dist
 
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.config import dump
-from trainer.ops.preflight import Fault, Node, _Exchange, _problems, _unreachable, judge
+from trainer.ops.preflight import Fault, NodeReport, _Exchange, _problems, _unreachable, find_faults
 
 ROOT = Path(__file__).parents[2]
 
 
-def node(name: str, **changes: Any) -> Node:
-    fit = Node(name, {"Python": "3.11.7", "package timm": "1.0.31"}, [], 0.0, 100.0, [], {"matmul TFLOP/s": 200.0})
+def node(name: str, **changes: Any) -> NodeReport:
+    fit = NodeReport(
+        name, {"Python": "3.11.7", "package timm": "1.0.31"}, [], 0.0, 100.0, [], {"matmul TFLOP/s": 200.0}
+    )
     return fit._replace(**changes)
 
 
-def nodes(**changes: Any) -> list[Node]:
+def nodes(**changes: Any) -> list[NodeReport]:
     """n1, n2 and n3, of which n2 has these."""
     return [node("n1"), node("n2", **changes), node("n3")]
 
 
 def test_nodes_that_are_alike() -> None:
-    assert judge(nodes()) == []
-    assert judge(nodes(clock=3.0, memory=50.0, speeds={"matmul TFLOP/s": 90.0})) == []
+    assert find_faults(nodes()) == []
+    assert find_faults(nodes(clock=3.0, memory=50.0, speeds={"matmul TFLOP/s": 90.0})) == []
 
 
 @pytest.mark.parametrize(
@@ -47,23 +49,23 @@ def test_nodes_that_are_alike() -> None:
     ],
 )
 def test_the_one_that_is_not_is_named(changes: dict[str, Any], text: str) -> None:
-    assert judge(nodes(**changes)) == [Fault("n2", text)]
+    assert find_faults(nodes(**changes)) == [Fault("n2", text)]
 
 
 def test_one_that_nobody_reaches_is_blamed_and_not_the_others() -> None:
-    faults = judge([node("n1", unreachable=["n2"]), node("n2"), node("n3", unreachable=["n2"])])
+    faults = find_faults([node("n1", unreachable=["n2"]), node("n2"), node("n3", unreachable=["n2"])])
     assert {fault.node for fault in faults} == {"n2", None}
     assert any(fault.text.startswith("2 nodes cannot connect to it; GLOO_SOCKET_IFNAME") for fault in faults)
 
 
 def test_two_that_differ_are_both_shown_and_none_is_blamed() -> None:
-    (fault,) = judge([node("n1"), node("n2", same={"Python": "3.11.7", "package timm": "0.1"})])
+    (fault,) = find_faults([node("n1"), node("n2", same={"Python": "3.11.7", "package timm": "0.1"})])
     assert fault == Fault(None, "package timm 1.0.31 on n1, 0.1 on n2")
 
 
 def test_many_differences_take_one_line() -> None:
     same = {f"package p{i}": "1" for i in range(40)}
-    (fault,) = judge([node("n1", same=same), node("n2", same={}), node("n3", same=same)])
+    (fault,) = find_faults([node("n1", same=same), node("n2", same={}), node("n3", same=same)])
     assert fault.text.endswith("; and 35 more")
 
 

@@ -12,8 +12,8 @@ from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 from tests.trainer.small import small_config
 from trainer.config import MonitorSettings, dump
 from trainer.run.console import curve
-from trainer.run.directory import read_rows
-from trainer.run.metrics import Recorder
+from trainer.run.metrics import MetricsLogger
+from trainer.run.results import read_rows
 
 ROW = {
     "epoch": 1,
@@ -25,9 +25,9 @@ ROW = {
 
 
 def record(folder: Path, start: int, settings: MonitorSettings, *steps: int) -> None:
-    with Recorder(folder, start, 100, settings, active=True) as recorder:
+    with MetricsLogger(folder, start, 100, settings, active=True) as metrics_logger:
         for step in steps:
-            recorder.row({"step": step, **ROW})
+            metrics_logger.log({"step": step, **ROW})
 
 
 def test_prometheus(tmp_path: Path, group: None) -> None:

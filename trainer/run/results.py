@@ -1,0 +1,65 @@
+"""What a run has recorded: the rows of metrics.jsonl and the results of its evaluations."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from trainer.run.files import read_json
+
+log = logging.getLogger(__name__)
+
+Row = dict[str, Any]  # one line of metrics.jsonl
+
+POSITION_KEYS = {"step", "epoch", "images", "seconds"}  # the keys of a row that say when it was written
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Read the rows of a metrics.jsonl; returns [] if the file does not exist.
+
+    A line that is not JSON, because the process was killed while writing it, is skipped with a warning.
+    """
+    rows = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(text))
+        except json.JSONDecodeError:
+            log.warning("%s: skipped a line that is not JSON: %.60s", path, text)
+    return rows
+
+
+def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:
+    """Read the results of a run's finished evaluations, by the names of their directories."""
+    found = {path.parent.name: read_json(path.with_name("results.json")) for path in folder.glob("*/settings.json")}
+    return {name: results for name, results in sorted(found.items()) if results}
+
+
+def group_by_step(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[int, dict[str, Any]]]:
+    """Group evaluations by name and ascending step: `linear-step780` is `linear` at step 780."""
+    grouped: dict[str, dict[int, dict[str, Any]]] = {}
+    for name, results in sorted(evaluations.items(), key=lambda item: item[1].get("step", 0)):
+        step = results.get("step", 0)
+        grouped.setdefault(name.removesuffix(f"-step{step}"), {})[step] = results
+    return grouped
+
+
+def evaluation_rows(rows: list[Row], evaluations: dict[str, dict[str, Any]]) -> list[Row]:
+    """Convert evaluations of several checkpoints to rows like those of metrics.jsonl, for charts.
+
+    Epoch, images and seconds are interpolated from `rows` at the step of the checkpoint. Evaluations of a single
+    checkpoint are not included.
+    """
+    known = [row for row in rows if row.keys() >= POSITION_KEYS]
+    if not known:
+        return []
+    steps = [row["step"] for row in known]
+    converted = []
+    for name, by_step in group_by_step(evaluations).items():
+        if len(by_step) > 1:
+            for step, results in by_step.items():
+                position = {key: float(np.interp(step, steps, [row[key] for row in known])) for key in POSITION_KEYS}
+                accuracy = results["map" if "map" in results else "top1"]
+                converted.append({**position, "step": step, name: accuracy})
+    return converted

@@ -18,7 +18,7 @@ from trainer import distributed
 from trainer.bench.harness import environment, print_table, write_result
 from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, materialised_peak
 from trainer.build import DTYPES
-from trainer.run.phases import Phases
+from trainer.run.phases import PhaseTimer
 
 _FILL_ROWS = 2**18  # random rows made at a time
 
@@ -62,7 +62,7 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
         for chunk in bank.w_KD.split(_FILL_ROWS):
             chunk.copy_(unit(len(chunk)))
         bank.loaded()
-        phases, halves = Phases(rank_info.device), []
+        phases, halves = PhaseTimer(rank_info.device), []
         for step in range(steps):
             q_ND, k_ND = unit(rows).requires_grad_(), unit(rows)
             with phases("score"):
@@ -70,7 +70,7 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
                 result.loss_N.mean().backward()
             with phases("adversary"):
                 stats = bank.step([result.rows(1 / rows)], LR * (1 - momentum) / (1 - MOMENTUM), seed=step)
-            halves.append(phases.take())
+            halves.append(phases.pop())
         values = [float(result.loss_N.detach().mean()), *bank.metrics(stats).values()]
         assert all(map(math.isfinite, values)), values
     tensors = [x for x in (bank.w_KD, bank.v_KD, bank.n_KD) if x is not None]

@@ -22,7 +22,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from trainer.run.directory import write_json
+from trainer.run.files import write_json
 
 WIDTH = 160  # columns of a table that is written to a file instead of a terminal
 

@@ -1,18 +1,16 @@
-"""The DALI backend: decoding and `ViewParams` applied by a DALI pipeline, on a GPU or, without one, on the CPU.
+"""The DALI backend: a DALI pipeline decodes images and applies `ViewParams`, on a GPU or, without one, on the CPU.
 
     step -> Reader (worker processes): samples, encoded bytes, boxes, matrices -> external_source
          -> decode once -> per view: crop and resize, flip, colour matrix, blur, solarize -> uint8 [B, S, S, 3]
 
-Nothing is drawn in DALI: what happens to each view comes from `data.views`, a pure function of the step's number, so
-there is no state to save and nothing depends on the number of workers. The views stay uint8 and channels-last, as the
-CPU backend's: the network's first layer reads them through `data.loader.normalize`, one pass on the GPU over a quarter
-of the bytes that normalised float images would keep in DALI's queues.
+DALI draws no random numbers. `data.views` computes the view parameters as a pure function of the step, so there is no
+state to save, and the number of workers does not matter. Views are uint8 and channels-last, as with the CPU backend:
+`data.normalize` converts them in one pass on the GPU, and DALI's queues hold a quarter of the bytes of float images.
 
-The pictures are those of `data.cpu` but for what its definition leaves to the decoder and to rounding; see
-docs/data-backends.md for how far. On a GPU, JPEGs are decoded by nvJPEG with libjpeg-turbo's chroma upsampling. What
-DALI cannot be trusted to read as the CPU backend does (anything but whole grey or YCbCr JPEGs) is decoded in the
-reader, and so is no business of the pipeline's. If a picture breaks the pipeline all the same, that step's batch is
-made by the CPU backend and the pipeline starts again after it.
+The views equal those of `data.cpu` up to the decoder and rounding; docs/data-backends.md has the differences. On a GPU,
+nvJPEG decodes JPEGs with libjpeg-turbo's chroma upsampling. The reader decodes all images that DALI might decode
+differently from the CPU backend (anything but complete grey or YCbCr JPEGs). If an image still makes the pipeline fail,
+the CPU backend makes the batch of that step, and a new pipeline continues after it.
 """
 
 import io
@@ -31,38 +29,40 @@ from nvidia.dali.data_node import DataNode
 from nvidia.dali.pipeline import Pipeline
 from PIL import ExifTags, Image
 
-from data.loader import Batch, Decoder, Steps, readable
-from data.sources.open import UnreadableImage, decode
+from data.batch import Batch, TrainDataset, load_or_replace
+from data.decode import decode
+from data.settings import DecoderSettings
+from data.sources.base import UnreadableImage
 from data.views import LUMA, ViewParams, crop_boxes
 
 log = logging.getLogger(__name__)
 
-COMMON = ("", "HWC", "", "", "")  # layouts of the outputs of `Reader` that are not of a view
-PER_VIEW = 8  # inputs of `_view` after the picture and the size
+COMMON_LAYOUTS = ("", "HWC", "", "", "")  # of the outputs of `Reader` that do not belong to a view
+PER_VIEW = 8  # inputs of `_view` after the image and the size
 SOLARIZED = [min(value, 255 - value) for value in range(256)]
-MOST_PIXELS = 1 << 27  # of a picture that DALI may decode: 400 MB
-RESTARTS = 10  # in a row, before a failure is taken to be DALI's and not a picture's
+MAX_DALI_PIXELS = 1 << 27  # of an image that DALI decodes: 400 MB
+MAX_FAILURES = 10  # in a row, before an error is attributed to DALI instead of an image
 
 Item = tuple[NDArray[np.uint8], int, int]  # encoded [n] or pixels [H, W, 3]; upright height and width
 
 
 class Reader:
-    """What DALI needs of a batch, by its number since `start`: the callable of the external source.
+    """The callable of the external source: maps the number of a batch, from 0 at step `start`, to DALI's inputs.
 
-    Gives, for each of the B samples: the JPEG (uint8 [n], else one byte), the pixels (uint8 [H, W, 3], else one), which
-    of both (bool), the sample shown (int64), and in the first one's place the unreadable ones as JSON; then for each
-    view what `_view` takes.
+    For each of the B images it returns the JPEG (uint8 [n], or one byte), the pixels (uint8 [H, W, 3], or one), which
+    of the two is valid (bool), the index of the image shown (int64), a note (uint8 [n], JSON about unreadable images in
+    the first, one byte in the others), and for each view the inputs of `_view`.
     """
 
-    def __init__(self, steps: Steps, start: int, stop: int) -> None:
-        self.steps, self.start, self.stop = steps, start, stop
+    def __init__(self, dataset: TrainDataset, start: int, stop: int) -> None:
+        self.dataset, self.start, self.stop = dataset, start, stop
 
     def __call__(self, number: int) -> list[list[NDArray] | NDArray]:
-        """Raises StopIteration at `stop`."""
+        """Return the inputs of a batch; raise StopIteration at step `stop`."""
         step = self.start + number
         if step >= self.stop:
             raise StopIteration
-        samples, params = self.steps.plan(step)
+        samples, params = self.dataset.plan(step)
         items, shown, note = self._read(samples)
         encoded = [data.ndim == 1 for data, _, _ in items]
         none, no_pixels = np.zeros(1, np.uint8), np.zeros((1, 1, 3), np.uint8)
@@ -78,34 +78,35 @@ class Reader:
         ]
 
     def _read(self, samples: NDArray[np.int64]) -> tuple[list[Item], NDArray[np.int64], bytes]:
-        """The samples or what replaces them, which these are, and the note about those that cannot be read.
+        """Return the items, the indices of the images shown, and the note.
 
-        An error goes by the note, too: DALI would give the main process a traceback of it as a text.
+        The note also transports an error, because DALI would turn an exception into the text of a traceback.
         """
-        items, shown, bad, error = [], samples.copy(), [], ""  # type: ignore[var-annotated]
+        items, shown, error = [], samples.copy(), ""
+        unreadable: list[tuple[int, str]] = []
         try:
             for slot, sample in enumerate(samples.tolist()):
-                item, shown[slot] = readable(self._load, len(self.steps.source), sample, bad)
+                item, shown[slot] = load_or_replace(self._load, len(self.dataset.source), sample, unreadable)
                 items.append(item)
         except ValueError as failure:
             error = str(failure)
             items = [(np.zeros((1, 1, 3), np.uint8), 1, 1)] * len(samples)
-        return items, shown, json.dumps([bad, error]).encode()
+        return items, shown, json.dumps([unreadable, error]).encode()
 
     def _load(self, i: int) -> Item:
-        data = self.steps.source.read(i)
+        data = self.dataset.source.read(i)
         if isinstance(data, bytes):
             if size := jpeg_size(data):
                 return np.frombuffer(data, np.uint8), *size
             try:
                 data = decode(data)
             except ValueError as error:
-                raise UnreadableImage(f"{self.steps.source.name(i)}: {error}") from error
+                raise UnreadableImage(f"{self.dataset.source.name(i)}: {error}") from error
         return np.ascontiguousarray(data), data.shape[0], data.shape[1]
 
 
 def _view_inputs(params: ViewParams, boxes: NDArray[np.int64]) -> list[NDArray]:
-    """One array [B, ...] for each input of `_view` after the picture and the size."""
+    """Return one array [B, ...] for each input of `_view` after the image and the size."""
     boxes_B4 = boxes.astype(np.float32)
     offset_B33 = params.color_offset[:, None, None] * np.broadcast_to(LUMA, (3, 3))
     return [
@@ -121,11 +122,10 @@ def _view_inputs(params: ViewParams, boxes: NDArray[np.int64]) -> list[NDArray]:
 
 
 def jpeg_size(data: bytes) -> tuple[int, int] | None:
-    """Upright height and width of a JPEG that DALI reads as the CPU backend does; None for anything else.
+    """Return upright height and width of a JPEG that DALI decodes like the CPU backend; None for any other file.
 
-    That is: grey or YCbCr, not huge, with its end where it should be, and an EXIF orientation, if any, that Pillow can
-    read.
-    Reads the headers only; damage between them is found by the decoder.
+    Such a JPEG is grey or YCbCr and not huge, it ends with the end marker, and Pillow can read its EXIF orientation, if
+    it has one. Only headers are read; the decoder finds damage between them.
     """
     if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
         return None
@@ -133,7 +133,7 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
         height, width, color, _ = simplejpeg.decode_jpeg_header(data)
     except ValueError:
         return None
-    if color not in ("Gray", "YCbCr") or height * width > MOST_PIXELS:
+    if color not in ("Gray", "YCbCr") or height * width > MAX_DALI_PIXELS:
         return None
     if data.find(b"Exif\0\0", 0, 1 << 16) >= 0:
         try:
@@ -142,20 +142,20 @@ def jpeg_size(data: bytes) -> tuple[int, int] | None:
             return None
         if orientation not in range(1, 9):
             return None
-        if orientation >= 5:  # a quarter turn
+        if orientation >= 5:  # rotated by 90 degrees
             height, width = width, height
     return height, width
 
 
 @pipeline_def(enable_conditionals=True)
 def _graph(
-    reader: Reader, sizes: list[int], device: str, decoder: Decoder, workers: int, ahead: int
+    reader: Reader, sizes: list[int], device: str, decoder: DecoderSettings, workers: int, ahead: int
 ) -> tuple[DataNode, ...]:
-    """One uint8 [S, S, 3] for each of `sizes`, the sample's number, and the note about unreadable ones."""
+    """Return per view uint8 [S, S, 3], the index of the image shown, and the note about unreadable images."""
     jpeg, pixels, encoded, shown, note, *inputs = fn.external_source(
         source=reader,
-        num_outputs=len(COMMON) + PER_VIEW * len(sizes),
-        layout=COMMON,
+        num_outputs=len(COMMON_LAYOUTS) + PER_VIEW * len(sizes),
+        layout=COMMON_LAYOUTS,
         parallel=workers > 0,
         prefetch_queue_depth=ahead if workers else None,
     )
@@ -194,11 +194,23 @@ def _view(
     sigma: DataNode,
     solarize: DataNode,
 ) -> DataNode:
-    """A view of `image`, uint8 [size, size, 3], by parameters of `data.views`, all in host memory.
+    """Apply the parameters of one view, which are in host memory.
 
-    start, end: (y, x) of the crop. linear [3, 3] and offset [3, 3]: the colour becomes linear @ rgb + offset @ mean,
-    with the mean colour of the resized crop. The latter is on the GPU, which is why it is not an argument of the
-    transform: those must be in host memory, and the host would wait for it.
+    Args:
+        image: uint8 [H, W, 3].
+        size: Height and width of the view.
+        start: First corner (y, x) of the crop.
+        end: Opposite corner (y, x) of the crop.
+        flip: Whether to flip horizontally.
+        recolored: Whether to apply `linear` and `offset`.
+        linear: [3, 3]; the colour becomes `linear @ rgb + offset @ mean`, with the mean colour of the resized crop.
+        offset: [3, 3], see `linear`. It multiplies the mean in a transform of its own: the mean is on the GPU, and as
+            an argument of the first transform it would have to be in host memory, for which the host would wait.
+        sigma: Standard deviation of the blur in pixels; 0 for no blur.
+        solarize: Whether to solarize.
+
+    Returns:
+        uint8 [size, size, 3].
     """
     view = fn.resize(
         image, size=[size, size], roi_start=start, roi_end=end, interp_type=types.INTERP_LINEAR, antialias=True
@@ -216,47 +228,48 @@ def _view(
     return view
 
 
-def _pipeline(
-    steps: Steps, start: int, stop: int, workers: int, prefetch: int, device: torch.device, decoder: Decoder
-) -> Pipeline:
-    # The fork server for the reason in data.loader. DALI's own documentation names fork and spawn only, but passes the
-    # name on to multiprocessing, whose pickling lets the workers share the index rather than copy it.
+def _pipeline(dataset: TrainDataset, start: int, stop: int, device: torch.device) -> Pipeline:
+    settings, on_gpu = dataset.settings, device.type == "cuda"
+    workers = settings.workers_for(device)
+    # For the fork server's advantages see `data.loader.iterate`. DALI documents fork and spawn only, but passes the
+    # name on to multiprocessing. Its pickling lets the workers share the index instead of copying it.
     multiprocessing.get_context("forkserver").set_forkserver_preload(["data.fork_server", "data.dali"])
     return _graph(
-        Reader(steps, start, stop),
-        [view.size for view in steps.views],
-        "gpu" if device.type == "cuda" else "cpu",
-        decoder,
+        Reader(dataset, start, stop),
+        [view.size for view in settings.views],
+        "gpu" if on_gpu else "cpu",
+        settings.decoder,
         workers,
-        ahead=max(workers, prefetch),
-        batch_size=steps.batch_size // steps.world_size,
+        ahead=max(workers, settings.prefetch),
+        batch_size=settings.batch_size // dataset.world_size,
         num_threads=max(1, workers),
-        device_id=device.index if device.type == "cuda" else None,
-        prefetch_queue_depth=prefetch,
+        device_id=device.index if on_gpu else None,
+        prefetch_queue_depth=settings.prefetch,
         py_num_workers=workers,
         py_start_method="forkserver",
     )
 
 
-def batches(
-    steps: Steps, start: int, stop: int, workers: int, prefetch: int, device: torch.device, decoder: Decoder
-) -> Iterator[Batch]:
-    """The batches of global steps start..stop - 1, their views on `device`, `prefetch` of them made ahead.
+def batches(dataset: TrainDataset, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
+    """Yield the batches of global steps `start` to `stop` - 1, with views on the device.
 
-    `workers` processes read, and as many threads decode. Raises ValueError as `data.loader.train_batches` does, and
-    RuntimeError, DALI's own, if it fails ten steps in a row.
+    `settings.workers` processes read, as many threads decode, and `settings.prefetch` batches are made ahead.
+
+    Raises:
+        ValueError: See `data.loader.train_batches`.
+        RuntimeError: DALI failed ten steps in a row.
     """
     step, failed = start, 0
     while step < stop:
-        pipeline = _pipeline(steps, step, stop, workers, prefetch, device, decoder)
+        pipeline = _pipeline(dataset, step, stop, device)
         pipeline.build()
         while step < stop:
             try:
-                # On torch's stream the GPU waits for DALI's work, and not the host.
+                # With torch's stream, the GPU waits for DALI's work and the host does not.
                 outputs = pipeline.run(torch.cuda.current_stream(device) if device.type == "cuda" else None)
             except RuntimeError as error:
                 failed += 1
-                if failed == RESTARTS:
+                if failed == MAX_FAILURES:
                     raise
                 log.warning("step %d: DALI failed, so the CPU backend makes its batch: %s", step, _reason(error))
                 break
@@ -265,24 +278,24 @@ def batches(
             step += 1
         else:
             return
-        del pipeline  # its worker processes end before others start
-        yield steps[step]
+        del pipeline  # its worker processes must end before those of the next pipeline start
+        yield dataset[step]
         step += 1
 
 
 def _to_batch(outputs: tuple) -> Batch:
-    """Raises ValueError where the reader found nothing readable."""
+    """Wrap the outputs of the graph. Raises ValueError if the reader found no readable image."""
     *views, shown, note = outputs
-    bad, error = json.loads(bytes(note.at(0)))
+    unreadable, error = json.loads(bytes(note.at(0)))
     if error:
         raise ValueError(error)
-    # No copies: DALI keeps the memory until torch lets go of it. It does not know of torch's stream: on a GPU, what is
-    # made of a batch has to be done before the batch is let go (training waits for each step's gradient norm).
+    # Nothing is copied: DALI keeps the memory until torch releases it. DALI does not know torch's stream, so on a GPU
+    # all work on a batch must be done before the batch is released (training waits for each step's gradient norm).
     tensors = [torch.from_dlpack(view.as_tensor()) for view in views]
-    return Batch(tensors, torch.from_numpy(shown.as_array().copy()), [(i, reason) for i, reason in bad])
+    return Batch(tensors, torch.from_numpy(shown.as_array().copy()), [(i, reason) for i, reason in unreadable])
 
 
 def _reason(error: Exception) -> str:
-    """The part of DALI's message that says what happened."""
+    """Return the part of DALI's message that names the cause."""
     text = str(error)
     return " ".join((text.partition("encountered:")[2] or text).partition("Current pipeline")[0].split())

@@ -1,7 +1,7 @@
-"""Imported first by the fork server of data workers: they leave the rank's process group.
+"""Moves the fork server of data workers out of the rank's process group; the server imports this module first.
 
-torchrun and a terminal signal the whole group when training shall stop. The rank then goes on to the end of its step
-and saves, for which it needs its workers; they end when it closes them, or when it is gone.
+To stop training, torchrun and a terminal signal the whole process group. The rank then completes its step and saves,
+for which it needs its workers. They end when the rank closes them or is gone.
 """
 
 import os

@@ -1,7 +1,7 @@
-"""Which samples each step sees: a stateless function of (seed, step), cut by rank.
+"""The order of the images: a stateless function of (seed, step), split among the ranks.
 
-The global batch of a step does not depend on the number of ranks or workers, so resuming is arithmetic. In an epoch
-each sample comes once, but for the remainder that does not fill a batch.
+The global batch of a step does not depend on the number of ranks or workers, so resuming is arithmetic. An epoch shows
+each image once, except for the remainder that does not fill a batch.
 """
 
 from functools import lru_cache
@@ -14,24 +14,25 @@ from data.random import BLOCKS, ORDER, hash_counters
 
 
 class Blocks(NamedTuple):
-    """The order `block`, for storage that hates random reads; without it samples are shuffled globally.
+    """The order `block`, for storage with slow random access; without it images are shuffled globally.
 
-    The epoch is cut into blocks of `size` consecutive samples, the blocks are shuffled, and the samples of each
-    `window` blocks that follow one another are shuffled together. So at any time samples of `window` places are read,
-    and a batch mixes no more than these.
+    An epoch is split into blocks of `size` consecutive images. The blocks are shuffled, and the images of each `window`
+    successive blocks are shuffled together. So images are read from `window` regions at a time, and a batch mixes the
+    images of these regions only.
     """
 
     size: int
     window: int
 
 
-# One entry: every step of an epoch asks for it, and at ImageNet-22k's 14 M samples it is 112 MB in each worker.
+# One entry is enough because all steps of an epoch use it; for the 14 M images of ImageNet-22k it takes 112 MB in each
+# worker.
 @lru_cache(maxsize=1)
 def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The global order of the `n` samples in an epoch: a permutation of range(n), int64 [n], read-only.
+    """Return the global order of an epoch: a permutation of range(n), int64 [n], read-only.
 
-    The samples sorted by a hash of (seed, epoch, sample). Hashes of one epoch are distinct, so the result does not
-    depend on the sorting algorithm.
+    The images are sorted by a hash of (seed, epoch, sample). Hashes within an epoch are distinct, so the result does
+    not depend on the sorting algorithm.
     """
     order = np.argsort(hash_counters(seed, ORDER, epoch, np.arange(n))).astype(np.int64, copy=False)
     order.flags.writeable = False
@@ -40,7 +41,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=1)
 def _shuffled_blocks(n: int, seed: int, epoch: int, blocks: Blocks) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The blocks of an epoch in their order, and the place of each window's first sample, with n at the end."""
+    """Return the shuffled blocks of an epoch, and the position of each window's first image with n at the end."""
     count = -(-n // blocks.size)
     order = np.argsort(hash_counters(seed, BLOCKS, epoch, np.arange(count)))
     sizes = np.minimum(blocks.size, n - order * blocks.size)  # the last block may be short
@@ -48,9 +49,9 @@ def _shuffled_blocks(n: int, seed: int, epoch: int, blocks: Blocks) -> tuple[NDA
     return order, starts
 
 
-@lru_cache(maxsize=2)  # a batch may lie in two
+@lru_cache(maxsize=2)  # a batch may extend over two
 def _window(n: int, seed: int, epoch: int, blocks: Blocks, window: int) -> NDArray[np.int64]:
-    """The samples of a window in their order."""
+    """Return the shuffled images of a window."""
     order, _ = _shuffled_blocks(n, seed, epoch, blocks)
     first = order[window * blocks.window : (window + 1) * blocks.window] * blocks.size
     samples = (first[:, None] + np.arange(blocks.size)).ravel()
@@ -61,7 +62,7 @@ def _window(n: int, seed: int, epoch: int, blocks: Blocks, window: int) -> NDArr
 def samples_between(
     n: int, seed: int, epoch: int, start: int, stop: int, blocks: Blocks | None = None
 ) -> NDArray[np.int64]:
-    """The samples at places `start` to `stop` - 1 of an epoch, int64 [stop - start]."""
+    """Return the images at positions `start` to `stop` - 1 of an epoch over `n` images, int64 [stop - start]."""
     if blocks is None:
         return epoch_order(n, seed, epoch)[start:stop]
     _, starts = _shuffled_blocks(n, seed, epoch, blocks)
@@ -71,27 +72,45 @@ def samples_between(
 
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Full global batches in an epoch; the remainder is dropped (other samples in each epoch).
+    """Return the number of full global batches in an epoch; each epoch drops another remainder.
 
-    Raises ValueError if there is not even one.
+    Raises:
+        ValueError: `n` images do not fill a batch.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     if n < batch_size:
-        raise ValueError(f"{n} samples do not fill one batch of {batch_size}: use a smaller batch_size or more data")
+        raise ValueError(f"{n} images do not fill one batch of {batch_size}: use a smaller batch_size or more data")
     return n // batch_size
+
+
+def check_divides(batch_size: int, world_size: int) -> None:
+    """Raise ValueError if a global batch cannot be split evenly among the ranks."""
+    if batch_size % world_size:
+        raise ValueError(f"batch_size {batch_size} does not divide evenly among {world_size} ranks")
 
 
 def batch_samples(
     n: int, seed: int, step: int, batch_size: int, rank: int, world_size: int, blocks: Blocks | None = None
 ) -> tuple[int, NDArray[np.int64]]:
-    """The epoch of global step `step` and the samples that `rank` of `world` reads there.
+    """Return the epoch of a global step and the images of a rank's local batch.
 
-    `batch_size` is the global one; the samples are int64 [batch_size // world], the rank's contiguous slice.
-    Raises ValueError if `world` does not divide `batch_size`, or `n` < `batch_size`.
+    Args:
+        n: Number of images in the data set.
+        seed: Seed of the order.
+        step: Global step, from 0.
+        batch_size: Size of the global batch.
+        rank: The rank, which gets a contiguous slice of the global batch.
+        world_size: Number of ranks.
+        blocks: Blocks of the order; None for a global one.
+
+    Returns:
+        The epoch, and the images as int64 [batch_size // world_size].
+
+    Raises:
+        ValueError: `world_size` does not divide `batch_size`, or `n` images do not fill a batch.
     """
-    if batch_size % world_size:
-        raise ValueError(f"batch_size {batch_size} does not divide evenly among {world_size} ranks")
+    check_divides(batch_size, world_size)
     assert 0 <= rank < world_size
     assert step >= 0
     epoch, step_in_epoch = divmod(step, steps_per_epoch(n, batch_size))

@@ -1,6 +1,7 @@
-"""Trainer and data workers keep an eye on each other.
+"""Supervision between the training process and its data workers.
 
-A trainer that gets no data says which picture every worker is reading. A worker whose trainer is gone ends.
+While the training process waits for data, a log line names the image that each worker is reading. A worker ends when
+its training process is gone.
 """
 
 import logging
@@ -19,46 +20,47 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PATIENCE = 30.0  # seconds of waiting for a batch before the first line, and between lines
-SLOTS = 4096  # threads of all workers of a rank
-NAMED = 8  # readers named in a line
-ORPHANED = 2.0  # seconds, at most, that a worker outlives its trainer
+PATIENCE = 30.0  # seconds of waiting for a batch before the first log line, and between lines
+SLOTS = 4096  # for the threads of all workers of a rank
+MAX_NAMED = 8  # images named in a log line
+ORPHAN_CHECK = 2.0  # seconds between a worker's checks that its training process exists
 
 
-class Watched(Source):
-    """The same source; which sample each thread of each process is reading, and since when, is in shared memory.
+class WatchedSource(Source):
+    """A source that records in shared memory which image each thread of each process is reading, and since when.
 
-    A process that it is sent to ends when the one that made it is gone: killed, a trainer cannot end its workers,
-    and they would hold memory until somebody finds them. torch's own check is of the parent, which is the fork server.
+    A process that receives a copy ends when the process that created the source is gone. A killed training process
+    cannot end its workers, which would hold memory indefinitely; torch's own check is of the parent, which is the fork
+    server.
     """
 
     def __init__(self, source: Source) -> None:
         self.source = source
         self.classes = source.classes
-        # Thread numbers are unique on a machine and mostly consecutive, so two hardly ever share a slot; if they do,
-        # one of them is not named.
-        self._reading = SharedArray(np.zeros((SLOTS, 2), np.int64))  # sample, and time.monotonic_ns or 0
+        # Thread ids are unique on a machine and mostly consecutive, so two threads hardly ever share a slot; if they
+        # do, the log names one of them.
+        self._reading = SharedArray(np.zeros((SLOTS, 2), np.int64))  # index of the image; time.monotonic_ns() or 0
         self._trainer = os.getpid()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         if os.getpid() != self._trainer:
-            threading.Thread(target=_end_after, args=(self._trainer,), daemon=True).start()
+            threading.Thread(target=_exit_after, args=(self._trainer,), daemon=True).start()
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """int64 [n], indices into `classes`."""
+        """The label of each image, an index into `classes`: int64 [n]."""
         return self.source.labels
 
     def __len__(self) -> int:
         return len(self.source)
 
     def name(self, i: int) -> str:
-        """What to call sample i in messages."""
+        """Return the name of image i for messages."""
         return self.source.name(i)
 
     def read(self, i: int) -> bytes | NDArray[np.uint8]:
-        """Sample i as it is stored. Raises UnreadableImage."""
+        """Return image i as it is stored, and record the read. Raises UnreadableImage."""
         slot = self._reading.array[threading.get_native_id() % SLOTS]
         slot[:] = i, time.monotonic_ns()
         try:
@@ -66,21 +68,21 @@ class Watched(Source):
         finally:
             slot[1] = 0
 
-    def readers(self) -> list[tuple[float, str]]:
-        """Seconds since it began, and name of the sample, of every read that is under way; the longest first."""
+    def active_reads(self) -> list[tuple[float, str]]:
+        """Return duration in seconds and image name of each read in progress, the longest first."""
         reading = self._reading.array.copy()
         now = time.monotonic_ns()
-        since = sorted((now - start, sample) for sample, start in reading[reading[:, 1] > 0].tolist())
-        return [(1e-9 * age, self.name(sample)) for age, sample in reversed(since)]
+        durations = sorted((now - start, sample) for sample, start in reading[reading[:, 1] > 0].tolist())
+        return [(1e-9 * duration, self.name(sample)) for duration, sample in reversed(durations)]
 
     def batches(self, batches: Iterator[T]) -> Iterator[T]:
-        """The same batches. While one is waited for longer than PATIENCE, a log line says what is being read.
+        """Yield the batches, and log what is being read while the next one takes longer than PATIENCE.
 
-        A worker's ValueError is one here too: DataLoader makes its message a traceback.
+        A ValueError of a worker is raised with its own message; DataLoader replaces that by a traceback.
         """
-        waiting: list[float] = []  # since when, if at all
+        waiting: list[float] = []  # the time at which the wait began; empty between waits
         done = threading.Event()
-        threading.Thread(target=self._tell, args=(waiting, done), daemon=True).start()
+        threading.Thread(target=self._log_waits, args=(waiting, done), daemon=True).start()
         try:
             while True:
                 waiting.append(time.monotonic())
@@ -96,27 +98,28 @@ class Watched(Source):
         finally:
             done.set()
 
-    def _tell(self, waiting: list[float], done: threading.Event) -> None:
-        told = 0.0
+    def _log_waits(self, waiting: list[float], done: threading.Event) -> None:
+        logged = 0.0
         while not done.wait(PATIENCE / 10):
             now = time.monotonic()
-            since = next(iter(waiting), now)
-            if now - max(since, told) > PATIENCE:
-                told = now
-                log.warning("waiting for data since %.0f s; %s", now - since, self._described())
+            began = next(iter(waiting), now)
+            if now - max(began, logged) > PATIENCE:
+                logged = now
+                log.warning("waiting for data for %.0f s; %s", now - began, self._describe_reads())
 
-    def _described(self) -> str:
-        readers = [f"{name} (since {seconds:.0f} s)" for seconds, name in self.readers()]
-        if not readers:
-            return "no file is being read: decoding or augmentation is slow, or a worker is gone"
-        more = f" and {len(readers) - NAMED} more" if len(readers) > NAMED else ""
-        return f"being read: {', '.join(readers[:NAMED])}{more}"
+    def _describe_reads(self) -> str:
+        reads = [f"{name} (for {seconds:.0f} s)" for seconds, name in self.active_reads()]
+        if not reads:
+            return "no file is being read: decoding or augmentation is slow, or a worker has died"
+        more = f" and {len(reads) - MAX_NAMED} more" if len(reads) > MAX_NAMED else ""
+        return f"reading {', '.join(reads[:MAX_NAMED])}{more}"
 
 
-def _end_after(process: int) -> None:
+def _exit_after(process: int) -> None:
+    """End this process once another one is gone."""
     while True:
-        time.sleep(ORPHANED)
+        time.sleep(ORPHAN_CHECK)
         try:
-            os.kill(process, 0)  # sends nothing
+            os.kill(process, 0)  # signal 0 only checks that the process exists
         except ProcessLookupError:
             os._exit(1)

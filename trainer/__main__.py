@@ -368,10 +368,13 @@ def data_views(
     samples: Annotated[int, typer.Option(help="Rows", min=1)] = 8,
 ) -> None:
     """Draw what a run would see: the first images of its first epoch, whole and as each of their views."""
+    from data.tools import draw_views
     from trainer.config import load
-    from trainer.report.galleries import draw_views
+    from trainer.distributed import process_group
 
-    draw_views(load(config, overrides), out, samples)
+    settings = load(config, overrides)
+    with process_group(settings.run.device) as rank_info:
+        draw_views(settings.data, settings.run.seed, rank_info.device, out, samples)
     print(out)
 
 

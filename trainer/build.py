@@ -1,8 +1,6 @@
 """From a configuration to the objects that it describes."""
 
-import os
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 import torch
@@ -10,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from data.loader import Batch, default_backend, default_workers, normalize, train_batches
+from data.loader import train_batches
 from data.random import BANK, hash_counters
 from data.sources.open import Source
 from kernels import implementation
@@ -111,28 +109,6 @@ def full_student(method: Method, engine: Engine, config: Config, rank_info: Rank
     return student
 
 
-def data_backend(config: Config, device: torch.device) -> Literal["cpu", "dali"]:
-    """What makes the batches on `device`."""
-    return default_backend(device) if config.data.backend == "auto" else config.data.backend
-
-
-def data_workers(config: Config, device: torch.device) -> int:
-    """How many processes make them, per rank."""
-    if config.data.workers is not None:
-        return config.data.workers
-    return default_workers(device, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-
-
-def make_batches(config: Config, rank_info: RankInfo, train: Source, start: int, stop: int) -> Iterator[Batch]:
-    """This rank's part of the batches of steps start + 1 to stop, see `data.loader.train_batches`."""
-    data, device = config.data, rank_info.device
-    return train_batches(
-        train, list(data.views), data.augment, config.run.seed, data.batch_size, rank_info.rank,
-        rank_info.world_size, start, stop, data_workers(config, device),
-        device, data_backend(config, device), data.prefetch, data.decoder, data.blocks,
-    )  # fmt: skip
-
-
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype:
     """That of run.precision; for auto bfloat16 where the device is made for it. float32 stands for no autocast."""
     auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -184,13 +160,11 @@ def _key_rows(
     # In training mode: before any step BatchNorm's running statistics say nothing. With plain BatchNorm whatever
     # method.bn says: ranks make different numbers of chunks.
     encoder = make_teacher(encoder).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    data, seed = config.data, int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
-    start, stop, workers = chunks.start, chunks.stop, data_workers(config, device)
-    batches = train_batches(
-        source, [data.views[0]], data.augment, seed, size, 0, 1, start, stop, workers, blocks=data.blocks
-    )
-    for batch in batches:
-        yield encoder([normalize(batch.views[0].to(device), torch.float32)])
+    update = {"views": config.data.views[:1], "batch_size": size, "backend": "cpu"}
+    settings = config.data.model_copy(update={**update, "workers": config.data.workers_for(device)})
+    seed = int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
+    for batch in train_batches(source, settings, seed, 0, 1, chunks.start, chunks.stop, torch.device("cpu")):
+        yield encoder(batch.normalized(device))
 
 
 def weights(method: Method) -> dict[str, dict[str, Tensor]]:

@@ -12,9 +12,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from data.loader import Decoder
-from data.order import Blocks
-from data.views import Augment, View
+from data.settings import DataSettings
 from models import acssl, adco, byol, moco, simclr
 
 # Which keys section `method` has is decided by its `name`; a new method's settings are added here.
@@ -49,43 +47,6 @@ class Run(Section):
     max_minutes: float | None = Field(None, gt=0)
     step_timeout: float = Field(600, gt=0)
     long_timeout: float = Field(3600, gt=0)
-
-
-class Data(Section):
-    """train and val: a folder of class/picture.jpg, shards or another kind of `data.sources.open`.
-
-    batch_size: of all ranks.
-
-    order: global, or block for storage that hates random reads (see `data.order.Blocks`). max_unreadable: the share of
-    the images seen that may be unreadable before the run stops; they are taken to be at least 1000.
-    views[0] is the key's view (in the symmetric game views[0] and views[1]), the others are queries.
-    """
-
-    train: str
-    val: str | None = None
-    batch_size: int = Field(256, ge=1)
-    backend: Literal["auto", "cpu", "dali"] = "auto"  # auto: DALI on a GPU, else the plain one (docs/data-backends.md)
-    workers: int | None = Field(None, ge=0)  # processes per rank that make batches; None: by the machine's cores
-    prefetch: int = Field(2, ge=1)  # batches made ahead: by each process, or by DALI
-    decoder: Decoder = Decoder()
-    order: Literal["global", "block"] = "global"
-    block_size: int = Field(1024, ge=1)  # consecutive samples of a block
-    block_window: int = Field(16, ge=1)  # blocks whose samples are shuffled together
-    max_unreadable: float = Field(0.01, ge=0, le=1)
-    views: tuple[View, ...] = (View(size=224), View(size=224))
-    augment: Augment = Augment()
-
-    @field_validator("views")  # min_length would count only the views without errors
-    @classmethod
-    def _at_least_a_pair(cls, views: tuple[View, ...]) -> tuple[View, ...]:
-        if len(views) < 2:
-            raise ValueError("need at least 2 views")
-        return views
-
-    @property
-    def blocks(self) -> Blocks | None:
-        """The order as `data.order` takes it."""
-        return Blocks(self.block_size, self.block_window) if self.order == "block" else None
 
 
 class Model(Section):
@@ -303,7 +264,7 @@ class MonitorSettings(Section):
 
 class Config(Section):
     run: Run
-    data: Data
+    data: DataSettings
     model: Model = Model()
     method: Method = adco.Settings()
     bank: BankSettings = BankSettings()
@@ -326,11 +287,6 @@ class Config(Section):
         data = self.data
         self.method.check(data.batch_size, len(data.views), self.bank.size, self.bank.temperature)
         self.engine.check()
-        if data.blocks and data.block_size * data.block_window < data.batch_size:
-            raise ValueError(
-                f"data.block_window: {data.block_window} blocks of {data.block_size} samples are fewer than "
-                f"data.batch_size, {data.batch_size}: batches would not be mixed"
-            )
         if self.optim.lr_final > self.optim.lr:
             raise ValueError(f"optim.lr_final: {self.optim.lr_final} is above optim.lr, {self.optim.lr}")
         if self.optim.warmup > self.run.epochs:

@@ -17,8 +17,9 @@ from PIL import Image, ImageOps
 from data.decode import decode
 from data.loader import train_batches
 from data.sources.open import open_source
-from data.views import Augment, View
+from data.views import View
 from tests.data.pictures import photograph
+from tests.data.settings import CPU, data_settings
 
 PICTURE = photograph(30, 50)
 RGB = Image.fromarray(PICTURE)
@@ -146,10 +147,11 @@ def test_all_of_them_in_an_epoch(tmp_path: Path, backend: Literal["cpu", "dali"]
         (tmp_path / "c" / name).write_bytes(data)
     source = open_source(tmp_path)
     count = len(AS_PILLOW) + len(REFUSED)
-    views = [View(size=32), View(size=16, scale=(0.05, 0.14))]
-    (batch,) = train_batches(source, views, Augment(), 0, count, 0, 1, 0, 1, workers, backend=backend)
+    views = (View(size=32), View(size=16, scale=(0.05, 0.14)))
+    settings = data_settings(views=views, batch_size=count, workers=workers, backend=backend)
+    (batch,) = train_batches(source, settings, 0, 0, 1, 0, 1, CPU)
     assert [v.shape for v in batch.views] == [(count, 32, 32, 3), (count, 16, 16, 3)]
-    assert {source.name(i) for i, _ in batch.bad} == {f"c/{name}" for name in REFUSED}
+    assert {source.name(i) for i, _ in batch.unreadable} == {f"c/{name}" for name in REFUSED}
     assert {source.name(i) for i in batch.samples.tolist()} == {f"c/{name}" for name in AS_PILLOW}
 
 

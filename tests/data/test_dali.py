@@ -12,12 +12,14 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import dali
-from data.loader import Batch, Decoder, Steps, train_batches
+from data.batch import Batch, TrainDataset
+from data.loader import train_batches
 from data.order import batch_samples
 from data.sources.open import ImageFolder, Source, open_source
 from data.views import Augment, View
 from tests.data.photos import FOLDER, jpeg, write_photos
 from tests.data.pictures import photograph, write_folder
+from tests.data.settings import CPU, data_settings
 from tests.data.test_loader import Broken, assert_same, joined
 
 NOTHING = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0, "solarize": 0.0}
@@ -39,21 +41,10 @@ def made(
 ) -> list[Batch]:
     """The batches of a backend. Without worker processes DALI's reader runs in this one."""
     assert backend in ("cpu", "dali")
-    return list(
-        train_batches(
-            source,
-            views,
-            augment,
-            3,
-            batch_size,
-            rank,
-            world_size,
-            start,
-            stop,
-            workers,
-            backend=backend,  # type: ignore[arg-type]
-        )
+    settings = data_settings(
+        views=tuple(views), augment=augment, batch_size=batch_size, workers=workers, backend=backend
     )
+    return list(train_batches(source, settings, 3, rank, world_size, start, stop, CPU))
 
 
 def distances(
@@ -66,7 +57,7 @@ def distances(
     found = []
     for ours, theirs in pairs:
         assert ours.samples.tolist() == theirs.samples.tolist()
-        assert ours.bad == theirs.bad == []
+        assert ours.unreadable == theirs.unreadable == []
         for a, b in zip(ours.views, theirs.views, strict=True):
             assert a.dtype == torch.uint8
             assert a.shape == b.shape
@@ -185,7 +176,8 @@ def test_ranks_together_make_the_same_global_batch(small: Source) -> None:
 
 def test_batches_stay_as_they_are(small: Source) -> None:
     # They share memory with DALI.
-    batches: Iterator[Batch] = train_batches(small, [View(size=16)], Augment(), 3, 8, 0, 1, 0, 9, 0, backend="dali")
+    settings = data_settings(views=(View(size=16),), batch_size=8, backend="dali")
+    batches: Iterator[Batch] = train_batches(small, settings, 3, 0, 1, 0, 9, CPU)
     first = next(batches)
     before = first.views[0].clone()
     later = list(batches)
@@ -228,11 +220,11 @@ def test_odd_files_are_as_with_the_cpu_backend(tmp_path: Path, caplog: pytest.Lo
     ours, theirs = (made(source, views, augment, b, stop=4, batch_size=12) for b in ("dali", "cpu"))
     for a, b in zip(ours, theirs, strict=True):
         assert a.samples.tolist() == b.samples.tolist()
-        assert a.bad == b.bad
+        assert a.unreadable == b.unreadable
         # A thin picture is nearly all edge, and of the one with zeros the decoders make different things.
         odd = {source.name(i) for i in a.samples[(a.views[0].float() - b.views[0].float()).abs().mean((1, 2, 3)) > 2]}
         assert odd <= {"c/zeros.jpg"}
-    assert {source.name(i) for i, _ in ours[0].bad} >= {"c/cut.jpg", "c/empty.jpg", "c/text.jpg"}
+    assert {source.name(i) for i, _ in ours[0].unreadable} >= {"c/cut.jpg", "c/empty.jpg", "c/text.jpg"}
 
 
 def test_a_picture_that_breaks_the_pipeline_costs_one_batch(
@@ -251,7 +243,7 @@ def test_a_picture_that_breaks_the_pipeline_costs_one_batch(
     theirs = made(source, views, augment, "cpu", stop=6, batch_size=4)
     for a, b in zip(ours, theirs, strict=True):
         assert a.samples.tolist() == b.samples.tolist()
-        assert a.bad == b.bad
+        assert a.unreadable == b.unreadable
         assert (a.views[0].float() - b.views[0].float()).abs().mean() < 1
 
 
@@ -265,7 +257,7 @@ def test_a_pipeline_that_always_breaks_is_an_error(small: Source, monkeypatch: p
 
 
 def test_nothing_readable() -> None:
-    with pytest.raises(ValueError, match="5 samples in a row cannot be read"):
+    with pytest.raises(ValueError, match="5 images in a row cannot be read"):
         made(Broken(5, good=-1), [View(size=8)], Augment(), batch_size=2)
 
 
@@ -281,8 +273,8 @@ def test_jpeg_size() -> None:
 
 def test_the_graph_for_a_gpu_can_be_put_together(small: Source) -> None:
     """Without a GPU it cannot run; but each operation is asked for where it should be, and exists there."""
-    steps = Steps(small, MULTI_CROP, Augment(), 3, 8, 0, 1)
-    pipeline = dali._pipeline(steps, 0, 4, 0, 2, torch.device("cuda", 0), Decoder())
+    dataset = TrainDataset(small, data_settings(views=tuple(MULTI_CROP), batch_size=8), 3, 0, 1)
+    pipeline = dali._pipeline(dataset, 0, 4, torch.device("cuda", 0))
     pipeline._build_graph()
     devices: dict[str, set[str]] = {}
     for op in pipeline._ops:

@@ -5,11 +5,13 @@ from typing import Literal
 import pytest
 import torch
 
-from data.loader import Batch, train_batches
+from data.batch import Batch
+from data.loader import train_batches
 from data.order import Blocks, steps_per_epoch
 from data.sources.open import Source, open_source
-from data.views import Augment, View
+from data.views import View
 from tests.data.pictures import write_folder
+from tests.data.settings import CPU, data_settings
 
 BLOCKS = pytest.mark.parametrize("blocks", [None, Blocks(5, 3)], ids=["global", "block"])
 BACKENDS = pytest.mark.parametrize("backend", ["cpu", "dali"])
@@ -31,23 +33,11 @@ def batches(
     rank: int,
     world_size: int,
 ) -> list[Batch]:
-    views = [View(size=8), View(size=8)]
-    return list(
-        train_batches(
-            source,
-            views,
-            Augment(),
-            SEED,
-            BATCH,
-            rank,
-            world_size,
-            start,
-            stop,
-            workers=0,
-            backend=backend,
-            blocks=blocks,
-        )
-    )
+    settings = data_settings(views=(View(size=8), View(size=8)), batch_size=BATCH, backend=backend)
+    if blocks:
+        update = {"order": "block", "block_size": blocks.size, "block_window": blocks.window}
+        settings = settings.model_copy(update=update)
+    return list(train_batches(source, settings, SEED, rank, world_size, start, stop, CPU))
 
 
 @BACKENDS

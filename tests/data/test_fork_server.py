@@ -7,7 +7,7 @@ from pathlib import Path
 
 PROGRAM = """
 import os, signal, time
-from data.loader import _start
+from data.loader import iterate
 
 class Numbers:
     def __getitem__(self, i):
@@ -15,7 +15,7 @@ class Numbers:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, frame: print("asked"))
-    numbers = _start(Numbers(), range(100), 1, 1, False)
+    numbers = iterate(Numbers(), range(100), 1, 1, False)
     next(numbers)
     os.killpg(os.getpgrp(), signal.SIGTERM)
     time.sleep(0.5)

@@ -8,12 +8,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torchvision.transforms import functional as tvf
 
+from data.batch import Batch, Crops
 from data.cpu import render, render_center
-from data.loader import Batch, Crops, EvalBatch, eval_batches, normalize, train_batches
+from data.loader import eval_batches, train_batches
+from data.normalize import normalize
 from data.order import batch_samples
 from data.sources.open import ImageFolder, Source, UnreadableImage, open_source
 from data.views import Augment, View, draw
 from tests.data.pictures import photograph, write_folder
+from tests.data.settings import CPU, data_settings
 
 VIEWS = [View(size=32), View(size=32), View(size=16, scale=(0.05, 0.14))]
 
@@ -71,14 +74,16 @@ def train(
     seed: int = 3,
     views: list[View] = VIEWS,
 ) -> Iterator[Batch]:
-    return train_batches(source, views, Augment(solarize=0.2), seed, batch_size, rank, world_size, start, stop, workers)
+    augment = Augment(solarize=0.2)
+    settings = data_settings(views=tuple(views), augment=augment, batch_size=batch_size, workers=workers)
+    return train_batches(source, settings, seed, rank, world_size, start, stop, CPU)
 
 
 def assert_same(a: list[Batch], b: list[Batch]) -> None:
     assert len(a) == len(b)
     for x, y in zip(a, b, strict=True):
         assert x.samples.tolist() == y.samples.tolist()
-        assert x.bad == y.bad
+        assert x.unreadable == y.unreadable
         assert len(x.views) == len(y.views)
         assert all(torch.equal(v, w) for v, w in zip(x.views, y.views, strict=True))
 
@@ -86,7 +91,8 @@ def assert_same(a: list[Batch], b: list[Batch]) -> None:
 def joined(parts: tuple[Batch, ...]) -> Batch:
     """The global batch of the local ones."""
     views = [torch.cat(views) for views in zip(*(part.views for part in parts), strict=True)]
-    return Batch(views, torch.cat([part.samples for part in parts]), [bad for part in parts for bad in part.bad])
+    unreadable = [image for part in parts for image in part.unreadable]
+    return Batch(views, torch.cat([part.samples for part in parts]), unreadable)
 
 
 def test_a_batch_is_its_samples_rendered(source: Source) -> None:
@@ -97,7 +103,7 @@ def test_a_batch_is_its_samples_rendered(source: Source) -> None:
         assert epoch == step // 3
         assert batch.samples.dtype == torch.int64
         assert batch.samples.tolist() == samples.tolist()
-        assert batch.bad == []
+        assert batch.unreadable == []
         for v, (pixels, view) in enumerate(zip(batch.views, VIEWS, strict=True)):
             assert pixels.dtype == torch.uint8
             assert pixels.shape == (8, view.size, view.size, 3)
@@ -171,8 +177,8 @@ def test_unreadable_samples_are_replaced_and_listed(damaged: Source) -> None:
             expected_bad += tried[:-1]
             params = draw(3, 0, samples, 0, VIEWS[0], Augment(solarize=0.2))  # the parameters of the slot's own sample
             assert (batch.views[0][i].numpy() == render(damaged.image(shown), params, i, 32)).all()
-        assert [sample for sample, _ in batch.bad] == expected_bad
-        assert all(reason.startswith(damaged.name(sample)) for sample, reason in batch.bad)
+        assert [sample for sample, _ in batch.unreadable] == expected_bad
+        assert all(reason.startswith(damaged.name(sample)) for sample, reason in batch.unreadable)
         seen += expected_bad
     assert sorted(set(seen)) == [0, 5, 6, 23]
 
@@ -181,19 +187,19 @@ def test_more_than_a_hundred_unreadable_in_a_row() -> None:
     seed = next(s for s in range(10_000) if batch_samples(200, s, 0, 1, 0, 1)[1][0] == 0)  # asks for sample 0 first
     (batch,) = train(Broken(200, good=99), stop=1, batch_size=1, seed=seed)
     assert batch.samples.tolist() == [99]
-    assert len(batch.bad) == 99
-    with pytest.raises(ValueError, match=r"100 samples in a row cannot be read, the last is sample 99: broken"):
+    assert len(batch.unreadable) == 99
+    with pytest.raises(ValueError, match=r"100 images in a row cannot be read, the last is sample 99: broken"):
         list(train(Broken(200, good=100), stop=1, batch_size=1, seed=seed))
 
 
 def test_nothing_readable() -> None:
     for workers in (0, 1):
-        with pytest.raises(ValueError, match="5 samples in a row cannot be read"):
+        with pytest.raises(ValueError, match="5 images in a row cannot be read"):
             list(train(Broken(5, good=-1), stop=1, batch_size=2, workers=workers))
 
 
 def test_train_errors_come_at_once(source: Source) -> None:
-    with pytest.raises(ValueError, match="24 samples do not fill one batch of 25"):
+    with pytest.raises(ValueError, match="24 images do not fill one batch of 25"):
         train(source, batch_size=25)
     with pytest.raises(ValueError, match="8 does not divide evenly among 3"):
         train(source, world_size=3)
@@ -202,15 +208,16 @@ def test_train_errors_come_at_once(source: Source) -> None:
 # Evaluation
 
 
-def joined_eval(batches: list[EvalBatch]) -> tuple[Tensor, list[int], list[int]]:
-    pixels, samples, bad = zip(*batches, strict=True)
-    return torch.cat(pixels), torch.cat(samples).tolist(), [sample for chunk in bad for sample, _ in chunk]
+def joined_eval(batches: list[Batch]) -> tuple[Tensor, list[int], list[int]]:
+    batch = joined(tuple(batches))
+    (pixels,) = batch.views
+    return pixels, batch.samples.tolist(), [sample for sample, _ in batch.unreadable]
 
 
 def test_eval_batches(source: Source) -> None:
     asked = np.array([7, 3, 3, 20, 11])
     batches = list(eval_batches(source, asked, 32, batch_size=2, workers=0))
-    assert [len(samples) for _, samples, _ in batches] == [2, 2, 1]
+    assert [len(batch.samples) for batch in batches] == [2, 2, 1]
     pixels, samples, bad = joined_eval(batches)
     assert samples == asked.tolist()
     assert bad == []
@@ -222,10 +229,10 @@ def test_eval_of_the_crops_of_an_epoch(source: Source) -> None:
     """Those that training shows."""
     *_, shown = train(source, stop=4, batch_size=8, seed=5)  # the first batch of the second epoch
     crops = Crops(VIEWS[0], Augment(solarize=0.2), 5, 1)
-    ((pixels, numbers, bad),) = eval_batches(source, shown.samples.numpy(), VIEWS[0].size, 8, 0, crops)
-    assert numbers.tolist() == shown.samples.tolist()
-    assert torch.equal(pixels, shown.views[0])
-    assert not bad
+    (batch,) = eval_batches(source, shown.samples.numpy(), VIEWS[0].size, 8, 0, crops)
+    assert batch.samples.tolist() == shown.samples.tolist()
+    assert torch.equal(batch.views[0], shown.views[0])
+    assert not batch.unreadable
 
 
 def test_eval_leaves_out_unreadable_samples(damaged: Source) -> None:
@@ -235,14 +242,14 @@ def test_eval_leaves_out_unreadable_samples(damaged: Source) -> None:
     assert samples == [i for i in range(24) if i not in bad]
     assert pixels.shape == (20, 16, 16, 3)
     assert all((p.numpy() == render_center(damaged.image(i), 16)).all() for p, i in zip(pixels, samples, strict=True))
-    assert batches[0][2][0][1].startswith(damaged.name(0))
+    assert batches[0].unreadable[0][1].startswith(damaged.name(0))
 
 
 def test_eval_of_nothing_readable(damaged: Source) -> None:
-    ((pixels, samples, bad),) = eval_batches(damaged, np.array([5, 6]), 16, batch_size=2, workers=0)
-    assert pixels.shape == (0, 16, 16, 3)
-    assert samples.shape == (0,)
-    assert len(bad) == 2
+    (batch,) = eval_batches(damaged, np.array([5, 6]), 16, batch_size=2, workers=0)
+    assert batch.views[0].shape == (0, 16, 16, 3)
+    assert batch.samples.shape == (0,)
+    assert len(batch.unreadable) == 2
     assert list(eval_batches(damaged, np.array([], np.int64), 16, batch_size=2, workers=0)) == []
     with pytest.raises(ValueError, match="batch_size is 0"):
         eval_batches(damaged, np.arange(2), 16, batch_size=0, workers=0)
@@ -255,7 +262,7 @@ def test_eval_of_nothing_readable(damaged: Source) -> None:
 def test_normalize(dtype: torch.dtype) -> None:
     images = torch.randint(0, 256, (4, 9, 9, 3), dtype=torch.uint8)
     before = images.clone()
-    out = normalize(images, dtype)
+    out = normalize(images, CPU, dtype)
     assert out.dtype == dtype
     assert out.shape == (4, 3, 9, 9)
     assert out.is_contiguous(memory_format=torch.channels_last)
@@ -266,6 +273,6 @@ def test_normalize(dtype: torch.dtype) -> None:
 
 def test_normalize_known_values() -> None:
     black, white = torch.zeros(1, 1, 1, 3, dtype=torch.uint8), torch.full((1, 1, 1, 3), 255, dtype=torch.uint8)
-    assert normalize(black, torch.float32).flatten().tolist() == pytest.approx([-2.117904, -2.035714, -1.804444])
-    assert normalize(white, torch.float32).flatten().tolist() == pytest.approx([2.248908, 2.428571, 2.64])
-    assert normalize(torch.zeros(0, 8, 8, 3, dtype=torch.uint8), torch.float32).shape == (0, 3, 8, 8)
+    assert normalize(black, CPU).flatten().tolist() == pytest.approx([-2.117904, -2.035714, -1.804444])
+    assert normalize(white, CPU).flatten().tolist() == pytest.approx([2.248908, 2.428571, 2.64])
+    assert normalize(torch.zeros(0, 8, 8, 3, dtype=torch.uint8), CPU).shape == (0, 3, 8, 8)

@@ -75,7 +75,7 @@ def test_steps_per_epoch() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="11 samples do not fill one batch of 12"):
+    with pytest.raises(ValueError, match="11 images do not fill one batch of 12"):
         steps_per_epoch(11, 12)
     with pytest.raises(ValueError, match="batch_size is 0"):
         steps_per_epoch(11, 0)

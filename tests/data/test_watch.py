@@ -16,9 +16,10 @@ import pytest
 from data import watch
 from data.loader import train_batches
 from data.sources.open import ImageFolder, UnreadableImage
-from data.views import Augment, View
-from data.watch import Watched
+from data.views import View
+from data.watch import WatchedSource
 from tests.data.pictures import write_folder
+from tests.data.settings import CPU, data_settings
 
 
 class Slow(ImageFolder):
@@ -45,18 +46,19 @@ def test_the_file_that_a_worker_is_reading_is_named(
 ) -> None:
     monkeypatch.setattr(watch, "PATIENCE", 0.3)
     caplog.set_level(logging.WARNING)
-    batches = train_batches(slow, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 2, workers)
+    settings = data_settings(views=(View(size=16),), batch_size=4, workers=workers)
+    batches = train_batches(slow, settings, 0, 0, 1, 0, 2, CPU)
     assert len(list(batches)) == 2
     named = [line for line in lines(caplog) if "c0/0.png" in line]
     assert named
-    assert re.fullmatch(r"waiting for data since \d+ s; being read: c0/0\.png \(since \d+ s\)", named[-1])
+    assert re.fullmatch(r"waiting for data for \d+ s; reading c0/0\.png \(for \d+ s\)", named[-1])
 
 
 def test_nothing_is_said_while_data_come(
     slow: ImageFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watch, "PATIENCE", 0.3)
-    watched = Watched(slow)
+    watched = WatchedSource(slow)
 
     def steps() -> Iterator[int]:
         for i in range(8):
@@ -80,35 +82,35 @@ def test_slow_augmentation_is_told_apart(
         time.sleep(0.7)
         yield 0
 
-    assert list(Watched(slow).batches(steps())) == [0]
+    assert list(WatchedSource(slow).batches(steps())) == [0]
     assert len(lines(caplog)) in (1, 2, 3)
     assert "no file is being read" in lines(caplog)[0]
 
 
 def test_a_read_that_fails_is_over(slow: ImageFolder) -> None:
-    watched = Watched(slow)
+    watched = WatchedSource(slow)
     (slow.root / slow.name(1)).unlink()
     with pytest.raises(UnreadableImage):
         watched.read(1)
-    assert watched.readers() == []
+    assert watched.active_reads() == []
 
 
 def test_threads_are_told_apart(slow: ImageFolder) -> None:
-    watched = Watched(slow)
+    watched = WatchedSource(slow)
     threads = [threading.Thread(target=watched.read, args=(0,)) for _ in range(3)]
     for thread in threads:
         thread.start()
     time.sleep(0.3)
-    assert [name for _, name in watched.readers()] == ["c0/0.png"] * 3
+    assert [name for _, name in watched.active_reads()] == ["c0/0.png"] * 3
     for thread in threads:
         thread.join()
-    assert watched.readers() == []
+    assert watched.active_reads() == []
 
 
 def test_the_watching_thread_ends(slow: ImageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(watch, "PATIENCE", 0.1)
     before = threading.active_count()
-    whole, left = Watched(slow).batches(iter(range(3))), Watched(slow).batches(iter(range(3)))
+    whole, left = WatchedSource(slow).batches(iter(range(3))), WatchedSource(slow).batches(iter(range(3)))
     assert (list(whole), next(left)) == ([0, 1, 2], 0)
     assert threading.active_count() > before
     del left
@@ -125,9 +127,10 @@ def test_a_workers_refusal_is_one_line(tmp_path: Path) -> None:
     for path in root.rglob("*.png"):
         path.unlink()
     for workers in (0, 1):
-        batches = train_batches(source, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 2, workers)
+        settings = data_settings(views=(View(size=16),), batch_size=4, workers=workers)
+        batches = train_batches(source, settings, 0, 0, 1, 0, 2, CPU)
         with pytest.raises(
-            ValueError, match=r"\A4 samples in a row cannot be read, the last is c0/\d\.png: No such[^\n]*\Z"
+            ValueError, match=r"\A4 images in a row cannot be read, the last is c0/\d\.png: No such[^\n]*\Z"
         ):
             next(batches)
 
@@ -136,12 +139,14 @@ LOADING = """
 import sys, time
 from pathlib import Path
 from data.sources.open import open_source
-from data.loader import CPU, train_batches
-from data.views import Augment, View
+from data.loader import train_batches
+from data.views import View
+from tests.data.settings import CPU, data_settings
 
 if __name__ == "__main__":
     source = open_source(sys.argv[1], Path(sys.argv[1] + ".npz"))
-    batches = train_batches(source, [View(size=16)], Augment(), 0, 4, 0, 1, 0, 1000, 2, CPU, sys.argv[2])
+    settings = data_settings(views=(View(size=16),), batch_size=4, workers=2, backend=sys.argv[2])
+    batches = train_batches(source, settings, 0, 0, 1, 0, 1000, CPU)
     next(batches)
     print("loading", flush=True)
     time.sleep(100)

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from data.cpu import render_center
-from data.loader import normalize
+from data.normalize import normalize
 from data.sources.open import open_source
 from tests.browser import chromium
 from tests.ranks import run_ranks
@@ -63,7 +63,7 @@ def expected(run: Path, pictures: Path) -> tuple[list[str], NDArray[np.float32]]
     names, rows = [], []
     for i in range(len(source)):
         if (name := source.name(i)) != "class-1/003.png":
-            x_BCHW = normalize(torch.from_numpy(render_center(source.image(i), 16)[None]), torch.float32)
+            x_BCHW = normalize(torch.from_numpy(render_center(source.image(i), 16)[None]), torch.device("cpu"))
             with torch.no_grad():
                 rows.append(encoder.backbone.eval()(x_BCHW)[0].numpy())
             names.append(name)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
+from data.loader import train_batches
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import NARROW, evaluate_here, write_run
 from tests.trainer.small import small_config, write_images
@@ -89,12 +90,10 @@ def test_the_published_step(run: Path, images: Path) -> None:
     bias = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=10, momentum=0.9)
     train = verb.open_sources(config.data, run)[0]
-    rank_info = RankInfo(torch.device("cpu"), 0, 1, 1)
-    for step, batch in enumerate(
-        classifier.make_batches(config.model_copy(update={"data": data}), rank_info, train, 0, 4)
-    ):
+    cpu = torch.device("cpu")
+    for step, batch in enumerate(train_batches(train, data, config.run.seed, 0, 1, 0, 4, cpu)):
         with torch.no_grad():
-            x = encoder.backbone(classifier.normalize(batch.views[0], torch.float32))
+            x = encoder.backbone(*batch.normalized(cpu))
         optimizer.param_groups[0]["lr"] = [10, 10, 5.005, 5.005][step]  # after an epoch, half way from 10 to 0.01
         optimizer.zero_grad()
         F.cross_entropy(x @ weight.T + bias, torch.from_numpy(train.labels)[batch.samples]).backward()

@@ -282,7 +282,7 @@ def test_numbers_of_nodes(text: str, numbers: list[int]) -> None:
             "data.batch_size: 256 does not divide among 3 ranks; --images-per-gpu",
         ),
         (["engine.kind=fsdp", "engine.cpu_offload=true"], "engine.cpu_offload moves memory to the host"),
-        (["--images", "100"], "100 samples do not fill one batch of 256"),
+        (["--images", "100"], "100 images do not fill one batch of 256"),
         (["--calibrate", "/no/such/file.json"], "/no/such/file.json"),
     ],
 )

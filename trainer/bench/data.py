@@ -27,12 +27,13 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from data.loader import MEAN, STD, normalize, train_batches
+from data.loader import train_batches
+from data.normalize import MEAN, STD, normalize
 from data.order import batch_samples
 from data.sources.open import Source
 from data.views import Augment, View
 from trainer import distributed
-from trainer.build import data_backend, data_workers, fill_bank
+from trainer.build import autocast_dtype, build_engine, build_method, fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.run.metrics import set_up_logging
@@ -68,7 +69,7 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
         source = open_training(config, folder)
         views = sum(view.size**2 for view in config.data.views)
         batch_size = min(config.data.batch_size, max(16, PIXELS // views), len(source))
-        workers = workers or max(PIL_WORKERS, data_workers(config, rank_info.device))
+        workers = workers or max(PIL_WORKERS, config.data.workers_for(rank_info.device))
         _read_ahead(source)
         speeds: dict[str, list[float]] = {name: [] for name in BACKENDS}
         for _ in range(repeats):
@@ -95,7 +96,7 @@ def run(config: Config, folder: Path, seconds: float, repeats: int, workers: int
             "images_per_second": medians,
             "times_pil": {name: medians[name] / medians["pil"] for name in BACKENDS},
             "milliseconds": costs,
-            "backend": data_backend(config, rank_info.device),
+            "backend": config.data.backend_for(rank_info.device),
             "backbone": config.model.backbone,
             "network_images_per_second": _training_throughput(config, rank_info, source),
             "torch": torch.__version__,
@@ -168,12 +169,9 @@ def _batches(
         for views in loader:
             yield [view.to(rank_info.device, non_blocking=True) for view in views]
         return
-    batches = train_batches(
-        source, list(data.views), data.augment, 0, batch_size, 0, 1, 0, FOREVER,
-        workers, rank_info.device, name, data.prefetch, data.decoder,
-    )  # fmt: skip
-    for batch in batches:
-        yield [normalize(view.to(rank_info.device, non_blocking=True), torch.float32) for view in batch.views]
+    update = {"batch_size": batch_size, "workers": workers, "backend": name, "order": "global"}
+    for batch in train_batches(source, data.model_copy(update=update), 0, 0, 1, 0, FOREVER, rank_info.device):
+        yield batch.normalized(rank_info.device)
 
 
 def _read_ahead(source: Source) -> None:
@@ -233,7 +231,7 @@ def _operations(source: Source, config: Config, rank_info: RankInfo, batch_size:
         levels.append(config.data.augment.model_copy(update=on))
     read = timed(lambda: [source.read(i) for i in samples])
     black = [torch.zeros(batch_size, v.size, v.size, 3, dtype=torch.uint8, device=rank_info.device) for v in views]
-    normalised = timed(lambda: [normalize(x, torch.float32) for x in black])
+    normalised = timed(lambda: [normalize(x, rank_info.device) for x in black])
     costs: dict[str, Costs] = {}
     for name in BACKENDS:
         if name == "pil":
@@ -245,10 +243,9 @@ def _operations(source: Source, config: Config, rank_info: RankInfo, batch_size:
         else:
             normalised_here, decoded, made = normalised, timed(lambda: [source.image(i) for i in samples]), []
             for level in levels:
-                batches = train_batches(
-                    source, list(views), level, 0, batch_size, 0, 1, 0, FOREVER, 0, rank_info.device, name,
-                    config.data.prefetch, config.data.decoder,
-                )  # fmt: skip
+                update = {"augment": level, "batch_size": batch_size, "workers": 0, "backend": name, "order": "global"}
+                settings = config.data.model_copy(update=update)
+                batches = train_batches(source, settings, 0, 0, 1, 0, FOREVER, rank_info.device)
                 next(batches)
                 made.append(timed(lambda x=batches: [next(x) for _ in range(2)], 2 * batch_size))  # type: ignore[misc]
             if name == "dali" and rank_info.device.type == "cuda":
@@ -276,12 +273,12 @@ def _training_throughput(config: Config, rank_info: RankInfo, source: Source) ->
     bank = config.bank.model_copy(update={"init": "random"})
     data = config.data.model_copy(update={"batch_size": batch * rank_info.world_size})
     config = config.model_copy(update={"bank": bank, "data": data})
-    train_step = TrainStep(config, rank_info)
-    fill_bank(train_step.method.bank, config, rank_info, source)
+    method = build_method(config, rank_info)
+    fill_bank(method.bank, config, rank_info, source)
+    engine = build_engine(method, config, rank_info)
+    train_step = TrainStep(method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device))
     views = [
-        normalize(
-            torch.randint(0, 256, (batch, v.size, v.size, 3), dtype=torch.uint8, device=rank_info.device), torch.float32
-        )
+        normalize(torch.randint(0, 256, (batch, v.size, v.size, 3), dtype=torch.uint8), rank_info.device)
         for v in config.data.views
     ]
     rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)

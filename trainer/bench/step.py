@@ -12,14 +12,14 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from data.loader import normalize, train_batches
+from data.loader import train_batches
 from data.sources.open import Source
 from trainer import distributed
 from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.run.sources import open_training
-from trainer.train_step import Rates, TrainStep
+from trainer.train_step import Rates, TrainStep, build_train_step
 
 
 def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
     """
     with distributed.process_group(config.run.device) as rank_info:
         train = open_training(config, folder)
-        train_step, bare = (TrainStep(config, rank_info) for _ in range(2))
+        train_step, bare = (build_train_step(config, rank_info) for _ in range(2))
         fill_bank(train_step.method.bank, config, rank_info, train)
         views = make_batch(config, rank_info, train)
         rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
@@ -82,10 +82,9 @@ def report(result: dict[str, Any], out: Path | None) -> None:
 
 def make_batch(config: Config, rank_info: RankInfo, train: Source) -> list[Tensor]:
     """The first batch's views, normalised, on the device."""
-    data = config.data
-    world_size, rank = rank_info.world_size, rank_info.rank
-    batches = train_batches(train, list(data.views), data.augment, 0, data.batch_size, rank, world_size, 0, 1, 0)
-    return [normalize(view.to(rank_info.device), torch.float32) for view in next(batches).views]
+    settings = config.data.model_copy(update={"backend": "cpu", "workers": 0})
+    batches = train_batches(train, settings, 0, rank_info.rank, rank_info.world_size, 0, 1, torch.device("cpu"))
+    return next(batches).normalized(rank_info.device)
 
 
 def timed(action: Callable[[], object], device: torch.device) -> float:

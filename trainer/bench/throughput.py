@@ -20,10 +20,11 @@ from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
-from data.loader import Batch, normalize
+from data.batch import Batch
+from data.loader import train_batches
 from data.sources.open import Source
 from trainer import distributed
-from trainer.build import autocast_dtype, data_backend, data_workers, fill_bank, make_batches
+from trainer.build import autocast_dtype, fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.plan.flops import peak, step_flops
@@ -31,7 +32,7 @@ from trainer.run.files import read_json, write_json
 from trainer.run.metrics import peak_memory, set_up_logging
 from trainer.run.phases import PhaseTimer, find_straggler, gather_phase_times, host_names, phase_metrics
 from trainer.run.sources import open_training
-from trainer.train_step import Rates, TrainStep
+from trainer.train_step import Rates, TrainStep, build_train_step
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[
             shared = folders[0] if os.path.isdir(folders[0]) else folder
             train = open_training(config, Path(shared))
         hosts = host_names()
-        train_step = None if set(modes) == {"data"} else TrainStep(config, rank_info)
+        train_step = None if set(modes) == {"data"} else build_train_step(config, rank_info)
         if train_step:
             fill_bank(train_step.method.bank, _random(config), rank_info, range(1 << 30))  # type: ignore[arg-type]
         results = {mode: _measure(config, rank_info, mode, train_step, train, hosts, steps, warmup) for mode in modes}
@@ -69,7 +70,7 @@ def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[
             "placement": config.bank.placement,
             "engine": config.engine.kind,
             "precision": str(autocast_dtype(config, rank_info.device)).removeprefix("torch."),
-            "data": f"{data_backend(config, device)}, {data_workers(config, device)} workers a rank",
+            "data": f"{config.data.backend_for(device)}, {config.data.workers_for(device)} workers a rank",
             "ranks": rank_info.world_size,
             "nodes": len(set(hosts)),
             "device": torch.cuda.get_device_name() if cuda else f"CPU, {torch.get_num_threads()} threads",
@@ -103,13 +104,16 @@ def _measure(
         batches: Iterator[Batch] = repeat(_synthetic(config, rank_info))
     else:
         assert train is not None
-        batches = make_batches(config, rank_info, train, 0, warmup + steps + TRACED)
+        seed, stop = config.run.seed, warmup + steps + TRACED
+        batches = train_batches(
+            train, config.data, seed, rank_info.rank, rank_info.world_size, 0, stop, rank_info.device
+        )
 
     def step(number: int) -> None:
         with phases("data"):
             batch = next(batches)
         with phases("normalize"):
-            views = [normalize(view.to(rank_info.device, non_blocking=True), torch.float32) for view in batch.views]
+            views = batch.normalized(rank_info.device)
         if train_step:
             train_step.step(views, number, rates)
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data.loader import Crops, eval_batches, normalize
+from data.batch import Crops
+from data.loader import eval_batches
 from data.sources.open import Source
 from models.encoder import Encoder
-from trainer.build import autocast_dtype, data_workers
+from trainer.build import autocast_dtype
 from trainer.config import Config
 from trainer.distributed import raise_on_all_ranks
 
@@ -46,13 +47,13 @@ def apply(
     size = config.eval.size or config.data.views[0].size
     precision = autocast_dtype(config, device)
     bad: list[tuple[int, str]] = []
-    batches = eval_batches(source, samples, size, config.eval.batch_size, data_workers(config, device), crops)
-    for images, numbers, unreadable in batches:
-        bad += unreadable
-        if len(images):
+    batches = eval_batches(source, samples, size, config.eval.batch_size, config.data.workers_for(device), crops)
+    for batch in batches:
+        bad += batch.unreadable
+        if len(batch.samples):
             with frozen(network), torch.autocast(device.type, precision, enabled=precision != torch.float32):
-                x = function(normalize(images.to(device), torch.float32))
-            yield x.float(), numbers
+                x = function(*batch.normalized(device))
+            yield x.float(), batch.samples
     if bad:
         log.warning("%d of %d images cannot be read and are left out, such as %s", len(bad), len(samples), bad[0][1])
 

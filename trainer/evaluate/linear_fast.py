@@ -23,7 +23,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from data.loader import Crops
+from data.batch import Crops
 from data.order import samples_between, steps_per_epoch
 from data.sources.open import Source
 from data.sources.subset import balanced

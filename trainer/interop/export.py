@@ -26,7 +26,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from data.loader import MEAN, STD
+from data.normalize import MEAN, STD
 from trainer import distributed
 from trainer.config import Config
 from trainer.interop.layouts import from_torchvision_vit, to_detectron2

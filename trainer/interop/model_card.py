@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from data.loader import MEAN, STD
+from data.normalize import MEAN, STD
 from trainer.config import Config
 from trainer.report.run import format_percent, format_seconds, latest
 from trainer.run.directory import IMPORTED

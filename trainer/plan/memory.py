@@ -20,10 +20,10 @@ from torch.profiler import record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
-from data.loader import normalize
+from data.normalize import normalize, normalize_fused
 from kernels.triton.tiles import DIMS, best_splits, tiles
 from models.method import Method
-from trainer.build import build_encoder
+from trainer.build import autocast_dtype, build_encoder, build_engine, build_method
 from trainer.config import Config, EngineSettings, check_world
 from trainer.distributed import RankInfo
 from trainer.engines.base import Engine
@@ -108,8 +108,8 @@ def _count(config: Config, rank_info: RankInfo) -> Counted:
     config = changed(config, {"engine": {"compress": "none"}})
     trace = StepTrace(rank_info.local_world_size)
     with ShapeOnlyMode(_kernels()) as hollow:
-        train_step = TrainStep(config, rank_info)
-        method, engine = train_step.method, train_step.engine
+        method = build_method(config, rank_info)
+        engine = build_engine(method, config, rank_info)
         if gpu:
             _as_on_gpu(method, engine, config)
         if isinstance(engine, DDP) and engine.wrapped is not None:
@@ -124,6 +124,9 @@ def _count(config: Config, rank_info: RankInfo) -> Counted:
                 _first_keys(config)
         if method.queue:
             ledger.tag("bank", [method.queue.n_KD])
+        train_step = TrainStep(
+            method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device)
+        )
         take = engine.step
 
         def step(lr: float) -> float:
@@ -211,7 +214,11 @@ def _batch(config: Config, world_size: int) -> tuple[list[Tensor], list[Tensor]]
     """The images of each view as the loader gives them, and as the network takes them."""
     each, sizes = config.data.batch_size // world_size, [view.size for view in config.data.views]
     images = [torch.empty(each, size, size, 3, dtype=torch.uint8) for size in sizes]
-    return images, [normalize(x, torch.float32, whole=config.run.device != "cpu") for x in images]
+    return images, [_normalize(x, config) for x in images]
+
+
+def _normalize(images: Tensor, config: Config) -> Tensor:
+    return normalize(images, images.device) if config.run.device == "cpu" else normalize_fused(images)
 
 
 @torch.no_grad()
@@ -220,7 +227,7 @@ def _first_keys(config: Config) -> None:
     encoder = build_encoder(config).to(memory_format=torch.channels_last)
     size = config.data.views[0].size
     images = torch.empty(256, size, size, 3, dtype=torch.uint8)
-    encoder([normalize(images, torch.float32, whole=config.run.device != "cpu")])
+    encoder([_normalize(images, config)])
 
 
 def _held(tensors: Iterable[Any]) -> list[Tensor]:

@@ -3,18 +3,15 @@
 import json
 from pathlib import Path
 
-import cv2
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.cpu import render_center
-from data.loader import train_batches
-from data.sources.open import Source, open_source
+from data.sources.open import Source
 from models.method import Method
 from models.negatives.bank import Bank
 from trainer import distributed
-from trainer.build import build_method, data_backend, weights
+from trainer.build import build_method, weights
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.evaluate import knn
@@ -31,31 +28,6 @@ from trainer.run.sources import open_sources
 # Of the report's galleries.
 _QUERIES, _NEGATIVES, _NEIGHBOURS = 8, 12, 8
 _MOST_IMAGES = 10_000  # of the training set that the galleries choose from
-
-
-def draw_views(config: Config, out: Path, samples: int) -> None:
-    """A PNG with a row for each of the first `samples` images of the first epoch: the image, then its views.
-
-    As data.backend makes them. Raises ValueError if `out` exists, or the images cannot be read.
-    """
-    if out.exists():
-        raise ValueError(f"{out} exists: choose another name, nothing is overwritten")
-    data, seed = config.data, config.run.seed
-    source = open_source(data.train)
-    with distributed.process_group(config.run.device) as rank_info:
-        batches = train_batches(
-            source, list(data.views), data.augment, seed, samples, 0, 1, 0, 1, 0, rank_info.device,
-            data_backend(config, rank_info.device), data.prefetch, data.decoder, data.blocks,
-        )  # fmt: skip
-        batch = next(batches)
-        views = [view.cpu().numpy() for view in batch.views]
-    side = max(view.size for view in data.views)
-    whole = np.stack([render_center(source.image(i), side) for i in batch.samples.tolist()])
-    cells = [
-        np.pad(x, ((0, 0), (0, side + 2 - x.shape[1]), (0, side + 2 - x.shape[2]), (0, 0))) for x in (whole, *views)
-    ]
-    picture = np.concatenate(list(np.concatenate(cells, axis=2)))
-    out.write_bytes(cv2.imencode(".png", cv2.cvtColor(picture, cv2.COLOR_RGB2BGR))[1].tobytes())
 
 
 def evaluate_knn(run: Path, overrides: list[str], which: CheckpointChoice) -> None:

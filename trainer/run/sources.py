@@ -5,8 +5,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from data.settings import DataSettings
 from data.sources.open import Source, open_source
-from trainer.config import Config, Data
+from trainer.config import Config
 from trainer.distributed import raise_on_all_ranks
 
 
@@ -29,7 +30,7 @@ def check_batch(config: Config, train: Source) -> None:
         )
 
 
-def open_sources(data: Data, folder: Path) -> tuple[Source, Source | None]:
+def open_sources(data: DataSettings, folder: Path) -> tuple[Source, Source | None]:
     """Open the training images and, if `data.val` is set, the validation images. Collective.
 
     Args:

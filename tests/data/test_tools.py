@@ -12,12 +12,13 @@ import pytest
 from numpy.typing import NDArray
 from typer.testing import CliRunner
 
-from data import tools as dataset
+from data import tools
 from data.cpu import render_center
 from data.loader import train_batches
 from data.sources.open import ImageFolder, Source, open_source
 from data.views import View
 from tests.data.pictures import write_folder
+from tests.data.settings import CPU
 from tests.trainer.small import small_config
 from trainer.__main__ import app
 from trainer.config import dump
@@ -76,7 +77,7 @@ def test_verify(folder: Path, tmp_path: Path) -> None:
 
 
 def test_verify_needs_more_than_a_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "CHUNK", 5)
+    monkeypatch.setattr(tools, "CHUNK", 5)
     folder = write_folder(tmp_path / "data", classes=2, per_class=9)
     (folder / "c1/8.png").write_bytes(b"")
     assert run("verify", folder)[1] == ["c1/8.png: the file is empty", "1 of 18 images cannot be read"]
@@ -146,7 +147,7 @@ def test_shards_in_the_order_of_the_source(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_writing_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, written = dataset._write_shard, []
+    write, written = tools._write_shard, []
 
     def until_the_third(source: Source, samples: NDArray[np.int64], target: Path) -> None:
         written.append(target.name)
@@ -155,17 +156,17 @@ def test_an_interrupted_writing_goes_on(folder: Path, tmp_path: Path, monkeypatc
             raise KeyboardInterrupt
         write(source, samples, target)
 
-    monkeypatch.setattr(dataset, "_write_shard", until_the_third)
+    monkeypatch.setattr(tools, "_write_shard", until_the_third)
     with pytest.raises(KeyboardInterrupt):
-        dataset.write_shards(str(folder), tmp_path / "out", 5, 1, 0)
+        tools.write_shards(str(folder), tmp_path / "out", 5, 1, 0)
     assert not (tmp_path / "out").exists()
     finished = {path.name for path in (tmp_path / "out.partial").glob("shard-*.tar")}
     assert finished >= {"shard-000000.tar", "shard-000001.tar"}
     assert "shard-000002.tar" not in finished
 
     for changed in ({"samples": 6}, {"seed": 1}):
-        with pytest.raises(ValueError, match=r"out\.partial is not a part of this: .*Delete or rename it"):
-            dataset.write_shards(str(folder), tmp_path / "out", **{"samples": 5, "threads": 1, "seed": 0} | changed)
+        with pytest.raises(ValueError, match=r"out\.partial belongs to other work, .*Delete or rename it"):
+            tools.write_shards(str(folder), tmp_path / "out", **{"samples": 5, "threads": 1, "seed": 0} | changed)
 
     again: list[str] = []
 
@@ -173,8 +174,8 @@ def test_an_interrupted_writing_goes_on(folder: Path, tmp_path: Path, monkeypatc
         again.append(target.name)
         write(source, samples, target)
 
-    monkeypatch.setattr(dataset, "_write_shard", noted)
-    dataset.write_shards(str(folder), tmp_path / "out", 5, 2, 0)
+    monkeypatch.setattr(tools, "_write_shard", noted)
+    tools.write_shards(str(folder), tmp_path / "out", 5, 2, 0)
     assert finished.isdisjoint(again)
     assert len(finished) + len(again) == 5
     assert not (tmp_path / "out.partial").exists()
@@ -190,22 +191,22 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
         run("shard", folder, tmp_path / "out")
     (tmp_path / "mine.partial").mkdir()
     (tmp_path / "mine.partial" / "notes.txt").write_text("mine")
-    with pytest.raises(ValueError, match=r"mine\.partial is not a part of this"):
+    with pytest.raises(ValueError, match=r"mine\.partial belongs to other work"):
         run("shard", folder, tmp_path / "mine")
     assert (tmp_path / "mine.partial" / "notes.txt").read_text() == "mine"
     with (
-        dataset._claimed(tmp_path / "used.partial", {}),
+        tools._claimed(tmp_path / "used.partial", {}),
         pytest.raises(ValueError, match="another process is writing there"),
-        dataset._claimed(tmp_path / "used.partial", {}),
+        tools._claimed(tmp_path / "used.partial", {}),
     ):
         pass
 
 
 def test_what_cannot_be_sharded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_batch.bin").write_bytes(bytes(3073))
-    with pytest.raises(ValueError, match="stores pixels, not encoded pictures"):
+    with pytest.raises(ValueError, match="stores pixels, not encoded images"):
         run("shard", tmp_path / "test_batch.bin", tmp_path / "out")
-    with pytest.raises(ValueError, match="only folders of pictures, tar shards and Arrow files have an index"):
+    with pytest.raises(ValueError, match="only folders of images, tar shards and Arrow files have an index"):
         run("index", tmp_path / "test_batch.bin", tmp_path / "x.npz")
     run("index", folder, tmp_path / "x.npz")
     (folder / "c1/3.png").unlink()
@@ -213,7 +214,7 @@ def test_what_cannot_be_sharded(folder: Path, tmp_path: Path, monkeypatch: pytes
         run("shard", tmp_path / "x.npz", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     (folder / "two\nlines").mkdir()
-    with pytest.raises(ValueError, match=r"line's end in their names"):
+    with pytest.raises(ValueError, match=r"class names with line breaks"):
         run("shard", folder, tmp_path / "other")
 
 
@@ -243,7 +244,8 @@ def test_views(folder: Path, tmp_path: Path) -> None:
     assert drawn is not None
     assert drawn.shape == (5 * 26, 3 * 26, 3)
     source = open_source(str(folder))
-    batch = next(train_batches(source, views, config.data.augment, 0, 5, 0, 1, 0, 1, 0))
+    settings = config.data.model_copy(update={"batch_size": 5})
+    batch = next(train_batches(source, settings, 0, 0, 1, 0, 1, CPU))
     for i, sample in enumerate(batch.samples.tolist()):
         row = drawn[26 * i :]
         assert np.array_equal(row[:24, :24], render_center(source.image(sample), 24))

@@ -1,11 +1,10 @@
-"""`bench gpu` and `bench kernels --tune` on the CPU: kernels in the interpreter, a clock in place of the device's.
+"""`bench gpu` and `bench kernels --tune` on the CPU: the kernels run in the interpreter, the clock is replaced.
 
-Run by `test_triton.py`. What is measured is not asserted, only that every line runs and is reported.
+Run by `test_triton.py`. The measured values are not asserted, only that every line runs and is reported.
 """
 
 import functools
 import json
-import time
 from pathlib import Path
 from typing import Any
 
@@ -13,26 +12,21 @@ import pytest
 import torch
 
 from kernels.triton.tiles import Key, Tiles, read_table, tiles
-from trainer.bench import gpu, static
+from trainer.bench import gpu, harness, static
 from trainer.plan import roofline
 
 CPU = torch.device("cpu")
 
 
-class Event:
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
-
-    def record(self) -> None:
-        self.time = time.perf_counter()
-
-    def elapsed_time(self, end: "Event") -> float:
-        return 1e3 * (end.time - self.time)
+def do_bench(action: Any, rep: float, return_mode: str) -> float:
+    assert rep > 0
+    assert return_mode == "median"
+    return 1e3 * harness.seconds(action, CPU)
 
 
 @pytest.fixture(autouse=True)
 def _device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr("triton.testing.do_bench", do_bench)
     for name in ("synchronize", "reset_peak_memory_stats", "empty_cache"):
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1)
@@ -57,7 +51,7 @@ def test_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["impl"] for row in result["steps"][:3]] == ["materialised", "torch.compile", "triton"]
     assert all(row["seconds"] > 0 and row["peak_bytes"] == 2**20 for row in result["steps"])
     assert result["steps"][0]["speedup"] == 1
-    least = roofline.score(roofline.A100, 17, 100, 32, "float16").seconds  # the interpreter is taken for sm_80
+    least = roofline.score(roofline.A100, 17, 100, 32, "float16").seconds  # the interpreter counts as sm_80
     assert result["kernels"][0]["share"] == pytest.approx(least / result["kernels"][0]["seconds"])
     out = tmp_path / "gpu.json"
     assert gpu.report(result, out)
@@ -65,13 +59,13 @@ def test_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "torch.compile" in capsys.readouterr().out
 
 
-def test_wrong_results_and_too_little_memory_are_told(
+def test_wrong_results_and_too_little_memory_are_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: Any) -> None:
+    def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(gpu, "materialised", full)
+    monkeypatch.setattr(gpu, "materialised_step", out_of_memory)
     monkeypatch.setattr(gpu, "_SUMS", 0.0)
     monkeypatch.setattr(roofline, "GPUS", {})
     result = gpu.run(CPU, 32, ("float32",), 1, shapes=((4, 20),), checked=(4, 20))
@@ -93,13 +87,13 @@ def test_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     )
     monkeypatch.setattr("kernels.triton.tiles.TABLE", before := read_table())
     monkeypatch.setattr("kernels.triton.tiles.TABLE_PATH", tmp_path / "tiles.csv")
-    real, before = gpu.measure, dict(before)
+    real, before = gpu.measure_gpu, dict(before)
 
-    def measure(action: Any, device: torch.device, repeats: int) -> tuple[float, int]:
+    def measure(action: Any, repeats: int) -> tuple[float, int]:
         rows = tiles(action.func.__name__.removeprefix("_"), 80, 32, torch.float16).rows
-        return real(action, device, repeats)[1] * float(rows), 0
+        return real(action, repeats)[1] * float(rows), 0
 
-    monkeypatch.setattr(gpu, "measure", measure)
+    monkeypatch.setattr(gpu, "measure_gpu", measure)
     found = gpu.tune(CPU, 1, shape=(17, 100))
     assert [(row["kernel"], row["tried"], row["tile"]) for row in found] == [
         (name, 2, Tiles(16, 64, 4, 2)) for name in ("score", "adversary", "hardest")

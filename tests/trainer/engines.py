@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.trainer.small import VIT, small_config
-from trainer.build import autocast_dtype, build_engine, build_method, fill_bank
+from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines.base import unshard
@@ -55,10 +55,9 @@ def make_rank_info(ranks_per_node: int | None = None) -> RankInfo:
 
 
 def build_train_step(config: Config, rank_info: RankInfo) -> TrainStep:
-    method = build_method(config, rank_info)
-    fill_bank(method.bank, config, rank_info, range(config.data.batch_size))  # type: ignore[arg-type]
-    engine = build_engine(method, config, rank_info)
-    return TrainStep(method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device))
+    train_step = TrainStep(config, rank_info)
+    fill_bank(train_step.method.bank, config, rank_info, range(config.data.batch_size))  # type: ignore[arg-type]
+    return train_step
 
 
 def train(

@@ -32,7 +32,7 @@ def test_chunked_holds_far_less_memory() -> None:
 
 def test_implementations_that_disagree_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chunked, "_LOG2_E", 1.44)
-    with pytest.raises(RuntimeError, match=r"chunked and materialised differ in loss by \d\.\de-0\d of its largest"):
+    with pytest.raises(RuntimeError, match=r"chunked and materialised differ in loss by \d\.\de-0\d of the largest"):
         kernels.run(32, 500, 16, "float32", repeats=1)
 
 

@@ -13,7 +13,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from tests.ranks import run_ranks
 from tests.trainer.engines import make_config, make_rank_info
-from trainer.build import autocast_dtype, build_engine, build_method
 from trainer.config import Config
 from trainer.plan.memory import ENGINES, STEPS, Memory, count
 from trainer.train_step import Rates, TrainStep
@@ -51,13 +50,9 @@ def allocated(config: Config) -> int:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         rank_info = make_rank_info()
-        method = build_method(config, rank_info)
-        assert method.bank
-        method.bank.fill(torch.randn_like(method.bank.w_KD))
-        engine = build_engine(method, config, rank_info)
-        train_step = TrainStep(
-            method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device)
-        )
+        train_step = TrainStep(config, rank_info)
+        assert train_step.method.bank
+        train_step.method.bank.fill(torch.randn_like(train_step.method.bank.w_KD))
         # Where ranks wait for a core, gloo's threads, which are there by now, would drop what they sent only later.
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         for step in range(STEPS):

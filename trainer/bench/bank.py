@@ -1,35 +1,44 @@
-"""One step of the negatives with a bank as large as this machine's memory: time, memory, and what others would need.
+"""One step of the negatives with a bank as large as this machine's memory: time, memory, and what N x K would take.
 
 The step is that of training in one process: `models.negatives.contrast` on random queries and keys, its gradient, and
-the bank's own step. N queries and as many keys, K negatives, D dimensions.
+the bank's update. Shapes: N queries and as many keys, K negatives, D dimensions.
 """
 
-import json
+import math
 import resource
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 
 from models.negatives.bank import Bank, make_mesh
 from models.negatives.contrast import contrast
 from trainer import distributed
+from trainer.bench.harness import environment, print_table, write_result
 from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, materialised_peak
 from trainer.build import DTYPES
+from trainer.run.phases import PhaseTimer
 
-_FILL_ROWS = 2**18  # made at a time
+_FILL_ROWS = 2**18  # random rows made at a time
 
 
 def run(rows: int, negatives: int, dim: int, precision: str, weights: str, velocity: str, steps: int) -> dict[str, Any]:
-    """Fill a bank at random and play `steps` steps against it. Types by name: fp32, fp16, bf16; velocity also none.
+    """Fill a bank with random rows and take some steps.
 
-    seconds: of each step's two halves, score (with its gradient) and adversary. bank_bytes: of its tensors.
-    peak_rss_bytes: the most the process ever held. materialised_bytes: what the formulation that stores N x K tensors
-    would hold: its bank in fp32 and what a step of it allocates, measured at two small K and extended in a line.
+    Args:
+        rows: Number of queries N.
+        negatives: Number of negatives K.
+        dim: Dimensions D.
+        precision: Type of queries, keys and unit rows: fp32, fp16 or bf16.
+        weights: Type of the weights: fp32 or bf16.
+        velocity: Type of the velocity: fp32, bf16 or none.
+        steps: Number of steps.
+
+    Returns:
+        A dictionary: score_seconds and adversary_seconds of each step's two halves (loss with gradient, bank update),
+        bank_bytes of the bank's tensors, peak_rss_bytes of the process, and materialised_bytes, the memory of the
+        formulation that stores N x K tensors: its fp32 bank and the peak of a step, extrapolated from two small K.
     """
     momentum = 0.0 if velocity == "none" else MOMENTUM
     with distributed.process_group("cpu") as rank_info:
@@ -46,24 +55,27 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
             velocity=None if velocity == "none" else DTYPES[velocity],
         )
         generator = torch.Generator().manual_seed(0)
-        for part in bank.w_KD.split(_FILL_ROWS):
-            part.copy_(F.normalize(torch.randn(len(part), dim, generator=generator), dim=1))
+
+        def unit(count: int) -> torch.Tensor:
+            return F.normalize(torch.randn(count, dim, generator=generator), dim=1)
+
+        for chunk in bank.w_KD.split(_FILL_ROWS):
+            chunk.copy_(unit(len(chunk)))
         bank.loaded()
-        halves = []
+        phases, halves = PhaseTimer(rank_info.device), []
         for step in range(steps):
-            q_ND = F.normalize(torch.randn(rows, dim, generator=generator), dim=1).requires_grad_()
-            k_ND = F.normalize(torch.randn(rows, dim, generator=generator), dim=1)
-            began = time.perf_counter()
-            result = contrast(q_ND, k_ND, bank, TEMPERATURE, batch_keys=True)
-            result.loss_N.mean().backward()
-            scored = time.perf_counter()
-            stats = bank.step([result.rows(1 / rows)], LR * (1 - momentum) / (1 - MOMENTUM), seed=step)
-            halves.append((scored - began, time.perf_counter() - scored))
-        losses = [float(result.loss_N.detach().mean()), *bank.metrics(stats).values()]
-        assert all(map(torch.isfinite, map(torch.tensor, losses)))
-    tensors = [t for t in (bank.w_KD, bank.v_KD, bank.n_KD) if t is not None]
+            q_ND, k_ND = unit(rows).requires_grad_(), unit(rows)
+            with phases("score"):
+                result = contrast(q_ND, k_ND, bank, TEMPERATURE, batch_keys=True)
+                result.loss_N.mean().backward()
+            with phases("adversary"):
+                stats = bank.step([result.rows(1 / rows)], LR * (1 - momentum) / (1 - MOMENTUM), seed=step)
+            halves.append(phases.pop())
+        values = [float(result.loss_N.detach().mean()), *bank.metrics(stats).values()]
+        assert all(map(math.isfinite, values)), values
+    tensors = [x for x in (bank.w_KD, bank.v_KD, bank.n_KD) if x is not None]
     small, large = (materialised_peak(rows, k, dim) for k in (8192, 16384))
-    slope = (large - small) / 8192
+    peak = small + (large - small) / 8192 * (negatives - 8192)
     return {
         "N": rows,
         "K": negatives,
@@ -71,26 +83,29 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
         "precision": precision,
         "weights": weights,
         "velocity": velocity,
-        "score_seconds": [score for score, _ in halves],
-        "adversary_seconds": [adversary for _, adversary in halves],
-        "bank_bytes": sum(t.numel() * t.element_size() for t in tensors),
+        "score_seconds": [half["score"] for half in halves],
+        "adversary_seconds": [half["adversary"] for half in halves],
+        "bank_bytes": sum(x.nbytes for x in tensors),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "materialised_bytes": round(small + slope * (negatives - 8192)) + 2 * 4 * negatives * dim,
+        "materialised_bytes": round(peak) + 2 * 4 * negatives * dim,
+        **environment(),
     }
 
 
 def report(result: dict[str, Any], out: Path | None) -> None:
     """Print the result of `run` as a table and write it to `out` as JSON."""
-    table = Table(title=f"{result['K']:,} negatives, {result['N']} queries, D = {result['D']}", box=None)
-    table.add_column("")
-    table.add_column("", justify="right")
-    for half in ("score", "adversary"):
-        table.add_row(half, " ".join(f"{seconds:.2f}" for seconds in result[f"{half}_seconds"]) + " s")
     types = f"weights {result['weights']}, velocity {result['velocity']}, unit rows {result['precision']}"
-    table.add_row(f"bank ({types})", f"{result['bank_bytes'] / 2**30:.2f} GiB")
-    table.add_row("process at its largest", f"{result['peak_rss_bytes'] / 2**30:.2f} GiB")
-    table.add_row("storing N x K tensors would take", f"{result['materialised_bytes'] / 2**30:.2f} GiB")
-    Console().print(table)
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print_table(
+        f"{result['K']:,} negatives, {result['N']} queries, D = {result['D']}",
+        ("", ""),
+        [
+            *(
+                (half, " ".join(f"{x:.2f}" for x in result[f"{half}_seconds"]) + " s")
+                for half in ("score", "adversary")
+            ),
+            (f"bank ({types})", f"{result['bank_bytes'] / 2**30:.2f} GiB"),
+            ("peak memory of the process", f"{result['peak_rss_bytes'] / 2**30:.2f} GiB"),
+            ("storing N x K tensors would take", f"{result['materialised_bytes'] / 2**30:.2f} GiB"),
+        ],
+    )
+    write_result(out, result)

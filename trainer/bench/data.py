@@ -33,7 +33,7 @@ from data.order import batch_samples
 from data.sources.open import Source
 from data.views import Augment, View
 from trainer import distributed
-from trainer.build import autocast_dtype, build_engine, build_method, fill_bank
+from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.run.metrics import set_up_logging
@@ -273,10 +273,8 @@ def _training_throughput(config: Config, rank_info: RankInfo, source: Source) ->
     bank = config.bank.model_copy(update={"init": "random"})
     data = config.data.model_copy(update={"batch_size": batch * rank_info.world_size})
     config = config.model_copy(update={"bank": bank, "data": data})
-    method = build_method(config, rank_info)
-    fill_bank(method.bank, config, rank_info, source)
-    engine = build_engine(method, config, rank_info)
-    train_step = TrainStep(method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device))
+    train_step = TrainStep(config, rank_info)
+    fill_bank(train_step.method.bank, config, rank_info, source)
     views = [
         normalize(torch.randint(0, 256, (batch, v.size, v.size, 3), dtype=torch.uint8), rank_info.device)
         for v in config.data.views

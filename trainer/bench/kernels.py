@@ -1,32 +1,26 @@
-"""Time and memory of the game's arithmetic: `chunked` kernels against the materialised formulation.
+"""Time and peak memory of one step of the negatives on this CPU: the chunked kernels against the published formulation.
 
-One step is what the negatives cost a training step: the contrastive loss of N queries against their
-keys and K negatives, its accuracy, its gradient by the queries, and the update of the bank. The
-materialised formulation is that of AdCo's published code (github.com/maple-research-lab/AdCo):
-autograd through logits of size N x (N + K). In its favour it is asked for nothing else: the published
-step also finds the five likeliest classes and takes a third softmax for a metric.
+A step is what the negatives add to a training step: the contrastive loss of N queries against their keys and K
+negatives, its accuracy, its gradient with respect to the queries, and the update of the bank. The published formulation
+(github.com/maple-research-lab/AdCo) differentiates through logits of size N x (N + K). The published step also computes
+a top-5 accuracy and a third softmax for a metric; both are left out here, in its favour.
 
-N queries and as many keys, K negatives, D dimensions, C = N + K.
+Shapes: N queries and as many keys, K negatives, D dimensions, C = N + K columns.
 """
 
-import functools
-import json
-import platform
-import statistics
-import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-import kernels
+from kernels import AdversaryStats, Score, chunked
+from trainer.bench.harness import cpu_peak_bytes, environment, interleave, medians, print_table, seconds, write_result
 
 TEMPERATURE = 0.12
 ADVERSARY_TEMPERATURE = 0.02
@@ -34,65 +28,80 @@ LR = 3.0
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
 
-# How far apart two implementations may be, as a share of the largest value.
+_CPU = torch.device("cpu")
+# Largest difference of the two implementations, as a share of the largest value.
 _TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
 @dataclass
-class Game:
-    """Everything a step reads and writes; the bank is W and v, unit negatives n are made from W."""
+class NegativesCase:
+    """The inputs and the state of a step: queries, keys, and the bank's weights, velocity (or None) and unit rows."""
 
     q_ND: Tensor
     k_ND: Tensor
     w_KD: Tensor
-    v_KD: Tensor
+    v_KD: Tensor | None
     n_KD: Tensor
 
-    def copy(self) -> "Game":
-        return Game(self.q_ND, self.k_ND, self.w_KD.clone(), self.v_KD.clone(), self.n_KD.clone())
+    def map(self, function: Callable[[Tensor], Tensor]) -> "NegativesCase":
+        """Return a case with the function applied to all tensors."""
+        v_KD = None if self.v_KD is None else function(self.v_KD)
+        return NegativesCase(function(self.q_ND), function(self.k_ND), function(self.w_KD), v_KD, function(self.n_KD))
 
-    def transposed(self) -> "Game":
-        """The bank as [D, K], the layout of the published code; the names keep theirs."""
-        w, v, n = (t.T.contiguous() for t in (self.w_KD, self.v_KD, self.n_KD))
-        return Game(self.q_ND, self.k_ND, w, v, n)
+    def transposed(self) -> "NegativesCase":
+        """Return a case with a copy of the bank as [D, K], the layout of the published code."""
+        bank = self.map(lambda x: x.T.contiguous())
+        return replace(bank, q_ND=self.q_ND, k_ND=self.k_ND)
+
+    def with_dtype(self, dtype: torch.dtype) -> "NegativesCase":
+        """Return a case with queries, keys and unit rows of this type; weights and velocity keep theirs."""
+        return replace(self, q_ND=self.q_ND.to(dtype), k_ND=self.k_ND.to(dtype), n_KD=self.n_KD.to(dtype))
 
 
-class Played(NamedTuple):
-    """What a step returns: loss [], share [] of the queries nearest to their own key, gradient by the queries."""
+class StepResult(NamedTuple):
+    """The loss [], the share [] of queries that are most similar to their own key, the gradient of the queries."""
 
     loss: Tensor
     accuracy: Tensor
     grad_ND: Tensor
 
 
-Step = Callable[[Game], Played]  # steps the game's bank, too
+Step = Callable[[NegativesCase], StepResult]  # updates the bank of the case in place
 
 
 def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[dict[str, Any]]:
-    """Compare the implementations on random unit vectors; one dictionary for each.
+    """Compare the implementations on random unit vectors.
 
-    rows N, negatives K, dim D, dtype `float32` or `float64`. Keys: impl, N, K, D, dtype,
-    seconds_median (of `repeats` steps, the implementations taking turns), peak_bytes (the most that
-    a step holds beyond its inputs, counted at the allocator), speedup (over `materialised`).
-    Raises ValueError for another type and RuntimeError where the implementations disagree.
+    Args:
+        rows: Number of queries N.
+        negatives: Number of negatives K.
+        dim: Dimensions D.
+        dtype: float32 or float64.
+        repeats: Number of timed steps of each implementation.
+
+    Returns:
+        One dictionary for each implementation: impl, N, K, D, dtype, seconds_median, peak_bytes (allocated at a time
+        beyond the inputs), speedup (over `materialised`).
+
+    Raises:
+        ValueError: For another dtype.
+        RuntimeError: If the implementations disagree.
     """
     torch_dtype = getattr(torch, dtype, None)
     if torch_dtype not in _TOLERANCES:
         raise ValueError(f"bench kernels: got dtype {dtype!r}, need float32 or float64")
-    game = random_game(rows, negatives, dim, torch_dtype)
-    steps: dict[str, tuple[Step, Game]] = {
-        "materialised": (materialised, game.transposed()),
-        "chunked": (functools.partial(ours, implementation="chunked"), game),
+    case = random_case(rows, negatives, dim, torch_dtype)
+    sides: dict[str, tuple[Step, NegativesCase]] = {
+        "materialised": (materialised_step, case.transposed()),
+        "chunked": (partial(kernel_step, implementation=chunked), case),
     }
-    _check_agreement(game, _TOLERANCES[torch_dtype])
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name, (step, start) in steps.items():
-            state = start.copy()  # from the same bank each time, outside the clock
-            begin = time.perf_counter()
-            step(state)
-            seconds[name].append(time.perf_counter() - begin)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    _check_agreement(case, _TOLERANCES[torch_dtype])
+
+    def turn(step: Step, start: NegativesCase) -> float:
+        case = start.map(Tensor.clone)  # each turn starts from the same bank
+        return seconds(lambda: step(case), _CPU)
+
+    times = medians(interleave({name: partial(turn, *side) for name, side in sides.items()}, repeats))
     return [
         {
             "impl": name,
@@ -100,86 +109,104 @@ def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[d
             "K": negatives,
             "D": dim,
             "dtype": dtype,
-            "seconds_median": medians[name],
-            "peak_bytes": _peak_bytes(step, start.copy()),
-            "speedup": medians["materialised"] / medians[name],
+            "seconds_median": times[name],
+            "peak_bytes": cpu_peak_bytes(partial(step, start.map(Tensor.clone))),
+            "speedup": times["materialised"] / times[name],
         }
-        for name, (step, start) in steps.items()
+        for name, (step, start) in sides.items()
     ]
 
 
 def materialised_peak(rows: int, negatives: int, dim: int) -> int:
-    """Bytes that a step of the materialised formulation in fp32 holds at once beyond its inputs."""
-    return _peak_bytes(materialised, random_game(rows, negatives, dim, torch.float32).transposed())
+    """Return the bytes that a step of the published formulation in fp32 allocates at a time beyond its inputs."""
+    case = random_case(rows, negatives, dim, torch.float32).transposed()
+    return cpu_peak_bytes(lambda: materialised_step(case))
 
 
 def report(rows: list[dict[str, Any]], out: Path | None) -> None:
-    """Print the rows of `run` as a table, and write them with the machine they hold for to `out` as JSON."""
+    """Print the rows of `run` as a table and write them to `out` as JSON."""
     first = rows[0]
-    title = f"N = {first['N']}, K = {first['K']}, D = {first['D']}, {first['dtype']}"
-    table = Table("implementation", "seconds", "peak memory", "speed-up", "less memory", title=title)
-    most = max(row["peak_bytes"] for row in rows)
-    for row in rows:
-        table.add_row(
-            row["impl"],
-            f"{row['seconds_median']:.4f}",
-            f"{row['peak_bytes'] / 2**20:.1f} MiB",
-            f"{row['speedup']:.2f}x",
-            f"{most / row['peak_bytes']:.1f}x",
-        )
-    Console().print(table)
-    if out is not None:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        machine = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "torch": torch.__version__}
-        out.write_text(json.dumps({"machine": machine, "rows": rows}, indent=2) + "\n")
+    largest = max(row["peak_bytes"] for row in rows)
+    print_table(
+        f"N = {first['N']}, K = {first['K']}, D = {first['D']}, {first['dtype']}",
+        ("implementation", "seconds", "peak memory", "speed-up", "less memory"),
+        [
+            (
+                row["impl"],
+                f"{row['seconds_median']:.4f}",
+                f"{row['peak_bytes'] / 2**20:.1f} MiB",
+                f"{row['speedup']:.2f}x",
+                f"{largest / row['peak_bytes']:.1f}x",
+            )
+            for row in rows
+        ],
+    )
+    write_result(out, {**environment(), "rows": rows})
 
 
-def random_game(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> Game:
-    """Random unit queries, keys near them and a bank at rest, on the CPU."""
+def random_case(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> NegativesCase:
+    """Draw unit queries, keys close to them, and a bank with zero velocity, on the CPU."""
     generator = torch.Generator().manual_seed(0)
 
     def unit(count: int) -> Tensor:
         return F.normalize(torch.randn(count, dim, generator=generator, dtype=dtype), dim=1)
 
     q_ND, w_KD = unit(rows), unit(negatives)
-    k_ND = F.normalize(q_ND + 2.5 * unit(rows), dim=1)  # about as near as the nearest of many negatives
-    return Game(q_ND, k_ND, w_KD, torch.zeros_like(w_KD), w_KD.clone())
+    k_ND = F.normalize(q_ND + 2.5 * unit(rows), dim=1)  # about as similar as the most similar of many negatives
+    return NegativesCase(q_ND, k_ND, w_KD, torch.zeros_like(w_KD), w_KD.clone())
 
 
-def ours(game: Game, implementation: str) -> Played:
-    """The step by an implementation of `kernels`."""
-    q_ND, k_ND = game.q_ND, game.k_ND
-    own_N = torch.arange(len(q_ND), device=q_ND.device)
-    score = kernels.score(q_ND, k_ND, own_N, game.n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE, kernels=implementation)
+def kernel_score(case: NegativesCase, implementation: ModuleType) -> Score:
+    """Call `score` of an implementation (a module of `kernels`) at the published temperatures."""
+    own_N = torch.arange(len(case.q_ND), device=case.q_ND.device)
+    score: Score = implementation.score(case.q_ND, case.k_ND, own_N, case.n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE)
+    return score
+
+
+def kernel_adversary(case: NegativesCase, implementation: ModuleType, coef_N: Tensor, lr: float = LR) -> AdversaryStats:
+    """Call `adversary_step` of an implementation with the published constants."""
+    stats: AdversaryStats = implementation.adversary_step(
+        case.q_ND,
+        coef_N,
+        case.n_KD,
+        case.w_KD,
+        case.v_KD,
+        temperature=ADVERSARY_TEMPERATURE,
+        lr=lr,
+        momentum=MOMENTUM,
+        weight_decay=WEIGHT_DECAY,
+    )
+    return stats
+
+
+def kernel_step(case: NegativesCase, implementation: ModuleType) -> StepResult:
+    """Take the step with the kernels of an implementation."""
+    q_ND, k_ND = case.q_ND, case.k_ND
+    score = kernel_score(case, implementation)
     positive_N = (q_ND.to(score.z_N.dtype) * k_ND).sum(1)
     loss = (score.z_N.log() - positive_N / TEMPERATURE).mean()
     accuracy = (positive_N > score.top_N).double().mean()
     grad_ND = (score.o_ND / score.z_N[:, None] - k_ND) / (TEMPERATURE * len(q_ND))
-    coef_N = 1 / (score.za_N * len(q_ND))
-    kernels.adversary_step(
-        q_ND,
-        coef_N,
-        game.n_KD,
-        game.w_KD,
-        game.v_KD,
-        temperature=ADVERSARY_TEMPERATURE,
-        lr=LR,
-        momentum=MOMENTUM,
-        weight_decay=WEIGHT_DECAY,
-        kernels=implementation,
-    )
-    return Played(loss, accuracy, grad_ND)
+    kernel_adversary(case, implementation, 1 / (score.za_N * len(q_ND)))
+    return StepResult(loss, accuracy, grad_ND)
 
 
-def materialised(game: Game, optimised: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f) -> Played:
-    """The published code's step, operation by operation; its bank is [D, K]. `optimised`: such as torch.compile."""
-    q_ND = game.q_ND.detach().requires_grad_()
-    loss, accuracy, positive_NN, negative_NK, n_DK = optimised(_contrast)(q_ND, game.k_ND, game.w_KD)
+def materialised_step(
+    case: NegativesCase, compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
+) -> StepResult:
+    """Take the step with the operations of the published code, on a bank of shape [D, K].
+
+    Args:
+        case: A case as `NegativesCase.transposed` returns it.
+        compile: Applied to the two functions of the step, for example torch.compile.
+    """
+    q_ND = case.q_ND.detach().requires_grad_()
+    loss, accuracy, positive_NN, negative_NK, n_DK = compile(_contrast)(q_ND, case.k_ND, case.w_KD)
     loss.backward()
     with torch.no_grad():
-        game.w_KD, game.v_KD = optimised(_ascend)(q_ND, positive_NN, negative_NK, n_DK, game.w_KD, game.v_KD)
+        case.w_KD, case.v_KD = compile(_ascend)(q_ND, positive_NN, negative_NK, n_DK, case.w_KD, case.v_KD)
     assert q_ND.grad is not None
-    return Played(loss.detach(), accuracy, q_ND.grad)
+    return StepResult(loss.detach(), accuracy, q_ND.grad)
 
 
 def _contrast(q_ND: Tensor, k_ND: Tensor, w_DK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -206,41 +233,22 @@ def _ascend(
     return w_DK - LR * v_DK, v_DK
 
 
-def _check_agreement(game: Game, tolerance: float) -> None:
-    mine, theirs = game.copy(), game.transposed()
-    got, expected = ours(mine, "chunked"), materialised(theirs)
+def _check_agreement(case: NegativesCase, tolerance: float) -> None:
+    """Raise RuntimeError unless one step of both implementations gives the same result and the same bank."""
+    ours, published = case.map(Tensor.clone), case.transposed()
+    got, expected = kernel_step(ours, chunked), materialised_step(published)
+    assert ours.v_KD is not None
+    assert published.v_KD is not None
     pairs = {
         "loss": (got.loss, expected.loss),
         "accuracy": (got.accuracy, expected.accuracy),
-        "gradient by the queries": (got.grad_ND, expected.grad_ND),
-        "bank": (mine.w_KD, theirs.w_KD.T),
-        "velocity": (mine.v_KD, theirs.v_KD.T),
+        "gradient of the queries": (got.grad_ND, expected.grad_ND),
+        "bank": (ours.w_KD, published.w_KD.T),
+        "velocity": (ours.v_KD, published.v_KD.T),
     }
     for name, (value, other) in pairs.items():
         error = ((value - other).abs().max() / other.abs().max().clamp(min=1e-30)).item()
-        if not error <= tolerance:  # so that NaN is an error, too
+        if not error <= tolerance:  # NaN is an error, too
             raise RuntimeError(
-                f"bench kernels: chunked and materialised differ in {name} by {error:.1e} of its largest"
+                f"bench kernels: chunked and materialised differ in {name} by {error:.1e} of the largest value"
             )
-
-
-def _peak_bytes(step: Step, game: Game) -> int:
-    """The most memory held at once during a step beyond what was held before, as the profiler saw it allocated."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        step(game)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
-        profiler.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    held = peak = 0
-    for event in sorted((event for event in events if event["name"] == "[memory]"), key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
-
-
-def _cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()

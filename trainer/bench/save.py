@@ -18,7 +18,7 @@ from trainer.config import Config
 from trainer.run import checkpoint
 from trainer.run.files import write_json
 from trainer.run.sources import open_training
-from trainer.train_step import Rates, build_train_step
+from trainer.train_step import Rates, TrainStep
 
 
 def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
         names: list[Any] = [temporary]
         dist.broadcast_object_list(names)
         train = open_training(config, Path(temporary))
-        train_step, views = build_train_step(config, rank_info), make_batch(config, rank_info, train)
+        train_step, views = TrainStep(config, rank_info), make_batch(config, rank_info, train)
         fill_bank(train_step.method.bank, config, rank_info, train)
         rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
         saver = checkpoint.Saver(Path(names[0]) / "checkpoints", keep=1)

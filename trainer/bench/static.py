@@ -1,7 +1,7 @@
-"""What the compiler makes of the Triton kernels, without a GPU: registers, spills, shared memory, instructions.
+"""Resources of the compiled Triton kernels, without a GPU: registers, spills, shared memory, instructions.
 
-Every kernel is compiled ahead of time and its binary read with the cuobjdump that comes with Triton. The limits are
-those of NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities".
+Every kernel is compiled ahead of time and its binary is read with the cuobjdump that comes with Triton. The limits are
+those of NVIDIA's CUDA C++ Programming Guide, "Compute Capabilities". A processor here is a streaming multiprocessor.
 """
 
 import csv
@@ -11,34 +11,38 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import triton
-from rich.console import Console
-from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.triton.adversary import adversary_kernel
+from kernels.triton.hardest import hardest_kernel
+from kernels.triton.score import score_kernel
+from kernels.triton.tiles import Tiles, products, tiles
+from trainer.bench.harness import print_table
 
 ARCHITECTURES = (80, 90)
 DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
-WEIGHTS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", None))  # and velocity of the adversary
+WEIGHTS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", None))  # types of weights and velocity
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may use
-SHARED_MEMORY_OF_SMALL = 99 * 1024  # of sm_86, sm_89 and sm_120
+SHARED_MEMORY_OF_SMALL = 99 * 1024  # on sm_86, sm_89 and sm_120
 _SHARED_MEMORY_OF_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
-_RESERVED = 1024  # bytes of it that each program takes besides
-_REGISTERS = 65536  # of a processor, given out 8 to a thread at a time
+_RESERVED = 1024  # bytes of shared memory that each program takes in addition
+_REGISTERS = 65536  # of a processor, allocated 8 at a time to each thread
 _WARPS = 64  # of a processor
 
-# Column of the table: which instructions it counts.
+# Columns of the table: the instructions that each counts.
 INSTRUCTIONS = {
     "HMMA": r"HMMA",
     "HGMMA": r"HGMMA",
-    "WARPGROUP.ARRIVE": r"WARPGROUP\.ARRIVE",  # one for each product, unless ptxas lets each instruction wait
+    "WARPGROUP.ARRIVE": r"WARPGROUP\.ARRIVE",  # one for each product, unless ptxas serialises the instructions
     "MUFU.EX2": r"MUFU\.EX2",
     "LDG.128": r"LDG\..*128",
     "LDG": r"LDG\.(?!.*128)",
@@ -50,9 +54,10 @@ INSTRUCTIONS = {
 
 
 class Job(NamedTuple):
-    """One kernel to compile. architecture: 80 or 90; tile: of `kernels.triton.tiles`, None for that of the table.
+    """One kernel to compile.
 
-    weights, velocity: types, of `adversary`. kept: columns for each query, of `hardest`.
+    architecture: 80 or 90. weights and velocity: types, for `adversary` only. tile: as `kernels.triton.tiles.Tiles`,
+    None for the tile of the table. kept: number of columns kept for each query, for `hardest` only.
     """
 
     kernel: str
@@ -66,7 +71,10 @@ class Job(NamedTuple):
 
 
 def jobs() -> list[Job]:
-    """Every kernel, dimension, type and architecture; for bf16 also banks of low precision; the 16 hardest columns."""
+    """Return all combinations of kernel, dimension, type and architecture.
+
+    `adversary` in bf16 also has jobs with low-precision weights; `hardest` keeps 16 columns.
+    """
     return [
         Job(kernel, architecture, dim, dtype, weights, velocity, kept=kept)
         for architecture in ARCHITECTURES
@@ -82,40 +90,42 @@ def jobs() -> list[Job]:
 
 
 def run(jobs: list[Job], processes: int = 2) -> list[dict[str, Any]]:
-    """Compile the jobs, in processes of their own where the interpreter is off; one dictionary for each.
+    """Compile the jobs in separate processes.
 
-    Keys: those of Job, rows, columns, warps and stages of the tile; registers of a thread; spilled bytes of a thread;
-    shared bytes of a program; programs and warps that fit on a processor at a time and occupancy, the share of the
-    most warps; counts of INSTRUCTIONS and of all instructions in the code; torch, triton: versions.
+    Returns:
+        One dictionary for each job: its fields; rows, columns, warps and stages of the tile; registers and spilled
+        bytes of a thread; shared bytes of a program; programs and warps_per_processor, which fit on a processor at a
+        time; occupancy, the share of the largest possible number of warps; the count of each of INSTRUCTIONS and of all
+        instructions in the code; the versions of torch and triton.
     """
-    with _interpreter_off(), ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    os.environ["TRITON_INTERPRET"] = "0"  # inherited by the processes; the compiler does not run where it is 1
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         return list(pool.map(compile_job, jobs))
 
 
 def report(rows: list[dict[str, Any]], out: Path | None) -> None:
-    """Print the rows of `run` as a table and write them to `out` as CSV."""
+    """Print the rows of `run` as a table for each architecture and write them to `out` as CSV."""
+    counted = list(INSTRUCTIONS)[:-1]  # `LDL and STL` are the spills, which have a column
     for architecture in sorted({row["architecture"] for row in rows}):
-        table = Table(title=f"sm_{architecture}", box=None)
-        table.add_column("kernel")
-        names = ["D", "tile", "registers", "spilled", "shared", "programs", "occupancy", *list(INSTRUCTIONS)[:-1]]
-        for name in names:
-            table.add_column(name, justify="right")
-        for row in rows:
-            if row["architecture"] != architecture:
-                continue
-            form = f" W {row['weights']}, v {row['velocity']}" if row["weights"] else ""
-            table.add_row(
-                f"{row['kernel']} {row['dtype']}{form}".replace("float", ""),
-                str(row["dim"]),
-                f"{row['rows']}x{row['columns']} {row['warps']}w {row['stages']}s",
-                str(row["registers"]),
-                str(row["spilled"]),
-                f"{row['shared'] / 1024:.0f} KiB",
-                str(row["programs"]),
-                f"{row['warps_per_processor']} ({100 * row['occupancy']:.0f} %)",
-                *(str(row[name]) for name in list(INSTRUCTIONS)[:-1]),
-            )
-        Console(width=max(160, Console().width)).print(table)
+        print_table(
+            f"sm_{architecture}",
+            ("kernel", "D", "tile", "registers", "spilled", "shared", "programs", "occupancy", *counted),
+            [
+                (
+                    _label(row),
+                    str(row["dim"]),
+                    f"{row['rows']}x{row['columns']} {row['warps']}w {row['stages']}s",
+                    str(row["registers"]),
+                    str(row["spilled"]),
+                    f"{row['shared'] / 1024:.0f} KiB",
+                    str(row["programs"]),
+                    f"{row['warps_per_processor']} ({100 * row['occupancy']:.0f} %)",
+                    *(str(row[name]) for name in counted),
+                )
+                for row in rows
+                if row["architecture"] == architecture
+            ],
+        )
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w", encoding="utf-8", newline="") as file:
@@ -124,16 +134,17 @@ def report(rows: list[dict[str, Any]], out: Path | None) -> None:
             writer.writerows(rows)
 
 
+def _label(row: dict[str, Any]) -> str:
+    types = f" W {row['weights']}, v {row['velocity']}" if row["weights"] else ""
+    return f"{row['kernel']} {row['dtype']}{types}".replace("float", "")
+
+
 def compile_job(job: Job) -> dict[str, Any]:
-    """One row of `run`, compiled here, where the interpreter must be off.
+    """Compile one job in this process and return its row of `run`.
 
-    For the published temperatures, with own keys, for sizes and addresses that are multiples of 16 and of the tiles.
+    The kernel is specialised as in training: published temperatures, own keys, sizes and addresses that are multiples
+    of 16 and of the tiles.
     """
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
-    from kernels.triton.tiles import Tiles, tiles
-
     tile = Tiles(*job.tile) if job.tile else tiles(job.kernel, job.architecture, job.dim, getattr(torch, job.dtype))
     kernel, types, constants = _arguments(job, tile)
     names = kernel.arg_names
@@ -167,13 +178,8 @@ def compile_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _arguments(job: Job, tile: Any) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """The kernel, types of those arguments that `_type_of` does not know, values of those known to the compiler."""
-    from kernels.triton.adversary import adversary_kernel
-    from kernels.triton.hardest import hardest_kernel
-    from kernels.triton.score import score_kernel
-    from kernels.triton.tiles import products
-
+def _arguments(job: Job, tile: Tiles) -> tuple[Any, dict[str, str], dict[str, Any]]:
+    """Return the kernel, the types of the arguments that `_type_of` does not know, and the compile-time constants."""
     similarity, weighted, precision = products(
         getattr(torch, job.dtype), 0 if job.kernel == "hardest" else job.dim, interpreted=False
     )
@@ -208,13 +214,14 @@ _SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
 def _type_of(argument: str) -> str:
+    """Return Triton's type of an argument by its name."""
     if argument.endswith("_ptr"):
         return "*fp32"
     return "i32" if argument.startswith("num_") or argument in ("tiles_per_split", "seed", "first") else "fp32"
 
 
 def _read(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
-    """Resources by cuobjdump's names (REG, STACK, …), and how often each opcode stands in the code."""
+    """Return the resources under cuobjdump's names (REG, STACK, …) and the number of instructions of each opcode."""
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -232,23 +239,9 @@ def _count(opcodes: Counter[str], pattern: str) -> int:
 
 
 def _programs(architecture: int, warps: int, registers: int, shared: int) -> int:
-    """How many programs a processor holds at a time; 0 where one alone does not fit."""
+    """Return how many programs fit on a processor at a time; 0 if one needs more shared memory than there is."""
     if shared > SHARED_MEMORY[architecture]:
         return 0
-    of_registers = _REGISTERS // (warps * 32 * (-(-registers // 8) * 8))
-    of_memory = _SHARED_MEMORY_OF_PROCESSOR[architecture] // (shared + _RESERVED)
-    return min(of_registers, of_memory, _WARPS // warps, 32)
-
-
-@contextmanager
-def _interpreter_off() -> Iterator[None]:
-    """For processes started inside: Triton decides when it is imported."""
-    before = os.environ.get("TRITON_INTERPRET")
-    os.environ["TRITON_INTERPRET"] = "0"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["TRITON_INTERPRET"]
-        else:
-            os.environ["TRITON_INTERPRET"] = before
+    by_registers = _REGISTERS // (warps * 32 * (-(-registers // 8) * 8))
+    by_memory = _SHARED_MEMORY_OF_PROCESSOR[architecture] // (shared + _RESERVED)
+    return min(by_registers, by_memory, _WARPS // warps, 32)

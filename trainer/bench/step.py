@@ -19,7 +19,7 @@ from trainer.build import fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.run.sources import open_training
-from trainer.train_step import Rates, TrainStep, build_train_step
+from trainer.train_step import Rates, TrainStep
 
 
 def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
@@ -31,7 +31,7 @@ def run(config: Config, folder: Path, repeats: int) -> dict[str, Any]:
     """
     with distributed.process_group(config.run.device) as rank_info:
         train = open_training(config, folder)
-        train_step, bare = (build_train_step(config, rank_info) for _ in range(2))
+        train_step, bare = (TrainStep(config, rank_info) for _ in range(2))
         fill_bank(train_step.method.bank, config, rank_info, train)
         views = make_batch(config, rank_info, train)
         rates = Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)

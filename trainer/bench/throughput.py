@@ -32,7 +32,7 @@ from trainer.run.files import read_json, write_json
 from trainer.run.metrics import peak_memory, set_up_logging
 from trainer.run.phases import PhaseTimer, find_straggler, gather_phase_times, host_names, phase_metrics
 from trainer.run.sources import open_training
-from trainer.train_step import Rates, TrainStep, build_train_step
+from trainer.train_step import Rates, TrainStep
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[
             shared = folders[0] if os.path.isdir(folders[0]) else folder
             train = open_training(config, Path(shared))
         hosts = host_names()
-        train_step = None if set(modes) == {"data"} else build_train_step(config, rank_info)
+        train_step = None if set(modes) == {"data"} else TrainStep(config, rank_info)
         if train_step:
             fill_bank(train_step.method.bank, _random(config), rank_info, range(1 << 30))  # type: ignore[arg-type]
         results = {mode: _measure(config, rank_info, mode, train_step, train, hosts, steps, warmup) for mode in modes}

@@ -46,6 +46,21 @@ class LossScale:
         self.state.copy_(torch.tensor([factor, steps]))
 
 
+class NotFinite(ValueError):
+    """The loss of some ranks, or the gradient, is not finite; nothing was updated."""
+
+    def __init__(self, ranks: list[int], norm: float) -> None:
+        """Describes the failed step.
+
+        Args:
+            ranks: Ranks whose loss is not finite; empty if only the gradient overflowed.
+            norm: Norm of the gradient over all ranks.
+        """
+        where = f"the loss on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}, " if ranks else ""
+        super().__init__(f"not finite: {where}gradient norm {norm}; nothing was updated")
+        self.ranks = ranks
+
+
 class Engine(Protocol):
     """A student that learns and a teacher, if there is one, that follows, spread over the ranks.
 

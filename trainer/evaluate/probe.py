@@ -4,7 +4,6 @@ B images of a rank's batch, D features, C classes.
 """
 
 import math
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,24 +12,27 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from data.batch import Batch
 from data.loader import train_batches
 from data.order import steps_per_epoch
 from data.sources.open import Source
 from data.views import Augment, View
 from models.encoder import Encoder
+from trainer import loop
 from trainer.build import autocast_dtype
-from trainer.config import MonitorSettings
-from trainer.engines.base import LossScale, named_state, set_named_state, squared_norm, update
+from trainer.config import Config, MonitorSettings
+from trainer.distributed import RankInfo
+from trainer.engines.base import LossScale, NotFinite, named_state, set_named_state, squared_norm, update
 from trainer.evaluate.base import Job
 from trainer.evaluate.features import apply
-from trainer.ops.stop import StopHandler, deadline
-from trainer.ops.watchdog import Watchdog
+from trainer.loop import LoopSettings
 from trainer.run import checkpoint
-from trainer.run.metrics import Averages, MetricsLogger, peak_memory
-from trainer.run.unreadable import UnreadableImages
+from trainer.run.phases import PhaseTimer
+from trainer.run.results import Row
 
 MOMENTUM = 0.9  # of SGD, in every protocol
 
@@ -89,103 +91,146 @@ class Score(NamedTuple):
     unreadable: int
 
 
-def fit(
-    network: Classifier,
-    optimizer: torch.optim.Optimizer,
-    train: Source,
-    recipe: Recipe,
-    job: Job,
-    folder: Path,
-) -> float:
-    """Train by cross-entropy on random crops and flips, from the newest checkpoint in `folder`; seconds it took.
+class ClassifierTraining:
+    """The training of a classifier by cross-entropy on random crops and flips, as `trainer.loop.Task`."""
 
-    folder: for what it writes; the file `stop` is looked for in the job's. Each step's batch is the same for any number
-    of ranks. Raises `trainer.ops.stop.Stopped` where it was asked to end early, and ValueError where the gradient is
-    not finite.
+    def __init__(
+        self,
+        network: Classifier,
+        optimizer: torch.optim.Optimizer,
+        labels: NDArray[np.int64],
+        lr: Callable[[int], float],
+        config: Config,
+        rank_info: RankInfo,
+    ) -> None:
+        """Prepares the training of `network`.
+
+        Args:
+            network: The classifier; only its head is trained if it is frozen.
+            optimizer: Over the trained parameters.
+            labels: Class of each training image, int64 [number of images].
+            lr: Learning rate of the step that follows so many others.
+            config: Precision and device.
+            rank_info: This process among all ranks.
+        """
+        self.network, self.optimizer, self.lr, self.rank_info = network, optimizer, lr, rank_info
+        self.device, self.precision = rank_info.device, autocast_dtype(config, rank_info.device)
+        self.trained: nn.Module = network.head if network.frozen else network
+        self.scale = LossScale() if self.precision == torch.float16 and not network.frozen else None
+        self.labels_N = torch.from_numpy(labels).to(self.device)
+        self.phases, self.flops = PhaseTimer(self.device), 0.0
+        self.wrapped: nn.Module = network
+
+    def load(self, path: Path) -> int:
+        """Load a checkpoint and return its step."""
+        state = self.state(0)
+        checkpoint.load(path, state)
+        set_named_state(self.trained, self.optimizer, state)
+        return int(state["step"])
+
+    def start(self) -> None:
+        """Put the network into training mode; with several ranks, average its gradients from now on."""
+        self.network.train()
+        if self.rank_info.world_size > 1:
+            self.wrapped = DistributedDataParallel(
+                self.network,
+                device_ids=[self.device.index] if self.device.type == "cuda" else None,
+                forward_sync_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+
+    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        """See `trainer.loop.Task.step`."""
+        with self.phases("normalize"):
+            (x_BCHW,) = batch.normalized(self.device)
+            labels_B = self.labels_N[batch.samples.to(self.device, non_blocking=True)]
+        with (
+            self.phases("forward"),
+            torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32),
+        ):
+            logits_BC = self.wrapped(x_BCHW)
+        loss = F.cross_entropy(logits_BC.float(), labels_B)
+        scale = self.scale.value if self.scale else 1.0
+        with self.phases("backward"):
+            (loss * scale).backward()
+        with self.phases("optimizer"):
+            grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
+            norm = math.sqrt(float(squared_norm(grads, self.device))) / scale
+            if not math.isfinite(norm) and self.scale is None:
+                raise NotFinite([], norm)
+            update(self.optimizer, [grads], norm, None, self.scale, self.lr(step - 1))
+        return {"loss": loss.detach(), "top1": (logits_BC.argmax(1) == labels_B).float().mean()}
+
+    def log_values(self, step: int) -> dict[str, float]:
+        """See `trainer.loop.Task.log_values`."""
+        return {"lr": self.lr(step - 1)}
+
+    def describe_failure(self, error: NotFinite, batch: Batch, step: int) -> str:
+        """See `trainer.loop.Task.describe_failure`."""
+        return "use a lower learning rate"
+
+    def state(self, step: int) -> dict[str, Any]:
+        """See `trainer.loop.Task.state`."""
+        state = {"classifier": self.trained.state_dict(), **named_state(self.trained, self.optimizer, self.scale)}
+        return {**state, "step": torch.tensor(step)}
+
+    def evaluate(self) -> Row:
+        """Is never called: the classifier is evaluated once, after training."""
+        raise AssertionError
+
+
+def fit(
+    network: Classifier, optimizer: torch.optim.Optimizer, train: Source, recipe: Recipe, job: Job, folder: Path
+) -> float:
+    """Train a classifier from the newest checkpoint in `folder`, or from the start. Called by all ranks.
+
+    Args:
+        network: The classifier.
+        optimizer: Over the trained parameters.
+        train: The labelled images.
+        recipe: How to train.
+        job: The evaluation that this training is a part of; the file `stop` is looked for in its folder.
+        folder: Receives checkpoints and metrics.
+
+    Returns:
+        Seconds that training took, over all starts. Each step's batch is the same for any number of ranks.
+
+    Raises:
+        trainer.ops.stop.Stopped: The user, SLURM or a time limit asked for an early end.
+        ValueError: The gradient is not finite.
     """
-    config, rank_info = job.config, job.rank_info
-    data = {
-        "views": (View(size=config.eval.size or config.data.views[0].size, scale=recipe.scale),),
-        "augment": Augment(jitter=0, gray=0, blur=0),
-        "batch_size": recipe.batch_size,
-    }
+    config = job.config
+    view = View(size=config.eval.size or config.data.views[0].size, scale=recipe.scale)
+    data = {"views": (view,), "augment": Augment(jitter=0, gray=0, blur=0), "batch_size": recipe.batch_size}
     config = config.model_copy(
         update={"data": config.data.model_copy(update=data), "run": config.run.model_copy(update={"seed": recipe.seed})}
     )
-    epoch_steps = steps_per_epoch(len(train), recipe.batch_size)
-    steps = epoch_steps * recipe.epochs
-    precision = autocast_dtype(config, rank_info.device)
-    trained = network.head if network.frozen else network
-    scale = LossScale() if precision == torch.float16 and not network.frozen else None
-    start = 0
-    if saved := checkpoint.newest(folder / "checkpoints"):
-        state: dict[str, Any] = {"classifier": trained.state_dict(), **named_state(trained, optimizer, scale)}
-        state["step"] = torch.tensor(0)
-        checkpoint.load(saved, state)
-        set_named_state(trained, optimizer, state)
-        start = int(state["step"])
-    network.train()
-    wrapped: nn.Module = network
-    if rank_info.world_size > 1:
-        wrapped = DistributedDataParallel(
-            network,
-            device_ids=[rank_info.device.index] if rank_info.device.type == "cuda" else None,
-            forward_sync_buffers=False,
-            gradient_as_bucket_view=True,
-        )
-    labels_N = torch.from_numpy(train.labels).to(rank_info.device)
-    batches = train_batches(
-        train, config.data, recipe.seed, rank_info.rank, rank_info.world_size, start, steps, rank_info.device
+    epoch = steps_per_epoch(len(train), recipe.batch_size)
+    settings = LoopSettings(
+        folder=folder,
+        stop_folder=job.folder,
+        process_start=job.started,
+        steps=epoch * recipe.epochs,
+        steps_per_epoch=epoch,
+        batch_size=recipe.batch_size,
+        num_images=len(train),
+        max_unreadable=config.data.max_unreadable,
+        save_every=recipe.save_every,
+        keep=1,
+        keep_every=0,
+        evaluate_every=None,
+        run=config.run.model_copy(update={"profile": 0}),
+        trackers=MonitorSettings(),
     )
-    saver = checkpoint.Saver(folder / "checkpoints", keep=1)
-    unreadable = UnreadableImages(folder, rank_info.rank)
-    averages = Averages()
-    run, since, seconds = config.run, start, 0.0
-    with (
-        MetricsLogger(folder, start, steps, MonitorSettings(), active=rank_info.rank == 0) as metrics_logger,
-        StopHandler(job.folder, deadline(run.max_minutes, job.started)) as stop,
-        Watchdog(folder, rank_info.rank) as watchdog,
-    ):
-        for step in range(start + 1, steps + 1):
-            watchdog.expect(f"step {step}", run.long_timeout if step == start + 1 else run.step_timeout)
-            before = time.perf_counter()
-            batch = next(batches)
-            unreadable.add(batch.unreadable)
-            (x_BCHW,) = batch.normalized(rank_info.device)
-            labels_B = labels_N[batch.samples.to(rank_info.device, non_blocking=True)]
-            with torch.autocast(rank_info.device.type, precision, enabled=precision != torch.float32):
-                logits_BC = wrapped(x_BCHW)
-            loss = F.cross_entropy(logits_BC.float(), labels_B)
-            (loss * scale.value if scale else loss).backward()
-            grads = [p.grad for p in trained.parameters() if p.grad is not None]
-            norm = math.sqrt(float(squared_norm(grads, rank_info.device))) / (scale.value if scale else 1.0)
-            if not math.isfinite(norm) and scale is None:
-                raise ValueError(
-                    f"step {step}: the gradient is not finite; nothing was updated, checkpoints stay as they are. "
-                    "Need a lower learning rate"
-                )
-            lr = recipe.lr(step - 1)
-            update(optimizer, [grads], norm, None, scale, lr)
-            averages.add({"loss": loss.detach(), "top1": (logits_BC.argmax(1) == labels_B).float().mean()})
-            metrics_logger.advance(step)
-            seconds += time.perf_counter() - before
-            if step % run.log_every == 0 or step == steps:
-                images = step * recipe.batch_size
-                row = {"step": step, "epoch": step / epoch_steps, "images": images, **averages.pop(), "lr": lr}
-                speed = (step - since) * recipe.batch_size / seconds
-                metrics_logger.log({**row, "images_per_second": speed, **peak_memory(rank_info.device)})
-                unreadable.check_limit(min((step - start) * recipe.batch_size, len(train)), config.data.max_unreadable)
-                since, seconds = step, 0.0
-            stopping = stop.should_stop() and step < steps
-            watchdog.expect(f"what follows step {step}", run.long_timeout)
-            if step % recipe.save_every == 0 or stopping or step == steps:
-                state = {"classifier": trained.state_dict(), **named_state(trained, optimizer, scale)}
-                saver.start(step, {**state, "step": torch.tensor(step)})
-            if stopping:
-                saver.wait()
-                stop.raise_stopped(step)
-        saver.wait()
-        return metrics_logger.seconds
+    task = ClassifierTraining(network, optimizer, train.labels, recipe.lr, config, job.rank_info)
+    saved = checkpoint.newest(folder / "checkpoints")
+    start = task.load(saved) if saved else 0
+    task.start()
+    rank_info = job.rank_info
+    batches = train_batches(
+        train, config.data, recipe.seed, rank_info.rank, rank_info.world_size, start, settings.steps, rank_info.device
+    )
+    return loop.train(task, batches, start, settings, job.rank_info)
 
 
 def score(network: Classifier, test: Source, classes: list[str], job: Job) -> Score:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from models.encoder import Encoder
 from trainer import distributed
 from trainer.distributed import RankInfo, raise_on_all_ranks
-from trainer.engines.base import named_networks
+from trainer.engines.base import NotFinite, named_networks
 from trainer.run import checkpoint
 from trainer.run.directory import read_config
 from trainer.run.files import write_json
 from trainer.run.metrics import set_up_logging
-from trainer.train_step import NotFinite, Rates, TrainStep, build_train_step
+from trainer.train_step import Rates, TrainStep
 
 _TOLD = 8  # ranks, and samples of each, that a message names; the file has all
 
@@ -83,7 +83,7 @@ def replay(run: Path) -> str:
             if ranks == rank_info.world_size
             else f"{run}: step {facts['step']} was on {ranks} ranks, got {rank_info.world_size}"
         )
-        train_step = build_train_step(config, rank_info)
+        train_step = TrainStep(config, rank_info)
         train_step.load(folder / f"step-{facts['step']:08d}")
         batch = load_file(_batch(folder, facts["step"], rank_info.rank), device=str(rank_info.device))
         views = [batch[f"view{i}"].contiguous(memory_format=torch.channels_last) for i in range(len(config.data.views))]

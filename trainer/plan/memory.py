@@ -23,7 +23,7 @@ import kernels
 from data.normalize import normalize, normalize_fused
 from kernels.triton.tiles import DIMS, best_splits, tiles
 from models.method import Method
-from trainer.build import autocast_dtype, build_encoder, build_engine, build_method
+from trainer.build import build_encoder
 from trainer.config import Config, EngineSettings, check_world
 from trainer.distributed import RankInfo
 from trainer.engines.base import Engine
@@ -108,8 +108,8 @@ def _count(config: Config, rank_info: RankInfo) -> Counted:
     config = changed(config, {"engine": {"compress": "none"}})
     trace = StepTrace(rank_info.local_world_size)
     with ShapeOnlyMode(_kernels()) as hollow:
-        method = build_method(config, rank_info)
-        engine = build_engine(method, config, rank_info)
+        train_step = TrainStep(config, rank_info)
+        method, engine = train_step.method, train_step.engine
         if gpu:
             _as_on_gpu(method, engine, config)
         if isinstance(engine, DDP) and engine.wrapped is not None:
@@ -124,9 +124,6 @@ def _count(config: Config, rank_info: RankInfo) -> Counted:
                 _first_keys(config)
         if method.queue:
             ledger.tag("bank", [method.queue.n_KD])
-        train_step = TrainStep(
-            method, engine, rank_info, config.optim.accumulate, autocast_dtype(config, rank_info.device)
-        )
         take = engine.step
 
         def step(lr: float) -> float:

@@ -204,7 +204,7 @@ def voc07(
 @app.command()
 def report(run: RunPath) -> None:
     """Write RUN/report.html: one page with curves, nearest neighbours and what the negatives look like."""
-    from trainer.report.galleries import write_report
+    from trainer.report.run import write_report
 
     print(write_report(run))
 

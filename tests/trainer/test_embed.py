@@ -28,7 +28,7 @@ from trainer.evaluate import embed
 from trainer.interop.import_ import import_weights
 from trainer.interop.weights import NEWEST, load_encoder
 from trainer.pretrain import pretrain
-from trainer.report.embed_page import MAX_CLASSES, map_2d, nearest, render_page
+from trainer.report.embed_page import MAX_CLASSES, map_2d, nearest, render_embeddings
 from trainer.run.directory import read_config
 
 HOSTILE = "<img src=x onerror=alert(1)>"
@@ -175,7 +175,7 @@ def test_neighbours_and_maps_of_few_points() -> None:
 def test_many_classes_share_one_trace(tmp_path: Path) -> None:
     source = open_source(write_images(tmp_path / "set", classes=MAX_CLASSES + 1, each=1))
     features = np.random.default_rng(0).normal(size=(len(source), 4)).astype(np.float32)
-    html = render_page("t", features, np.arange(len(source)), source, 10**6)
+    html = render_embeddings("t", features, np.arange(len(source)), source, 10**6)
     assert '"separate": false' in html
     assert "21 of 1,000,000 images, evenly spaced" in html
 
@@ -216,7 +216,7 @@ def test_the_page_in_a_browser(run: Path, pictures: Path, tmp_path: Path) -> Non
         page.run("document.getElementById('search').focus()")
         page.type("ONERROR")
         found = sum(label == 0 for label in points["labels"])
-        page.wait(f"document.getElementById('told').textContent.startsWith('{found} found')", 20)
+        page.wait(f"document.getElementById('status').textContent.startsWith('{found} found')", 20)
         page.press_enter()  # the first is the one selected
         page.wait(f"document.querySelector('#query .caption').textContent.startsWith('{HOSTILE}/001.png')", 20)
         assert page.problems == []

@@ -19,7 +19,7 @@ from data.tools import write_shards
 from tests.trainer.small import PYTHON, RESNET, VIT, VIT_ARGS, small_config, write_images
 from trainer.config import Config, dump
 from trainer.pretrain import pretrain
-from trainer.report.galleries import write_report
+from trainer.report.run import write_report
 from trainer.run.results import read_rows
 
 TIMINGS = {"seconds", "images_per_second", "data_wait", "memory_gib", "teraflops", "phases"}

@@ -11,7 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from trainer.report.run import MAX_POINTS, Gallery, Image, format_seconds, png_data_url, render
+from trainer.report.charts import MAX_POINTS
+from trainer.report.format import format_seconds
+from trainer.report.galleries import Gallery
+from trainer.report.page import Image, image_data_url
+from trainer.report.run import render
 from trainer.run.results import read_rows
 
 HOSTILE = "<script>alert('x')</script>\"&<img src=http://evil.example/x.png>"
@@ -184,7 +188,7 @@ def test_every_metric_is_charted_and_the_unknown_ones_last(page: Path) -> None:
         "Pretext accuracy",
         "Similarities",
         "Adversary",
-        "Negatives at work",
+        "Negatives in use",
         "Learning rates",
         "Teacher momentum",
         "Throughput",
@@ -247,8 +251,8 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
 def test_galleries_and_pictures_of_a_wrong_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="1 images and 0 captions"):
         Gallery("g", None, pictures(1), [])
-    with pytest.raises(ValueError, match=r"uint8 \[28, 28\] was given, uint8 \[H, W, 3\]"):
-        png_data_url(np.zeros((28, 28), np.uint8))
+    with pytest.raises(ValueError, match=r"got an image of uint8 \[28, 28\], need uint8 \[H, W, 3\]"):
+        image_data_url(np.zeros((28, 28), np.uint8))
 
 
 def test_pictures_keep_their_colours_and_large_ones_shrink() -> None:
@@ -258,7 +262,7 @@ def test_pictures_keep_their_colours_and_large_ones_shrink() -> None:
 
     red = np.zeros((400, 200, 3), np.uint8)
     red[:, :, 0] = 200
-    data = base64.b64decode(png_data_url(red).split(",")[1])
+    data = base64.b64decode(image_data_url(red).split(",")[1])
     bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)
     assert bgr is not None
     assert bgr.shape == (160, 80, 3)

@@ -30,7 +30,7 @@ from trainer.config import Config
 from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.evaluate.features import apply
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
-from trainer.report.embed_page import name_and_label, render_page
+from trainer.report.embed_page import name_and_label, render_embeddings
 from trainer.run.directory import read_config
 from trainer.run.files import write_atomically
 from trainer.run.metrics import set_up_logging
@@ -96,7 +96,7 @@ def embed_here(
             chosen = np.unique(np.linspace(0, total - 1, min(points, total)).astype(np.int64))
             x_PD, samples_P = _rows(parts, dims, chosen)
             title = f"{run.resolve().name}: {Path(src).name}"
-            write_atomically(page, render_page(title, x_PD, samples_P, source, total))
+            write_atomically(page, render_embeddings(title, x_PD, samples_P, source, total))
     return f"{total:,} of {len(source):,} images, {dims} features each: {', '.join(map(str, new))}"
 
 

@@ -1,8 +1,8 @@
-"""The learned networks of a run directory: of a checkpoint of a pre-training, or of an imported model.
+"""Loads the student or the teacher of a run directory.
 
-A pre-training keeps them in checkpoints/step-N/weights.safetensors, `python -m trainer import` in weights.safetensors
-of the run directory itself. In both the tensors are called student.… and teacher.… as in `models.encoder.Encoder`; an
-imported network may lack the head.
+A pre-training run has both in `checkpoints/step-N/weights.safetensors`. A run directory made by
+`python -m trainer import` has one `weights.safetensors`, whose networks may lack the head. Tensor names are those of
+`models.encoder.Encoder` after `student.` or `teacher.`.
 """
 
 from collections.abc import Mapping
@@ -26,7 +26,7 @@ Network = Literal["student", "teacher"]
 
 
 class CheckpointChoice(NamedTuple):
-    """network: of the two that a run has. step: of the checkpoint; None for the newest good one."""
+    """Selects a network of a run directory, and the step of its checkpoint (None: the newest undamaged one)."""
 
     network: Network = "student"
     step: int | None = None
@@ -35,36 +35,59 @@ class CheckpointChoice(NamedTuple):
 NEWEST = CheckpointChoice()
 
 
-def load_encoder(run: Path, config: Config, which: CheckpointChoice = NEWEST) -> tuple[Encoder, int]:
-    """A network of the run directory in host memory, and the step it is of (0 for an imported one).
+def load_encoder(run: Path, config: Config, choice: CheckpointChoice = NEWEST) -> tuple[Encoder, int]:
+    """Loads a network of a run directory into host memory. Called by all ranks.
 
-    `config` is that of the run, or another of the same backbone: a head or predictor that is not in the file stays
-    untrained, one that the encoder lacks is left. Called by all ranks. Raises ValueError, on all of them, where there
-    are no weights, or they do not fit the configuration.
+    Args:
+        run: The run directory.
+        config: The run's configuration, or another one with the same backbone. A head or predictor that the file
+            lacks stays untrained; one that the encoder lacks is ignored.
+        choice: The network and the checkpoint.
+
+    Returns:
+        The network, and the step of its checkpoint (0 for an imported model).
+
+    Raises:
+        ValueError: There are no such weights, or they do not fit the configuration. Raised on all ranks.
     """
-    network, step = which
+    path, step = find_weights(run, choice.step)
+    return read_encoder(path, config, choice.network), step
+
+
+def find_weights(run: Path, step: int | None = None) -> tuple[Path, int]:
+    """Returns the weights file of an imported model or of a checkpoint, and the step. Called by all ranks.
+
+    Args:
+        run: The run directory.
+        step: The step of the checkpoint; None for the newest undamaged one.
+
+    Raises:
+        ValueError: There is no such checkpoint, or it is damaged. Raised on all ranks.
+    """
+    imported = run / WEIGHTS
+    if imported.exists():
+        if step is not None:
+            raise ValueError(f"{run} is an imported model: it has no checkpoint of step {step}")
+        return imported, 0
+    folder = run / "checkpoints"
+    path = checkpoint.newest(folder) if step is None else checkpoint.find(folder, step)
+    if path is None:
+        raise ValueError(f"{run} has no usable checkpoint")
+    return path / WEIGHTS, checkpoint.step_of(path)
+
+
+def read_encoder(path: Path, config: Config, network: Network = "student") -> Encoder:
+    """Returns a network of a weights file in host memory. Called by all ranks; see `load_encoder`."""
     encoder = build_encoder(config)
     if network == "teacher":
         encoder = make_teacher(encoder)
-    path, found = run / WEIGHTS, 0
-    if path.exists() and step is not None:
-        raise ValueError(f"{run} is an imported model: it has no checkpoint of step {step}")
-    if not path.exists():
-        folder = run / "checkpoints"
-        saved = checkpoint.newest(folder) if step is None else checkpoint.find(folder, step)
-        if saved is None:
-            raise ValueError(f"{run} has no usable checkpoint")
-        path, found = saved / WEIGHTS, checkpoint.step_of(saved)
-        if not path.exists():  # as the first versions of this program left them
-            checkpoint.load(saved, {network: encoder.state_dict()})
-            return encoder, found
     error = None
     try:
         _fill(encoder, path, network)
-    except (ValueError, OSError) as refusal:
-        error = str(refusal)
+    except (ValueError, OSError) as failure:
+        error = str(failure)
     raise_on_all_ranks(error)
-    return encoder, found
+    return encoder
 
 
 def _fill(encoder: Encoder, path: Path, network: Network) -> None:
@@ -73,44 +96,41 @@ def _fill(encoder: Encoder, path: Path, network: Network) -> None:
     if not own:
         raise ValueError(f"{path} has no {network}, only {', '.join(sorted({name.split('.')[0] for name in tensors}))}")
     state = encoder.state_dict()
-    parts = {"backbone"} | {_part(name) for name in own} & {_part(name) for name in state}
-    own = {name: x for name, x in own.items() if _part(name) in parts}
-    wanted = {name: x for name, x in state.items() if _part(name) in parts}
-    if difference := differences(own, wanted):
+    common = {"backbone"} | {_module(name) for name in own} & {_module(name) for name in state}
+    own = {name: x for name, x in own.items() if _module(name) in common}
+    expected = {name: x for name, x in state.items() if _module(name) in common}
+    if difference := differences(own, expected):
         raise ValueError(f"{path} does not fit the configuration: {difference}")
-    encoder.load_state_dict(own, strict=False)  # but for the parts that are not there, they are the same names
+    encoder.load_state_dict(state | own)
 
 
-def _part(name: str) -> str:
-    """backbone, head or predictor."""
+def _module(name: str) -> str:
+    """Returns backbone, head or predictor: the module of the encoder that a tensor belongs to."""
     return name.split(".")[0]
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a file. Raises ValueError if it is cut short or another thing."""
+    """Returns the tensors of a safetensors file. Raises ValueError if it is damaged or of another format."""
     try:
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or cut short: {error}") from error
 
 
-def differences(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> str:
-    """Every name and shape in which two sets of tensors differ, in words; '' if there is none."""
-    said = []
-    if missing := [name for name in wanted if name not in given]:
-        said.append(f"missing: {', '.join(missing)}")
-    if unknown := [name for name in given if name not in wanted]:
-        said.append(f"unknown: {', '.join(unknown)}")
-    shapes = [
-        f"{name} is {list(given[name].shape)}, need {list(x.shape)}"
-        for name, x in wanted.items()
-        if name in given and given[name].shape != x.shape
-    ]
-    if shapes:
-        said.append(f"other shapes: {', '.join(shapes)}")
-    return "; ".join(said)
+def differences(given: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> str:
+    """Describes all names and shapes in which two sets of tensors differ; '' if they are the same."""
+    lists = {
+        "missing": [name for name in expected if name not in given],
+        "unknown": [name for name in given if name not in expected],
+        "other shapes": [
+            f"{name} is {list(given[name].shape)}, need {list(x.shape)}"
+            for name, x in expected.items()
+            if name in given and given[name].shape != x.shape
+        ],
+    }
+    return "; ".join(f"{kind}: {', '.join(names)}" for kind, names in lists.items() if names)
 
 
 def to_device(encoder: Encoder, device: torch.device) -> Encoder:
-    """As training has it there."""
+    """Moves an encoder to a device, in the memory format that training uses."""
     return encoder.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,11 +1,8 @@
-"""Several runs side by side: one table, and accuracy against epochs, images seen and time; in one HTML page.
+"""Compares runs in a table on the terminal and in a self-contained HTML page.
 
-The page loads nothing from anywhere, as the report; its template is `compare.html.j2`.
+The page has the table, the accuracies against epochs, images seen and time, and the settings that differ.
 """
 
-import shlex
-import sys
-from datetime import UTC, datetime
 from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +11,16 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import Config, flatten
-from trainer.report.run import format_evaluation, format_percent, format_seconds, is_number, latest, thin
+from trainer.report.charts import Chart, Drawing, draw_chart, draw_points
+from trainer.report.format import format_evaluation, format_percent, format_seconds, is_number, latest
+from trainer.report.page import render_page
 from trainer.run.directory import read_config
 from trainer.run.files import read_json, write_atomically
 from trainer.run.results import Row, evaluation_rows, group_by_step, read_evaluations, read_rows
 
-POSITIONS = {"epoch": "epochs", "images": "images seen", "hours": "hours"}
-# What tells where a run lay and how it was watched, and not what it learned from.
-APART = (
+POSITIONS = {"epoch": "epochs", "images": "images seen", "hours": "hours"}  # x axes and their titles
+# Settings of where a run is stored and how it is logged and saved, which do not change what it learns.
+IGNORED_SETTINGS = (
     "run.dir",
     "run.log_every",
     "run.save_every",
@@ -33,9 +32,10 @@ APART = (
 
 
 class Run(NamedTuple):
-    """What a run directory has.
+    """The content of a run directory.
 
-    evaluations: results of other verbs by name, of the last step that each was made of. evaluated: `evaluation_rows`.
+    `evaluations` holds the results of each evaluation for the last step that it was made of; `evaluated` holds the
+    evaluations of several steps as rows.
     """
 
     name: str
@@ -46,13 +46,16 @@ class Run(NamedTuple):
     evaluated: list[Row]
 
     def accuracies(self, metric: str) -> list[Row]:
-        return [row for row in [*self.rows, *self.evaluated] if is_number(row.get(metric))]
+        """Returns the rows that have the metric, by step."""
+        found = [row for row in [*self.rows, *self.evaluated] if is_number(row.get(metric))]
+        return sorted(found, key=itemgetter("step"))
 
 
 def compare(folders: list[Path], out: Path) -> None:
-    """Print the table and write the page to `out`. Runs that are not finished count as far as they got.
+    """Prints the table and writes the page to `out`. Runs may be unfinished.
 
-    Raises ValueError where a folder is not a run, or none of them has an evaluation.
+    Raises:
+        ValueError: A folder is not a run directory, or none of the runs has been evaluated.
     """
     runs = [read(folder, folders) for folder in folders]
     if not any(run.evaluations or run.accuracies("knn") for run in runs):
@@ -64,98 +67,84 @@ def compare(folders: list[Path], out: Path) -> None:
     for row in rows:
         table.add_row(*row)
     console = Console()
-    # As wide as it is: lines that a narrow terminal wraps can be read, words cut into letters cannot.
+    # A narrow terminal wraps the lines, which is easier to read than columns cut into letters.
     console.width = max(console.width, console.measure(table, options=console.options.update(max_width=1000)).maximum)
     console.print(table)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, render(runs))
-
-
-def read(folder: Path, folders: list[Path]) -> Run:
-    """A run by its folder's name; by the whole path where another of `folders` has the same name."""
-    config = read_config(folder)
-    alike = [other for other in folders if other.resolve().name == folder.resolve().name]
-    name = folder.resolve().name if len(alike) == 1 else str(folder)
-    rows, results = read_rows(folder / "metrics.jsonl"), read_json(folder / "results.json")
-    found = read_evaluations(folder)
-    last = {verb: list(by_step.values())[-1] for verb, by_step in group_by_step(found).items()}
-    return Run(name, config, rows, results, last, evaluation_rows(rows, found))
-
-
-def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
-    """Column names, and a row of texts for each run."""
-    columns = ["run", "method", "epochs", "images", "time", "kNN before", "kNN best", "kNN last"]
-    names = sorted({name for run in runs for name in run.evaluations})
-    columns += [*names, "feature std", "effective rank"]
-    return columns, [_describe(run, names) for run in runs]
-
-
-def _describe(run: Run, evaluated: list[str]) -> list[str]:
-    def number(key: str, form: str) -> str:
-        value = latest(key, run.rows)
-        return form.format(value) if is_number(value) else ""
-
-    seconds = latest("seconds", run.rows)
-    texts = [run.name, run.config.method.name, number("epoch", "{:.4g}"), number("images", "{:,.0f}")]
-    texts.append(format_seconds(seconds) if is_number(seconds) else "")
-    found = run.accuracies("knn")
-    best = max(found, key=itemgetter("knn"), default=None)
-    texts += [format_percent(found[0]["knn"]) if found and found[0]["step"] == 0 else ""]
-    texts += [f"{format_percent(best['knn'])} (epoch {best['epoch']:.4g})" if best else ""]
-    texts += [format_percent(found[-1]["knn"]) if found else ""]
-    texts += [format_evaluation(run.evaluations[name]) if name in run.evaluations else "" for name in evaluated]
-    return [*texts, number("feature_std", "{:.2f}"), number("effective_rank", "{:.1f}")]
-
-
-def differences(runs: list[Run]) -> dict[str, list[str]]:
-    """The settings in which the runs differ, by key; one text for each run."""
-    settings = [flatten(run.config.model_dump(mode="json")) for run in runs]
-    keys = dict.fromkeys(key for values in settings for key in values if key not in APART)
-    texts = {key: [str(values[key]) if key in values else "" for values in settings] for key in keys}
-    return {key: values for key, values in texts.items() if len(set(values)) > 1}
-
-
-def charts(runs: list[Run]) -> list[dict[str, Any]]:
-    """For kNN, and what was evaluated at several steps, a chart against each position: a line for each run with it."""
-    drawn = []
-    names = sorted({name for run in runs for row in run.evaluated for name in row.keys() & run.evaluations})
-    for metric, label in {"knn": "kNN", **{name: name for name in names}}.items():
-        for position, words in POSITIONS.items():
-            lines = []
-            for number, run in enumerate(runs):
-                rows = [{**row, "hours": row["seconds"] / 3600} for row in run.accuracies(metric)]
-                if rows:
-                    x, y = thin([(float(row[position]), float(row[metric])) for row in rows])
-                    lines.append({"label": run.name, "color": number, "x": x, "y": y})
-            if lines:
-                drawn.append(
-                    {"id": f"{metric}-{position}", "title": f"{label} against {words}", "x": words, "lines": lines}
-                )
-    return drawn
-
-
-def render(runs: list[Run]) -> str:
-    """The page, as HTML."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    columns, rows = tabulate(runs)
-    return environment.get_template("compare.html.j2").render(
+    page = render_page(
+        "compare.html.j2",
         columns=columns,
         rows=rows,
         unfinished=[run.name for run in runs if not run.results],
         names=[run.name for run in runs],
         differences=differences(runs),
         charts=charts(runs),
-        plotly=Markup(get_plotlyjs()),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        command=shlex.join(sys.orig_argv),
     )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, page)
+
+
+def read(folder: Path, folders: list[Path]) -> Run:
+    """Reads a run, which is named after its folder, or by its path if another of `folders` has the same name."""
+    config = read_config(folder)
+    same_name = [other for other in folders if other.resolve().name == folder.resolve().name]
+    name = folder.resolve().name if len(same_name) == 1 else str(folder)
+    rows, results = read_rows(folder / "metrics.jsonl"), read_json(folder / "results.json")
+    found = read_evaluations(folder)
+    last = {evaluation: list(by_step.values())[-1] for evaluation, by_step in group_by_step(found).items()}
+    return Run(name, config, rows, results, last, evaluation_rows(rows, found))
+
+
+def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Returns the table's column names, and one row of texts per run."""
+    names = sorted({name for run in runs for name in run.evaluations})
+    rows = [_describe(run, names) for run in runs]
+    return [column for column, _ in rows[0]], [[text for _, text in row] for row in rows]
+
+
+def _describe(run: Run, evaluated: list[str]) -> list[tuple[str, str]]:
+    """Returns column names and texts of a run's row; a text is '' if the run has no such value."""
+
+    def number(key: str, form: str) -> str:
+        value = latest(key, run.rows)
+        return form.format(value) if is_number(value) else ""
+
+    seconds, knn = latest("seconds", run.rows), run.accuracies("knn")
+    best = max(knn, key=itemgetter("knn"), default=None)
+    return [
+        ("run", run.name),
+        ("method", run.config.method.name),
+        ("epochs", number("epoch", "{:.4g}")),
+        ("images", number("images", "{:,.0f}")),
+        ("time", format_seconds(seconds) if is_number(seconds) else ""),
+        ("kNN before", format_percent(knn[0]["knn"]) if knn and knn[0]["step"] == 0 else ""),
+        ("kNN best", f"{format_percent(best['knn'])} (epoch {best['epoch']:.4g})" if best else ""),
+        ("kNN last", format_percent(knn[-1]["knn"]) if knn else ""),
+        *((name, format_evaluation(run.evaluations[name]) if name in run.evaluations else "") for name in evaluated),
+        ("feature std", number("feature_std", "{:.2f}")),
+        ("effective rank", number("effective_rank", "{:.1f}")),
+    ]
+
+
+def differences(runs: list[Run]) -> dict[str, list[str]]:
+    """Returns the settings in which the runs differ: by key, the value of each run as text."""
+    settings = [flatten(run.config.model_dump(mode="json")) for run in runs]
+    keys = dict.fromkeys(key for values in settings for key in values if key not in IGNORED_SETTINGS)
+    texts = {key: [str(values[key]) if key in values else "" for values in settings] for key in keys}
+    return {key: values for key, values in texts.items() if len(set(values)) > 1}
+
+
+def charts(runs: list[Run]) -> list[Drawing]:
+    """Draws kNN, and each evaluation of several steps, against each position, with a line per run that has it."""
+    names = sorted({name for run in runs for row in run.evaluated for name in row.keys() & run.evaluations})
+    drawings = []
+    for metric, label in {**{name: name for name in ["knn", *names]}, "knn": "kNN"}.items():
+        for position, title in POSITIONS.items():
+            lines = []
+            for number, run in enumerate(runs, start=1):
+                rows = [{**row, "hours": row["seconds"] / 3600} for row in run.accuracies(metric)]
+                if points := draw_points(rows, position, metric):
+                    lines.append({"label": run.name, "axis": 1, "color": number, **points})
+            if lines:
+                chart = Chart("Accuracy", f"{label} against {title}", "", percent=(1,))
+                drawings.append(draw_chart(chart, f"{metric}-{position}", title, lines, compares_runs=True))
+    return drawings

@@ -1,31 +1,31 @@
-"""One self-contained HTML page of embedded pictures: a map where hovering shows the picture, and nearest neighbours.
+"""The page of embedded images: a 2-D map that shows the image under the pointer, and nearest neighbours.
 
-As the report it loads nothing from anywhere. P points, D dimensions, K neighbours.
+Shapes: P points, D dimensions, K neighbours.
 """
-
-import base64
-import shlex
-import sys
-from datetime import UTC, datetime
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data.sources.open import Source
+from trainer.report.page import image_data_url, render_page
 
 NEIGHBOURS = 12
-THUMBNAIL = 96  # pixels of the longer side
-MAX_POINTS = 5000  # a thumbnail is about 2 to 3 kB
-MAX_CLASSES = 20  # with a colour and an entry in the legend of their own
+THUMBNAIL_SIDE = 96  # pixels; a thumbnail has 2 to 3 kB
+MAX_CLASSES = 20  # that have their own colour and legend entry
 
 
-def render_page(title: str, x_PD: NDArray[np.float32], samples_P: NDArray[np.int64], source: Source, total: int) -> str:
-    """The page, as HTML, of the features of some samples of `source`, out of `total` that were embedded."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
+def render_embeddings(
+    title: str, x_PD: NDArray[np.float32], samples_P: NDArray[np.int64], source: Source, total: int
+) -> str:
+    """Returns the page as HTML.
 
+    Args:
+        title: Title of the page.
+        x_PD: Features of the images on the map, [P, D].
+        samples_P: Their indices in `source`, [P].
+        source: The images, whose thumbnails are part of the page.
+        total: Number of images that were embedded, of which the map shows P.
+    """
     unit_PD = x_PD / np.maximum(np.linalg.norm(x_PD, axis=1, keepdims=True), 1e-12)
     position_P2 = map_2d(unit_PD)
     neighbour_PK, similarity_PK = nearest(unit_PD, NEIGHBOURS)
@@ -39,34 +39,28 @@ def render_page(title: str, x_PD: NDArray[np.float32], samples_P: NDArray[np.int
         "labels": [classes.index(label) for label in labels],
         "neighbours": neighbour_PK.tolist(),
         "similarities": similarity_PK.round(3).tolist(),
-        "thumbnails": [thumbnail(source.image(i)) for i in samples_P.tolist()],
+        "thumbnails": [
+            image_data_url(source.image(i), THUMBNAIL_SIDE, jpeg_if_shrunk=True) for i in samples_P.tolist()
+        ],
         "separate": len(classes) <= MAX_CLASSES,
     }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("embed.html.j2").render(
-        title=title,
-        shown=len(samples_P),
-        total=total,
-        dims=x_PD.shape[1],
-        points=points,
-        plotly=Markup(get_plotlyjs()),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        command=shlex.join(sys.orig_argv),
+    return render_page(
+        "embed.html.j2", title=title, shown=len(samples_P), total=total, dims=x_PD.shape[1], points=points
     )
 
 
 def name_and_label(source: Source, sample: int) -> tuple[str, str]:
-    """In valid Unicode: a file's name may hold any bytes."""
+    """Returns an image's name and class as valid Unicode; a file's name may contain any bytes."""
     texts = (source.name(sample), source.classes[source.labels[sample]])
     name, label = (text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in texts)
     return name, label
 
 
 def map_2d(unit_PD: NDArray[np.float32]) -> NDArray[np.float32]:
-    """t-SNE (van der Maaten and Hinton, 2008) of the first 50 principal components, [P, 2]; of few points these."""
+    """Returns positions [P, 2]: t-SNE (van der Maaten and Hinton, 2008) of the first 50 principal components.
+
+    With fewer than 10 points, the positions are the first two components.
+    """
     from sklearn.decomposition import PCA
     from sklearn.manifold import TSNE
 
@@ -81,21 +75,16 @@ def map_2d(unit_PD: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def nearest(unit_PD: NDArray[np.float32], most: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The other points of largest cosine, first the nearest, and the cosines: [P, K] each, K = `most` or P - 1."""
+    """Returns the nearest other points by cosine similarity, nearest first, and the similarities.
+
+    Args:
+        unit_PD: Unit rows, [P, D].
+        most: Number of neighbours K, which is reduced to P - 1 if there are fewer points.
+
+    Returns:
+        Indices [P, K] and cosine similarities [P, K].
+    """
     similarity_PP = unit_PD @ unit_PD.T
     np.fill_diagonal(similarity_PP, -np.inf)
     order_PK = np.argsort(-similarity_PP, axis=1)[:, : min(most, len(unit_PD) - 1)]
     return order_PK, np.take_along_axis(similarity_PP, order_PK, axis=1)
-
-
-def thumbnail(image: NDArray[np.uint8]) -> str:
-    """A uint8 RGB picture [H, W, 3] as a data URL: PNG if it is as small as a thumbnail, else a smaller JPEG."""
-    import cv2
-
-    scale = THUMBNAIL / max(image.shape[:2])
-    if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    kind = "jpeg" if scale < 1 else "png"
-    written, data = cv2.imencode(f".{kind}", image[:, :, ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85] if scale < 1 else [])
-    assert written, "OpenCV refused to write a thumbnail"
-    return f"data:image/{kind};base64," + base64.b64encode(data.tobytes()).decode()

@@ -1,164 +1,60 @@
-"""One self-contained HTML page about a run: summary, charts, galleries, configuration.
+"""The report of a run: one self-contained HTML page with a summary, charts, galleries and the configuration."""
 
-The page loads nothing from anywhere: plotly.js, styles and images (base64 PNG) are inside it, and its
-Content-Security-Policy forbids the rest. The template is `run.html.j2`; what is charted is in `CHARTS`.
-"""
-
-import base64
-import json
 import math
-import shlex
-import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
-from numpy.typing import NDArray
 
-from trainer.run.results import Row, evaluation_rows, read_evaluations
+from trainer import distributed
+from trainer.report.charts import SECTIONS, Level, draw_charts
+from trainer.report.format import format_evaluation, format_percent, format_seconds, format_value, is_number, latest
+from trainer.report.galleries import Gallery, draw_galleries
+from trainer.report.page import render_page
+from trainer.run.directory import read_config
+from trainer.run.files import read_json, write_atomically
+from trainer.run.metrics import set_up_logging
+from trainer.run.results import Row, evaluation_rows, read_evaluations, read_rows
 
-Image = NDArray[np.uint8]
+# The facts at the top of the page: a key of results.json or metrics.jsonl, its label, and how its value is written.
+FACTS = {
+    "epoch": ("epochs", lambda value: f"{value:,.4g}"),
+    "images": ("images seen", lambda value: f"{value:,.0f}"),
+    "seconds": ("training time", format_seconds),
+    "images_per_second": ("images per second", lambda value: f"{value:,.0f}"),
+    "data_wait": ("waiting for data", format_percent),
+}
 
-MAX_POINTS = 1000  # per line: more cannot be told apart on a screen and only makes the page heavy
-MAX_IMAGE_SIDE = 160  # pixels: larger pictures are shrunk, they are shown as thumbnails
-CRISP_SIDE = 96  # pixels: pictures up to this side are scaled up without smoothing
-
-
-@dataclass(frozen=True)
-class Gallery:
-    """A row of uint8 RGB pictures, each [H, W, 3], each with its caption; `query` stands apart in front."""
-
-    title: str
-    query: Image | None
-    images: list[Image]
-    captions: list[str]
-
-    def __post_init__(self) -> None:
-        if len(self.images) != len(self.captions):
-            raise ValueError(
-                f"gallery {self.title!r} has {len(self.images)} images and {len(self.captions)} captions: "
-                "one caption per image is needed"
-            )
-
-
-@dataclass(frozen=True)
-class Line:
-    """One metric in a chart: its key in the rows, its name for readers, which y axis (1 left, 2 right)."""
-
-    key: str
-    label: str
-    axis: int = 1
+# The results of an evaluation that are shown beside its accuracy, and how they are written.
+EVALUATION_DETAILS = {
+    "protocol": "{}",
+    "step": "checkpoint of step {:,}",
+    "labels": "{:,} labels",
+    "epochs": "{} epochs",
+    "lr": "learning rate {:g}",
+    "top5": "top-5 {:.1%}",
+    "map_11_point": "11-point mAP {:.1%}",
+    "unreadable": "{} images unreadable",
+}
 
 
-@dataclass(frozen=True)
-class Chart:
-    """A chart of one or two lines. `percent` and `from_zero` name the axes (1, 2) they apply to."""
+def write_report(run: Path) -> Path:
+    """Writes RUN/report.html and returns its path. The galleries need a checkpoint, the rest of the page does not.
 
-    section: str
-    title: str
-    note: str
-    lines: tuple[Line, ...]
-    percent: tuple[int, ...] = ()
-    from_zero: tuple[int, ...] = ()
-
-
-LEARNING, NEGATIVES, SCHEDULES, SPEED, OTHER = "Learning", "Negatives", "Schedules", "Speed", "Other metrics"
-
-CHARTS = (
-    Chart(LEARNING, "Loss", "What the encoder descends on.", (Line("loss", "loss"),)),
-    Chart(
-        LEARNING,
-        "kNN accuracy",
-        "Weighted nearest neighbours on the frozen features, after each evaluated epoch.",
-        (Line("knn", "kNN"),),
-        percent=(1,),
-    ),
-    Chart(
-        LEARNING,
-        "Linear accuracy",
-        "Of the checkpoints that were evaluated by a linear classifier on the frozen features.",
-        (Line("linear", "full protocol"), Line("linear-fast", "fast")),
-        percent=(1,),
-    ),
-    Chart(
-        LEARNING,
-        "Pretext accuracy",
-        "Share of queries closer to their own key than to every negative. "
-        "Near 100\N{NO-BREAK SPACE}% the negatives do no work.",
-        (Line("pretext_top1", "top-1"),),
-        percent=(1,),
-    ),
-    Chart(
-        LEARNING,
-        "Similarities",
-        "Cosine of a query with its own key and with its hardest negative, on average.",
-        (Line("positive_similarity", "own key"), Line("hardest_similarity", "hardest negative")),
-    ),
-    Chart(
-        LEARNING,
-        "Spread of the embeddings",
-        "Standard deviation of an element, 1 where they are all over the sphere, 0 where all are one; "
-        "and over how many directions they spread.",
-        (Line("feature_std", "standard deviation"), Line("effective_rank", "effective rank", axis=2)),
-        from_zero=(1, 2),
-    ),
-    Chart(
-        NEGATIVES,
-        "Adversary",
-        "Norms of the ascent gradient and of the negatives' weights.",
-        (Line("adversary_grad_norm", "gradient"), Line("bank_norm", "weights", axis=2)),
-    ),
-    Chart(
-        NEGATIVES,
-        "Negatives at work",
-        "Share of the negatives that carry weight in the loss.",
-        (Line("bank_share", "share"),),
-        percent=(1,),
-        from_zero=(1,),
-    ),
-    Chart(
-        SCHEDULES,
-        "Learning rates",
-        "Encoder on the left axis, negatives on the right.",
-        (Line("lr", "encoder"), Line("bank_lr", "negatives", axis=2)),
-        from_zero=(1, 2),
-    ),
-    Chart(
-        SCHEDULES,
-        "Teacher momentum",
-        "Share of the teacher kept at each step.",
-        (Line("teacher_momentum", "momentum"),),
-    ),
-    Chart(
-        SPEED,
-        "Throughput",
-        "Images per second, and the share of the time spent waiting for data.",
-        (Line("images_per_second", "images/s"), Line("data_wait", "data wait", axis=2)),
-        percent=(2,),
-        from_zero=(1, 2),
-    ),
-    Chart(
-        SPEED,
-        "Model FLOPs",
-        "What the step asks for, in TFLOP/s of each rank, and as a share of what the GPU is sold for.",
-        (Line("teraflops", "TFLOP/s"), Line("mfu", "MFU", axis=2)),
-        percent=(2,),
-        from_zero=(1, 2),
-    ),
-    Chart(
-        SPEED,
-        "Memory",
-        "Peak memory, GiB: of tensors, and on a GPU what torch has reserved for them.",
-        (Line("memory_gib", "GiB"), Line("reserved_gib", "reserved")),
-        from_zero=(1,),
-    ),
-)
-
-POSITION_KEYS = {"step", "epoch", "images", "seconds"}  # where a row was written: never charted themselves
+    Raises:
+        ValueError: `run` is not a run directory.
+    """
+    config = read_config(run)
+    neighbours: list[Gallery] = []
+    negatives: list[Gallery] = []
+    with distributed.process_group(config.run.device) as rank_info:
+        set_up_logging(rank_info.rank)
+        if any((run / "checkpoints").glob("step-*")):
+            neighbours, negatives = draw_galleries(run, config, rank_info)
+    rows, results = read_rows(run / "metrics.jsonl"), read_json(run / "results.json")
+    html = render(run, config.model_dump(mode="json"), rows, results, neighbours, negatives)
+    write_atomically(run / "report.html", html)
+    return run / "report.html"
 
 
 def render(
@@ -169,111 +65,43 @@ def render(
     neighbours: list[Gallery],
     negatives: list[Gallery],
 ) -> str:
-    """The page, as HTML.
+    """Returns the page as HTML.
 
-    `config` is the resolved configuration, `rows` those of metrics.jsonl, `results` the content of
-    results.json ({} while the run is not finished); evaluations that `run_dir` has are shown, too. `neighbours` are
-    images with their nearest neighbours, `negatives` are negatives with the images nearest to them; either may be
-    empty.
+    Args:
+        run_dir: The run directory, whose evaluations are shown as well.
+        config: The resolved configuration.
+        rows: The rows of metrics.jsonl.
+        results: The content of results.json, {} for a run that has not finished.
+        neighbours: Validation images with the training images nearest to them; may be empty.
+        negatives: Negatives with the training images nearest to them; may be empty.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-    from markupsafe import Markup
-    from plotly.offline import get_plotlyjs
-
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["png"] = png_data_url
-    environment.filters["crisp"] = lambda image: max(image.shape[:2]) <= CRISP_SIDE
     evaluated = read_evaluations(run_dir)
-    charts = draw_charts([*rows, *evaluation_rows(rows, evaluated)], results)
-    return environment.get_template("run.html.j2").render(
+    levels = reference_levels(results)
+    charts = draw_charts(
+        [*rows, *evaluation_rows(rows, evaluated)],
+        {"knn": [level for level in levels if level["label"] == "untrained"]},
+    )
+    return render_page(
+        "run.html.j2",
         name=run_dir.resolve().name,
         run_dir=str(run_dir),
         finished=bool(results),
-        accuracy=summarise_accuracy(rows, results),
+        accuracy=summarise_accuracy(rows, results, levels),
         facts=summarise_run(rows, results),
-        sections={
-            name: [chart for chart in charts if chart["section"] == name]
-            for name in (LEARNING, NEGATIVES, SCHEDULES, SPEED, OTHER)
-        },
+        sections={name: [chart for chart in charts if chart["section"] == name] for name in SECTIONS},
         charts=charts,
         phases=summarise_phases(rows),
         evaluations=summarise_evaluations(evaluated),
-        gaps=count_non_finite(rows),
+        non_finite=sum(is_number(x) and not math.isfinite(x) for row in rows for x in row.values()),
         neighbours=neighbours,
         negatives=negatives,
         results={key: format_value(value) for key, value in results.items()},
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True),
-        plotly=Markup(get_plotlyjs()),
-        made=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        command=shlex.join(sys.orig_argv),
     )
 
 
-def draw_charts(rows: list[Row], results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the page's script draws: the known charts that have data, then one for every other number."""
-    position = "epoch" if all(is_number(row.get("epoch")) for row in rows) else "step"
-    known = {line.key for chart in CHARTS for line in chart.lines} | POSITION_KEYS
-    others = sorted({key for row in rows for key, value in row.items() if is_number(value)} - known)
-    charts = [*CHARTS, *(Chart(OTHER, key.replace("_", " "), "", (Line(key, key),)) for key in others)]
-    drawn = (draw_chart(chart, rows, position) for chart in charts)
-    present = [chart for chart in drawn if chart["lines"]]
-    for number, chart in enumerate(present):
-        chart["id"] = f"chart-{number}"
-        if chart["title"] == "kNN accuracy":
-            chart["levels"] = [level for level in reference_levels(results) if level["label"] == "untrained"]
-    return present
-
-
-def draw_chart(chart: Chart, rows: list[Row], position: str) -> dict[str, Any]:
-    lines = []
-    for line in chart.lines:
-        points = [
-            (float(row[position]), float(row[line.key]))
-            for row in rows
-            if is_number(row.get(position)) and is_number(row.get(line.key))
-        ]
-        if any(math.isfinite(y) for _, y in points):
-            x, y = thin(points)
-            lines.append({"label": line.label, "axis": line.axis, "x": x, "y": y})
-    return {
-        "section": chart.section,
-        "title": chart.title,
-        "note": chart.note,
-        "position": position,
-        "lines": lines,
-        "levels": [],
-        "percent": list(chart.percent),
-        "from_zero": list(chart.from_zero),
-    }
-
-
-def thin(points: list[tuple[float, float]]) -> tuple[list[float | None], list[float | None]]:
-    """At most MAX_POINTS points, each the mean of neighbours; None (a gap) where a value is not finite."""
-    count = min(len(points), MAX_POINTS)
-    means = [part.mean(axis=0) for part in np.array_split(np.array(points), count)]
-    return [finite(x) for x, _ in means], [finite(y) for _, y in means]
-
-
-def finite(value: float) -> float | None:
-    return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def count_non_finite(rows: Iterable[Row]) -> int:
-    return sum(is_number(value) and not math.isfinite(value) for row in rows for value in row.values())
-
-
-def reference_levels(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a kNN accuracy is to be held against, as far as the results tell: untrained encoder, chance."""
+def reference_levels(results: dict[str, Any]) -> list[Level]:
+    """Returns the accuracies that the kNN accuracy is compared with, as far as known: untrained encoder, chance."""
     levels = []
     if is_number(results.get("knn_untrained")):
         levels.append({"label": "untrained", "name": "the untrained encoder", "value": results["knn_untrained"]})
@@ -282,21 +110,21 @@ def reference_levels(results: dict[str, Any]) -> list[dict[str, Any]]:
     return levels
 
 
-def summarise_accuracy(rows: list[Row], results: dict[str, Any]) -> dict[str, Any] | None:
-    """The kNN accuracy and its gains: the final one, or the latest so far; None if there is none."""
+def summarise_accuracy(rows: list[Row], results: dict[str, Any], levels: list[Level]) -> dict[str, Any] | None:
+    """Returns the final kNN accuracy, or the latest one of an unfinished run, with its gains over `levels`."""
     evaluated = [row for row in rows if is_number(row.get("knn"))]
+    details = [f"{key} = {results[key]}" for key in ("k", "temperature") if key in results]
     if is_number(results.get("knn")):
-        value, when = results["knn"], ""
+        value = results["knn"]
     elif evaluated:
-        value, when = evaluated[-1]["knn"], f"so far, at step {evaluated[-1]['step']:,}"
+        value = evaluated[-1]["knn"]
+        details.append(f"so far, at step {evaluated[-1]['step']:,}")
     else:
         return None
-    settings = [f"{key} = {results[key]}" for key in ("k", "temperature") if key in results]
-    levels = reference_levels(results)
     return {
         "value": value,
         "text": format_percent(value),
-        "detail": ", ".join([*settings, when] if when else settings),
+        "detail": ", ".join(details),
         "levels": levels,
         "gains": [
             f"{100 * (value - level['value']):+.1f} points over {level['name']} ({format_percent(level['value'])})"
@@ -306,28 +134,21 @@ def summarise_accuracy(rows: list[Row], results: dict[str, Any]) -> dict[str, An
 
 
 def summarise_run(rows: list[Row], results: dict[str, Any]) -> list[tuple[str, str]]:
-    """Name and value of the facts on top of the page: from the results, else from the last rows."""
-    facts = {key: latest(key, rows) for key in ("epoch", "images", "seconds", "images_per_second", "data_wait")}
-    facts.update({key: value for key, value in results.items() if value is not None})
-    formats = {
-        "epoch": ("epochs", lambda value: f"{value:,.4g}"),
-        "images": ("images seen", lambda value: f"{value:,.0f}"),
-        "seconds": ("training time", format_seconds),
-        "images_per_second": ("images per second", lambda value: f"{value:,.0f}"),
-        "data_wait": ("waiting for data", format_percent),
-    }
-    numbers = [
-        (label, write(facts[key]))
-        for key, (label, write) in formats.items()
-        if is_number(facts[key]) and math.isfinite(facts[key])
+    """Returns name and value of the facts at the top of the page, from the results or else from the last rows."""
+    values = {key: latest(key, rows) for key in FACTS}
+    values |= {key: value for key, value in results.items() if value is not None}
+    facts = [
+        (label, write(values[key]))
+        for key, (label, write) in FACTS.items()
+        if is_number(values[key]) and math.isfinite(values[key])
     ]
-    machine = [str(facts["device"])] if "device" in facts else []
-    machine += [f"torch {facts['torch']}"] if "torch" in facts else []
-    return numbers + ([("machine", ", ".join(machine))] if machine else [])
+    machine = [str(results["device"])] if "device" in results else []
+    machine += [f"torch {results['torch']}"] if "torch" in results else []
+    return facts + ([("machine", ", ".join(machine))] if machine else [])
 
 
 def summarise_phases(rows: list[Row]) -> list[dict[str, str]]:
-    """Where the time of a step goes, over the whole run; the slowest rank of the last row where there are several."""
+    """Returns the mean time of each phase of a step over the run, and the slowest rank in the last row."""
     timed = [row["phases"] for row in rows if "phases" in row]
     if not timed:
         return []
@@ -346,75 +167,16 @@ def summarise_phases(rows: list[Row]) -> list[dict[str, str]]:
 
 
 def summarise_evaluations(found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """A row for each evaluation: its name, its result, and what that is of."""
-    formats = {
-        "protocol": "{}",
-        "step": "checkpoint of step {:,}",
-        "labels": "{:,} labels",
-        "epochs": "{} epochs",
-        "lr": "learning rate {:g}",
-        "top5": "top-5 {:.1%}",
-        "map_11_point": "11-point mAP {:.1%}",
-        "unreadable": "{} images unreadable",
-    }
+    """Returns name, primary result and details of each evaluation, which `found` holds by the folder's name."""
     return [
         {
             "name": name,
             "result": format_evaluation(results),
             "detail": ", ".join(
-                write.format(results[key]).replace("%", " %") for key, write in formats.items() if results.get(key)
+                write.format(results[key]).replace("%", " %")
+                for key, write in EVALUATION_DETAILS.items()
+                if results.get(key)
             ),
         }
         for name, results in found.items()
     ]
-
-
-def format_evaluation(results: dict[str, Any]) -> str:
-    """The figure of an evaluation's results, with the deviation where there are several."""
-    if "map" in results:
-        return f"mAP {format_percent(results['map'])}"
-    deviation = results.get("top1_deviation")
-    return format_percent(results["top1"]) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
-
-
-def latest(key: str, rows: list[Row]) -> Any:
-    return next((row[key] for row in reversed(rows) if key in row), None)
-
-
-def format_percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def format_seconds(seconds: float) -> str:
-    """3 s, 2 min 5 s, 3 h 20 min, 2 d 4 h: the two largest units."""
-    whole = round(seconds)
-    days, hours, minutes = whole // 86400, whole // 3600 % 24, whole // 60 % 60
-    if days:
-        return f"{days} d {hours} h"
-    if hours:
-        return f"{hours} h {minutes} min"
-    if minutes:
-        return f"{minutes} min {whole % 60} s"
-    return f"{whole} s"
-
-
-def format_value(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, str):
-        return value
-    return json.dumps(value, default=str)
-
-
-def png_data_url(image: Image) -> str:
-    """A uint8 RGB picture [H, W, 3] as a data URL, shrunk to a thumbnail if it is larger than one."""
-    import cv2
-
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"a picture of {image.dtype} {list(image.shape)} was given, uint8 [H, W, 3] is needed")
-    scale = MAX_IMAGE_SIDE / max(image.shape[:2])
-    if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
-    written, data = cv2.imencode(".png", image[:, :, ::-1])
-    assert written, "OpenCV refused to write a PNG"
-    return "data:image/png;base64," + base64.b64encode(data.tobytes()).decode()

@@ -1,0 +1,67 @@
+"""Renders the templates of the trainer: the HTML pages of the reports and the Markdown of the model card.
+
+An HTML page is self-contained. Styles, plotly.js and images (data URLs) are part of the file, and its
+Content-Security-Policy forbids the browser to load anything else.
+"""
+
+import base64
+import shlex
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+from numpy.typing import NDArray
+
+Image = NDArray[np.uint8]  # RGB, [H, W, 3]
+
+THUMBNAIL_SIDE = 160  # pixels: default limit for the longer side of an embedded image
+CRISP_SIDE = 96  # pixels: the browser enlarges images up to this size without smoothing
+
+
+def render_page(template: str, **values: Any) -> str:
+    """Returns an HTML page made from a template of this package; `values` are the template's variables."""
+    from plotly.offline import get_plotlyjs
+
+    return render_template(
+        f"report/templates/{template}",
+        plotly=Markup(get_plotlyjs()),
+        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        command=shlex.join(sys.orig_argv),
+        **values,
+    )
+
+
+def render_template(path: str, **values: Any) -> str:
+    """Returns the text of a template, given by its path below `trainer/`. Values are escaped in `*.html.j2` only."""
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parents[1]),
+        autoescape=select_autoescape(("html.j2",)),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["png"] = image_data_url
+    environment.filters["crisp"] = lambda image: max(image.shape[:2]) <= CRISP_SIDE
+    return environment.get_template(path).render(**values)
+
+
+def image_data_url(image: Image, max_side: int = THUMBNAIL_SIDE, jpeg_if_shrunk: bool = False) -> str:
+    """Returns a data URL of an image, which is shrunk if its longer side exceeds `max_side` pixels.
+
+    The format is PNG. With `jpeg_if_shrunk`, shrunk images are stored as JPEG, which takes less space.
+    """
+    import cv2
+
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"got an image of {image.dtype} {list(image.shape)}, need uint8 [H, W, 3]")
+    scale = max_side / max(image.shape[:2])
+    if scale < 1:
+        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+    kind, options = ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 85]) if jpeg_if_shrunk and scale < 1 else ("png", [])
+    encoded, data = cv2.imencode(f".{kind}", image[:, :, ::-1], options)
+    assert encoded, f"OpenCV did not encode a {kind.upper()}"
+    return f"data:image/{kind};base64," + base64.b64encode(data.tobytes()).decode()

@@ -243,7 +243,7 @@ def test_vision_transformers_of_torchvision_and_moco_v3(tmp_path: Path) -> None:
 def test_safetensors_and_what_does_not_say_its_name(tmp_path: Path) -> None:
     network = narrow_resnet(1)
     save_file(network.state_dict(), tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match="does not say which network it is of: give --backbone"):
+    with pytest.raises(ValueError, match="does not contain the name of its network: give --backbone"):
         import_weights(tmp_path / "a.safetensors", tmp_path / "run", None, [])
     import_weights(tmp_path / "a.safetensors", tmp_path / "run", "resnet18", NARROW)
     same_features(tmp_path / "run", "student", network)
@@ -325,7 +325,7 @@ def damaged(tmp_path: Path, how: str) -> Path:
         ("empty", "is not a checkpoint of torch.save, or cut short"),
         ("list", "holds a list, need tensors by name"),
         ("nothing inside", "has entries that are not tensors, and no state_dict or"),
-        ("folder", "is not a model of timm's on Hugging Face"),
+        ("folder", "is not a timm model of Hugging Face"),
         ("missing", "No such file or directory"),
     ],
 )

@@ -1,6 +1,6 @@
-"""How other programs call the tensors of a network: the prefixes in their checkpoints, and their names for layers.
+"""Tensor names of other programs: the prefixes of networks in their checkpoints, and their names for layers.
 
-Where each layout is from:
+The prefixes come from these sources:
 
 MoCo v1, v2     https://github.com/facebookresearch/moco, moco/builder.py
 AdCo            https://github.com/maple-research-lab/AdCo, model/AdCo.py
@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 
 class Layout(NamedTuple):
-    """What stands before the names of a backbone's tensors; teacher: None if there is one network only."""
+    """The prefixes of the backbones' tensor names; `teacher` is None for a program with one network."""
 
     name: str
     student: str
     teacher: str | None
 
 
-# The first whose student's prefix occurs is taken, so the longer prefixes come first.
+# A checkpoint has the first layout whose student prefix occurs in it. Longer prefixes therefore come first.
 LAYOUTS = (
     Layout("MoCo v1, v2 or AdCo", "encoder_q.", "encoder_k."),
     Layout("MoCo v3", "base_encoder.", "momentum_encoder."),
@@ -36,14 +36,15 @@ LAYOUTS = (
     Layout("timm or torchvision", "", None),
 )
 
-# What may be in a file besides the backbone: projection heads, classifiers, queues, and BYOL's second name for its net.
-BESIDES = re.compile(
+# Tensors that a checkpoint may have besides the backbone: projection heads, predictors, classifiers, queues, and the
+# second copy of the student in lucidrains' BYOL (`net.`).
+OTHER_TENSORS = re.compile(
     r"(^|\.)(fc|head|heads|head_dist|classifier|projector|projection|projetion|predictor|online_predictor)\."
     r"|^queue(_ptr)?$|^net\."
 )
 
-# A torchvision ResNet as nn.Sequential(*children): the numbers of its children.
-_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+# The layers of torchvision's ResNet by their index in nn.Sequential(*resnet.children()).
+_RESNET_CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 _TORCHVISION_VIT = (
     (r"^class_token$", "cls_token"),
@@ -60,26 +61,27 @@ _TORCHVISION_VIT = (
 
 
 def is_torchvision_vit(names: set[str]) -> bool:
+    """Whether the tensor names are those of torchvision's VisionTransformer."""
     return {"class_token", "conv_proj.weight"} <= names
 
 
 def from_torchvision_vit(name: str) -> str:
-    """The name in timm of a tensor of torchvision's VisionTransformer."""
+    """Converts a tensor name of torchvision's VisionTransformer to timm's."""
     for pattern, replacement in _TORCHVISION_VIT:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def from_children(name: str) -> str:
-    """The name in torchvision's ResNet of a tensor of nn.Sequential(*children); others stay as they are."""
+def from_resnet_children(name: str) -> str:
+    """Converts a tensor name of nn.Sequential(*resnet.children()) to torchvision's; other names stay unchanged."""
     child, dot, rest = name.partition(".")
-    return _CHILDREN.get(child, child) + dot + rest
+    return _RESNET_CHILDREN.get(child, child) + dot + rest
 
 
 def to_detectron2(name: str) -> str:
-    """The name in detectron2's ResNet of a tensor of torchvision's."""
+    """Converts a tensor name of torchvision's ResNet to detectron2's."""
     if not name.startswith("layer"):
         name = f"stem.{name}"
-    name = re.sub(r"^layer(\d)\.", lambda found: f"res{int(found[1]) + 1}.", name)
+    name = re.sub(r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}.", name)
     name = re.sub(r"\bbn(\d)\.", r"conv\1.norm.", name)
     return name.replace("downsample.0.", "shortcut.").replace("downsample.1.", "shortcut.norm.")

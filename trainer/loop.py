@@ -17,7 +17,7 @@ from trainer.distributed import RankInfo
 from trainer.engines.base import NotFinite
 from trainer.ops.stop import StopHandler, deadline
 from trainer.ops.watchdog import Watchdog
-from trainer.plan.flops import peak
+from trainer.plan.hardware import peak_flops
 from trainer.run.checkpoint import Saver
 from trainer.run.metrics import Averages, MetricsLogger, peak_memory
 from trainer.run.phases import PhaseTimer, find_straggler, gather_phase_times, host_names, phase_metrics, trace_steps
@@ -222,7 +222,7 @@ class Throughput:
         if self.task.flops:
             achieved = steps * self.task.flops / self.seconds / self.rank_info.world_size
             row["teraflops"] = achieved / 1e12
-            if rated := peak(self.rank_info.device):
+            if rated := peak_flops(self.rank_info.device):
                 row["mfu"] = achieved / rated
         self.last_step, self.seconds = step, 0.0
         return {**row, "phases": phase_metrics(phases)}

@@ -14,6 +14,7 @@ import torch
 from kernels.triton.tiles import Key, Tiles, read_table, tiles
 from trainer.bench import gpu, harness, static
 from trainer.plan import roofline
+from trainer.plan.hardware import GPUS
 
 CPU = torch.device("cpu")
 
@@ -51,7 +52,7 @@ def test_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert [row["impl"] for row in result["steps"][:3]] == ["materialised", "torch.compile", "triton"]
     assert all(row["seconds"] > 0 and row["peak_bytes"] == 2**20 for row in result["steps"])
     assert result["steps"][0]["speedup"] == 1
-    least = roofline.score(roofline.A100, 17, 100, 32, "float16").seconds  # the interpreter counts as sm_80
+    least = roofline.score(GPUS["a100"], 17, 100, 32, "float16").seconds  # the interpreter counts as sm_80
     assert result["kernels"][0]["share"] == pytest.approx(least / result["kernels"][0]["seconds"])
     out = tmp_path / "gpu.json"
     assert gpu.report(result, out)
@@ -67,7 +68,7 @@ def test_wrong_results_and_too_little_memory_are_reported(
 
     monkeypatch.setattr(gpu, "materialised_step", out_of_memory)
     monkeypatch.setattr(gpu, "_SUMS", 0.0)
-    monkeypatch.setattr(roofline, "GPUS", {})
+    monkeypatch.setattr(roofline, "BY_CAPABILITY", {})
     result = gpu.run(CPU, 32, ("float32",), 1, shapes=((4, 20),), checked=(4, 20))
     assert not gpu.report(result, None)
     assert [row["seconds"] is None for row in result["steps"]] == [True, True, False]

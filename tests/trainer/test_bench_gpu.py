@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from trainer.__main__ import app
 from trainer.bench import gpu
 from trainer.plan import roofline
+from trainer.plan.hardware import GPUS
 
 
 @pytest.mark.parametrize("command", [["gpu"], ["kernels", "--tune"]])
@@ -31,17 +32,17 @@ def test_one_at_a_time() -> None:
 
 
 def test_roofline() -> None:
-    score = roofline.score(roofline.A100, 4096, 65536, 128, "bfloat16")
+    score = roofline.score(GPUS["a100"], 4096, 65536, 128, "bfloat16")
     assert score.flops == 4 * 4096 * (4096 + 65536) * 128
     assert score.seconds == pytest.approx(468e-6, rel=1e-2)
     assert score.limit == "tensor cores"
-    few = roofline.adversary(roofline.H100, 256, 2**20, 128, "bfloat16")
+    few = roofline.adversary(GPUS["h100"], 256, 2**20, 128, "bfloat16")
     assert few.bytes == pytest.approx(2**20 * 128 * (4 + 8 + 8), rel=1e-2)  # n, W and v, read and written
     assert few.limit == "memory"
     assert few.seconds == few.bytes / 3350e9
-    low = roofline.adversary(roofline.H100, 256, 2**20, 128, "bfloat16", w_bytes=2, v_bytes=0)
+    low = roofline.adversary(GPUS["h100"], 256, 2**20, 128, "bfloat16", w_bytes=2, v_bytes=0)
     assert low.bytes == pytest.approx(2**20 * 128 * 8, rel=2e-2)
-    wide = roofline.score(roofline.A100, 4096, 65536, 128, "float32")
+    wide = roofline.score(GPUS["a100"], 4096, 65536, 128, "float32")
     assert wide.tensor_seconds == pytest.approx(6 * score.tensor_seconds)  # three products at half the rate
 
 

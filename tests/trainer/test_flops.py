@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from trainer.config import Config, load
-from trainer.plan.flops import peak, step_flops
+from trainer.plan.flops import step_flops
+from trainer.plan.hardware import peak_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,7 @@ def test_what_a_method_asks_for() -> None:
 
 
 def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert peak(torch.device("cpu")) is None
+    assert peak_flops(torch.device("cpu")) is None
     names = {
         "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA H100 PCIe": 756e12,
@@ -44,4 +45,4 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak(torch.device("cuda")) == flops
+        assert peak_flops(torch.device("cuda")) == flops

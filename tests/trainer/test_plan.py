@@ -16,12 +16,21 @@ from trainer.bench import throughput
 from trainer.config import Config
 from trainer.plan import predict
 from trainer.plan.collectives import Collective
-from trainer.plan.hardware import GPUS, make_cluster, seconds
-from trainer.plan.predict import LAUNCH, MEMORY, PLAIN, TENSOR, op_seconds, phase_time, step_time
+from trainer.plan.hardware import GPUS, make_cluster
+from trainer.plan.nccl import collective_seconds
+from trainer.plan.predict import (
+    BANDWIDTH,
+    CUDA_CORES,
+    LAUNCH_SECONDS,
+    TENSOR_CORES,
+    operator_seconds,
+    phase_time,
+    step_time,
+)
 from trainer.plan.report import WIDTH, report
 from trainer.plan.rows import make_plan, parse_nodes
 from trainer.plan.shape_only import ShapeOnlyMode
-from trainer.plan.trace import Call, Op, StepTrace
+from trainer.plan.trace import CollectiveEvent, Event, OperatorEvent, StepTrace
 
 CLUSTER = make_cluster("a100", 8, "ib-hdr")
 MB = 10**6
@@ -51,41 +60,43 @@ def collective(operator: str, ranks: int, sent: int) -> Collective:
     ],
 )
 def test_alpha_and_beta_by_hand(call: Collective, nodes: int, microseconds: float) -> None:
-    assert 1e6 * seconds(call, nodes, CLUSTER) == pytest.approx(microseconds)
+    assert 1e6 * collective_seconds(call, nodes, CLUSTER) == pytest.approx(microseconds)
 
 
 def test_networks() -> None:
-    assert make_cluster("a100", 4, "ib-hdr").net == pytest.approx(0.9 * 4 * 25e9)
-    assert make_cluster("h100", 8, "ethernet-100").net == pytest.approx(0.9 * 12.5e9)
-    assert make_cluster("h100", 8, "400").net == pytest.approx(0.9 * 50e9)
+    assert make_cluster("a100", 4, "ib-hdr").network == pytest.approx(0.9 * 4 * 25e9)
+    assert make_cluster("h100", 8, "ethernet-100").network == pytest.approx(0.9 * 12.5e9)
+    assert make_cluster("h100", 8, "400").network == pytest.approx(0.9 * 50e9)
 
 
-def op(phase: str = "backward", flops: float = 0.0, bytes: int = 0, name: str = "mm", dtype: str = "bfloat16") -> Op:
-    return Op(phase, name, dtype, flops, bytes, 0.0)
+def op(
+    phase: str = "backward", flops: float = 0.0, bytes: int = 0, name: str = "mm", dtype: str = "bfloat16"
+) -> OperatorEvent:
+    return OperatorEvent(phase, name, dtype, flops, bytes, 0.0)
 
 
 def test_what_binds_an_operator() -> None:
     gpu, v100 = GPUS["a100"], GPUS["v100"]
-    product, read = op_seconds(op(flops=1e12, bytes=1), gpu), op_seconds(op(flops=1, bytes=10**9), gpu)
-    assert [product[0], read[0]] == pytest.approx([1e12 / (312e12 * TENSOR), 1e9 / (2039e9 * MEMORY)])
+    product, read = operator_seconds(op(flops=1e12, bytes=1), gpu), operator_seconds(op(flops=1, bytes=10**9), gpu)
+    assert [product[0], read[0]] == pytest.approx([1e12 / (312e12 * TENSOR_CORES), 1e9 / (2039e9 * BANDWIDTH)])
     assert [product[1], read[1]] == [False, True]
     # In fp32 torch convolves with TF32, and multiplies matrices without tensor cores.
-    by_name = [op_seconds(op(flops=1e12, name=name, dtype="float32"), gpu)[0] for name in ("convolution", "mm")]
-    assert by_name == pytest.approx([1e12 / (156e12 * TENSOR), 1e12 / (19.5e12 * PLAIN)])
-    assert op_seconds(op(flops=1e12, name="convolution", dtype="float32"), v100)[0] == pytest.approx(
-        1e12 / (15.7e12 * PLAIN)
+    by_name = [operator_seconds(op(flops=1e12, name=name, dtype="float32"), gpu)[0] for name in ("convolution", "mm")]
+    assert by_name == pytest.approx([1e12 / (156e12 * TENSOR_CORES), 1e12 / (19.5e12 * CUDA_CORES)])
+    assert operator_seconds(op(flops=1e12, name="convolution", dtype="float32"), v100)[0] == pytest.approx(
+        1e12 / (15.7e12 * CUDA_CORES)
     )
 
 
-MS = round(2039e9 * MEMORY / 1e3)  # bytes that take a millisecond
+MS = round(2039e9 * BANDWIDTH / 1e3)  # bytes that take a millisecond
 
 
-def call(phase: str, operator: str, engine: bool = True) -> Call:
-    return Call(phase, collective(operator, 8, 500 * MB), 1, engine)
+def call(phase: str, operator: str, engine: bool = True) -> CollectiveEvent:
+    return CollectiveEvent(phase, collective(operator, 8, 500 * MB), 1, engine)
 
 
-SENT = 1e3 * seconds(call("", "all_gather").collective, 1, CLUSTER)  # about 2.2 ms
-REDUCED = 1e3 * seconds(call("", "all_reduce").collective, 1, CLUSTER)
+SENT = 1e3 * collective_seconds(call("", "all_gather").collective, 1, CLUSTER)  # about 2.2 ms
+REDUCED = 1e3 * collective_seconds(call("", "all_reduce").collective, 1, CLUSTER)
 
 
 @pytest.mark.parametrize(
@@ -119,29 +130,31 @@ def test_everything_waits_for_the_method() -> None:
 
 def test_a_step_of_several_phases() -> None:
     gather = call("score", "all_gather", engine=False)
-    events: list[Op | Call] = [op("student", flops=1e12), op("student", bytes=MS), gather]
+    events: list[Event] = [op("student", flops=1e12), op("student", bytes=MS), gather]
     events += [op("ema")] * 100
     step = step_time(events, CLUSTER, ranks=8, images=64)
-    compute = 1e12 / (312e12 * TENSOR)
+    compute = 1e12 / (312e12 * TENSOR_CORES)
     student, score, ema = step.phases
     assert student.seconds == pytest.approx(compute + 1e-3)
-    assert ema.seconds == pytest.approx(100 * LAUNCH)
+    assert ema.seconds == pytest.approx(100 * LAUNCH_SECONDS)
     assert score.seconds == pytest.approx(1e-3 * SENT)
     work = student.work + ema.work
     assert step.waiting == pytest.approx(0.01 * (2 * 2.0794415) ** 0.5 * work)  # ln 8
     assert step.seconds == pytest.approx(work + 1e-3 * SENT + step.waiting)
-    assert step.binds == "compute"
-    assert step_time([*events, *[op("ema")] * 900], CLUSTER, 8, 64).binds == "host"
-    assert step_time([*events, op("ema", bytes=9 * MS)], CLUSTER, 8, 64).binds == "memory"
-    assert step_time([*events, *[gather] * 9], CLUSTER, 8, 64).binds == "network"
+    assert step.bottleneck == "compute"
+    assert step_time([*events, *[op("ema")] * 900], CLUSTER, 8, 64).bottleneck == "host"
+    assert step_time([*events, op("ema", bytes=9 * MS)], CLUSTER, 8, 64).bottleneck == "memory"
+    assert step_time([*events, *[gather] * 9], CLUSTER, 8, 64).bottleneck == "network"
     starved = step_time(events, CLUSTER, 8, 64, data_rate=640.0)
     assert starved.seconds == pytest.approx(0.1)
-    assert starved.binds == "data"
-    factors = predict.calibration(step, {"student": 2 * student.seconds, "score": 1.0, "data": 1.0})
+    assert starved.bottleneck == "data"
+    factors = predict.calibration_factors(step, {"student": 2 * student.seconds, "score": 1.0, "data": 1.0})
     assert factors == {"student": pytest.approx(2.0)}
     assert step_time(events, CLUSTER, 8, 64, factors).phases[0].seconds == pytest.approx(2 * student.seconds)
     with pytest.raises(ValueError, match=r"backward took 1 ms, less than the .* predicted for its collectives alone"):
-        predict.calibration(step_time([call("backward", "all_reduce"), op()], CLUSTER, 8, 64), {"backward": 1e-3})
+        predict.calibration_factors(
+            step_time([call("backward", "all_reduce"), op()], CLUSTER, 8, 64), {"backward": 1e-3}
+        )
 
 
 def supervised(batch: int, precision: torch.dtype) -> list[Any]:
@@ -163,7 +176,7 @@ def supervised(batch: int, precision: torch.dtype) -> list[Any]:
 def test_published_images_a_second() -> None:
     """NVIDIA's ResNet-50 v1.5 for PyTorch (github.com/NVIDIA/DeepLearningExamples), one GPU, 256 images.
 
-    TENSOR is fitted to the first; the others are predictions.
+    TENSOR_CORES is fitted to the first; the others are predictions.
     """
     low, full = supervised(256, torch.bfloat16), supervised(256, torch.float32)
     assert sum(event.flops for event in low) / 256 == pytest.approx(3 * 8.18e9, rel=0.02)
@@ -202,7 +215,7 @@ def test_a_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert [row.case.images for row in plan.candidates][-3:] == [8, 16, 32]
     assert plan.best
     assert plan.best.case.images == 32, "a step of so few images is Python's"
-    assert plan.best.step.binds == "host"
+    assert plan.best.step.bottleneck == "host"
     report(plan, config, 2.0, tmp_path / "out/plan.json")
     written = json.loads((tmp_path / "out/plan.json").read_text())
     assert [row["gpu_hours"] for row in written["rows"]] == [row.hours * row.gpus for row in plan.rows]

@@ -15,7 +15,7 @@ from tests.trainer.engines import NARROW, build_train_step, make_config, make_ra
 from trainer.config import Config
 from trainer.plan.collectives import Collective
 from trainer.plan.memory import ENGINES, STEPS, count, with_engine
-from trainer.plan.trace import Call, Op, StepTrace
+from trainer.plan.trace import CollectiveEvent, Event, StepTrace
 from trainer.train_step import Rates
 
 Found = list[tuple[str, Collective, int, bool]]
@@ -59,8 +59,8 @@ def per_node(world_size: int) -> int:
     return min(world_size, 2)
 
 
-def calls(events: list[Op | Call]) -> Found:
-    return [(x.phase, x.collective, x.nodes, x.engine) for x in events if isinstance(x, Call)]
+def calls(events: list[Event]) -> Found:
+    return [(x.phase, x.collective, x.nodes, x.engine) for x in events if isinstance(x, CollectiveEvent)]
 
 
 def all_real(world_size: int) -> list[Found]:

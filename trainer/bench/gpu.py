@@ -276,7 +276,7 @@ def _time_steps(case: NegativesCase, dtype: str, repeats: int) -> list[dict[str,
 def _time_kernels(case: NegativesCase, dtype: str, repeats: int) -> list[dict[str, Any]]:
     """Time `score` and `adversary_step` alone and divide the roofline's time by theirs."""
     case = case.map(Tensor.clone).with_dtype(getattr(torch, dtype))
-    gpu = roofline.GPUS.get(tiles.architecture(case.q_ND.device))
+    gpu = roofline.BY_CAPABILITY.get(tiles.architecture(case.q_ND.device))
     bounds: dict[str, Callable[..., roofline.Roofline]] = {"score": roofline.score, "adversary": roofline.adversary}
     rows = []
     for name, bound in bounds.items():

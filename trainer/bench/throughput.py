@@ -27,7 +27,8 @@ from trainer import distributed
 from trainer.build import autocast_dtype, fill_bank
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.plan.flops import peak, step_flops
+from trainer.plan.flops import step_flops
+from trainer.plan.hardware import peak_flops
 from trainer.run.files import read_json, write_json
 from trainer.run.metrics import peak_memory, set_up_logging
 from trainer.run.phases import PhaseTimer, find_straggler, gather_phase_times, host_names, phase_metrics
@@ -150,7 +151,7 @@ def _measure(
         result["watts_per_rank"] = _mean(statistics.mean(watts))
     if train_step:
         result["teraflops"] = step_flops(config) / step_seconds / rank_info.world_size / 1e12
-        if most := peak(rank_info.device):
+        if most := peak_flops(rank_info.device):
             result["mfu"] = result["teraflops"] * 1e12 / most
     return result
 

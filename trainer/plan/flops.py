@@ -7,30 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from trainer.build import build_encoder
 from trainer.config import Config
 
-# Dense bf16 or fp16 products in FLOP/s, from NVIDIA's datasheets, by what is in the device's name; the first that fits.
-PEAKS = {
-    "B200": 2250e12,
-    "GH200": 989e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "L40S": 362e12,
-    "A100": 312e12,
-    "A30": 165e12,
-    "A40": 150e12,
-    "L4": 121e12,
-    "V100": 125e12,
-}
-
-
-def peak(device: torch.device) -> float | None:
-    """FLOP/s of bf16 products that a GPU is sold for; None where that is not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((flops for part, flops in PEAKS.items() if part in name), None)
-
 
 def step_flops(config: Config) -> float:
     """FLOPs of one step of the whole batch, as the method asks for them: what is computed twice counts once.

@@ -1,127 +1,142 @@
-"""GPUs and networks, and the time of a collective on them: NCCL's own alpha-beta model, with NCCL's own constants.
-
-docs/plan.md has the table of all constants with their sources.
-"""
+"""GPUs, networks and clusters: the one table of their constants. docs/plan.md lists the sources."""
 
 import math
 from typing import NamedTuple
 
-from trainer.plan.collectives import Collective
-from trainer.plan.roofline import A100, H100
-from trainer.plan.roofline import Gpu as Peaks
+import torch
 
 
 class Gpu(NamedTuple):
-    """fp32: FLOP/s without tensor cores. memory: bytes. nvlink: bytes/s that NCCL's rings get within a node."""
+    """Peak rates and memory of a GPU.
 
-    peaks: Peaks
-    fp32: float
+    Attributes:
+        name: the model, which is a part of the name that CUDA reports, and the variant.
+        flops: dense matrix products on tensor cores, in FLOP/s by input type ("bfloat16", "float16" or "tf32").
+        fp32_flops: FLOP/s without tensor cores.
+        exponentials: exponentials per second on the special function units.
+        bandwidth: memory bandwidth in bytes/s.
+        memory: bytes that `torch.cuda.mem_get_info` reports as the total, rounded down.
+        nvlink: bytes/s that one GPU reaches in NCCL's rings within a node.
+    """
+
+    name: str
+    flops: dict[str, float]
+    fp32_flops: float
+    exponentials: float
+    bandwidth: float
     memory: int
     nvlink: float
 
+    @property
+    def model(self) -> str:
+        """The name without the variant, such as A100."""
+        return self.name.split()[0]
 
-# What torch.cuda.mem_get_info calls total on GPUs that are sold as these, rounded down.
-SIZES = {"40 GB": 39 * 2**30, "80 GB": 79 * 2**30, "141 GB": 139 * 2**30}
-# NVIDIA's datasheets. nvlink: NCCL's src/graph/topo.h, a link times the links: 6 x 20, 12 x 20 (of which
-# src/graph/tuning.cc uses 235), 18 x 20.6 GB/s.
+
+MEMORY_SIZES = {"40 GB": 39 * 2**30, "80 GB": 79 * 2**30, "141 GB": 139 * 2**30}  # as sold, and as CUDA reports them
+_A100_FLOPS = {"bfloat16": 312e12, "float16": 312e12, "tf32": 156e12}
+_H100_FLOPS = {"bfloat16": 989e12, "float16": 989e12, "tf32": 494e12}
+# Special function units produce 16 results per clock and multiprocessor (V100, A100, H100: CUDA C++ Programming Guide,
+# "Throughput of Native Arithmetic Instructions"). Multiprocessors and the clock of the rated FLOP/s are from NVIDIA's
+# whitepapers. The other rates are from NVIDIA's datasheets.
+_V100_EXPONENTIALS, _A100_EXPONENTIALS, _H100_EXPONENTIALS = 16 * 80 * 1.53e9, 16 * 108 * 1.41e9, 16 * 132 * 1.83e9
+# A link's rate times the number of links, from NCCL's src/graph/topo.h: 6 x 20, 12 x 20 and 18 x 20.6 GB/s. For the
+# A100, NCCL's src/graph/tuning.cc uses 235.
+_V100_NVLINK, _A100_NVLINK, _H100_NVLINK = 120e9, 235e9, 370.8e9
 GPUS = {
     "v100": Gpu(
-        Peaks("V100 32 GB", {"float16": 125e12}, 900e9, 16 * 80 * 1.53e9),
-        fp32=15.7e12,
-        memory=31 * 2**30,
-        nvlink=120e9,
+        "V100 32 GB", {"float16": 125e12}, 15.7e12, _V100_EXPONENTIALS, 900e9, memory=31 * 2**30, nvlink=_V100_NVLINK
     ),
     "a100-40": Gpu(
-        Peaks("A100 40 GB", A100.flops, 1555e9, A100.exponentials), fp32=19.5e12, memory=SIZES["40 GB"], nvlink=235e9
+        "A100 40 GB", _A100_FLOPS, 19.5e12, _A100_EXPONENTIALS, 1555e9, MEMORY_SIZES["40 GB"], nvlink=_A100_NVLINK
     ),
-    "a100": Gpu(A100, fp32=19.5e12, memory=SIZES["80 GB"], nvlink=235e9),
-    "h100": Gpu(H100, fp32=67e12, memory=SIZES["80 GB"], nvlink=370.8e9),
-    "h200": Gpu(
-        Peaks("H200", H100.flops, 4800e9, H100.exponentials), fp32=67e12, memory=SIZES["141 GB"], nvlink=370.8e9
+    "a100": Gpu(
+        "A100 80 GB", _A100_FLOPS, 19.5e12, _A100_EXPONENTIALS, 2039e9, MEMORY_SIZES["80 GB"], nvlink=_A100_NVLINK
     ),
+    "h100": Gpu("H100 SXM", _H100_FLOPS, 67e12, _H100_EXPONENTIALS, 3350e9, MEMORY_SIZES["80 GB"], nvlink=_H100_NVLINK),
+    "h200": Gpu("H200", _H100_FLOPS, 67e12, _H100_EXPONENTIALS, 4800e9, MEMORY_SIZES["141 GB"], nvlink=_H100_NVLINK),
 }
-# Nothing is known of it: only ratios of work count, and `--calibrate` makes times of them.
-CPU = Gpu(Peaks("CPU", {}, 20e9, 1e9), fp32=100e9, memory=2**62, nvlink=5e9)
+# Placeholder rates: the planner uses only ratios of them, which `--calibrate` turns into times.
+CPU = Gpu("CPU", {}, fp32_flops=100e9, exponentials=1e9, bandwidth=20e9, memory=2**62, nvlink=5e9)
+# GPUs of which only the FLOP/s of bf16 products are needed, by a part of the name that CUDA reports (datasheets).
+_OTHER_PEAKS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "L40S": 362e12,
+    "A30": 165e12,
+    "A40": 150e12,
+    "L4": 121e12,
+}
 
 
-class Net(NamedTuple):
-    """Between nodes. gbits: Gb/s of a link. links: of a node; None: one for each GPU."""
+def peak_flops(device: torch.device) -> float | None:
+    """Return the GPU's rated FLOP/s of products in its fastest 16-bit type, or None if they are not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    peaks = {**_OTHER_PEAKS, **{gpu.model: max(gpu.flops.values()) for gpu in GPUS.values()}}
+    return next((flops for part, flops in peaks.items() if part in name), None)
+
+
+class Network(NamedTuple):
+    """The network between nodes.
+
+    Attributes:
+        gbits: rate of one link in Gb/s.
+        links: links of a node; None means one for each GPU.
+    """
 
     gbits: float
     links: int | None = None
 
 
-NETS = {
-    "ib-hdr": Net(200),  # DGX A100
-    "ib-ndr": Net(400),  # DGX H100
-    "ib-edr": Net(100, 4),  # DGX-1
-    "efa": Net(100, 4),  # AWS p4d
-    "ethernet-100": Net(100, 1),
-    "ethernet-25": Net(25, 1),
-    "ethernet-10": Net(10, 1),
+NETWORKS = {
+    "ib-hdr": Network(200),  # DGX A100
+    "ib-ndr": Network(400),  # DGX H100
+    "ib-edr": Network(100, 4),  # DGX-1
+    "efa": Network(100, 4),  # AWS p4d
+    "ethernet-100": Network(100, 1),
+    "ethernet-25": Network(25, 1),
+    "ethernet-10": Network(10, 1),
 }
-NET_ATTAINED = 0.9  # github.com/NVIDIA/nccl-tests issues 100, 119 and 175: 86 to 96 of 100 GB/s
+NETWORK_EFFICIENCY = 0.9  # github.com/NVIDIA/nccl-tests issues 100, 119 and 175: 86 to 96 of 100 GB/s
 
 
 class Cluster(NamedTuple):
-    """per_node: GPUs of a node. net: bytes/s in and out of a node, as attained."""
+    """Nodes of the same kind.
+
+    Attributes:
+        gpu: the GPUs.
+        gpus_per_node: number of GPUs in a node.
+        network: bytes/s that a node reaches in each direction.
+    """
 
     gpu: Gpu
-    per_node: int
-    net: float
+    gpus_per_node: int
+    network: float
 
 
-def make_cluster(gpu: str, per_node: int, net: str) -> Cluster:
-    """gpu: of GPUS, or cpu. net: of NETS, or Gb/s of a node as a number. Raises ValueError for what is neither."""
+def make_cluster(gpu: str, gpus_per_node: int, net: str) -> Cluster:
+    """Look up a cluster's constants.
+
+    Args:
+        gpu: a key of GPUS, or "cpu".
+        gpus_per_node: number of GPUs in a node.
+        net: a key of NETWORKS, or a node's Gb/s as a number.
+
+    Raises:
+        ValueError: a name is unknown, or the rate is not positive.
+    """
     if gpu != "cpu" and gpu not in GPUS:
         raise ValueError(f"plan: got --gpu {gpu}, need one of {', '.join(GPUS)}")
     try:
-        link = NETS[net] if net in NETS else Net(float(net), 1)
+        network = NETWORKS[net] if net in NETWORKS else Network(float(net), 1)
     except ValueError:
-        raise ValueError(f"plan: got --net {net}, need one of {', '.join(NETS)}, or Gb/s of a node") from None
-    if not 0 < link.gbits < math.inf:
+        raise ValueError(f"plan: got --net {net}, need one of {', '.join(NETWORKS)}, or Gb/s of a node") from None
+    if not 0 < network.gbits < math.inf:
         raise ValueError(f"plan: got --net {net}, need more than 0 Gb/s")
-    links = link.links or per_node
-    return Cluster(CPU if gpu == "cpu" else GPUS[gpu], per_node, NET_ATTAINED * links * link.gbits / 8 * 1e9)
-
-
-class Protocol(NamedTuple):
-    """Microseconds: once, a hop over NVLink, a hop over the network. share: of the bandwidth."""
-
-    once: float
-    nvlink: float
-    net: float
-    share: float
-
-
-# LL, LL128, Simple: github.com/NVIDIA/nccl, src/graph/tuning.cc of NCCL 2.11 (baseLat, hwLat and below).
-RING = (Protocol(3.6, 0.47, 2.7, 1 / 4), Protocol(10.0, 1.9, 4.0, 0.92), Protocol(8.4, 3.4, 9.6, 1.0))
-TREE = (Protocol(4.4, 0.52, 5.0, 0.9 / 3.8), Protocol(4.4, 1.2, 8.5, 0.9 * 0.915), Protocol(0.0, 28, 50, 0.9))
-PEERS = 8  # of an all-to-all, which are sent to at once; ours, NCCL's model has no all-to-all
-
-
-def seconds(collective: Collective, nodes: int, cluster: Cluster) -> float:
-    """Of a collective of a group that is spread evenly over so many nodes: alpha times hops plus bytes over beta.
-
-    The fastest of NCCL's protocols, and of ring and tree where there is a choice. All groups of the kind run at once
-    and share the network: one GPU of each node has its part of it.
-    """
-    ranks = collective.ranks
-    if ranks == 1:
-        return 0.0
-    here = ranks / nodes
-    rate = cluster.gpu.nvlink if nodes == 1 else min(cluster.gpu.nvlink, cluster.net * here / cluster.per_node)
-    if collective.operator == "all_to_all":
-        outside = collective.sent * (ranks - here) / (ranks - 1)
-        inside = (collective.sent - outside) / cluster.gpu.nvlink
-        hop = RING[0].net if nodes > 1 else RING[0].nvlink
-        alpha = RING[0].once + math.ceil((ranks - 1) / PEERS) * hop
-        return 1e-6 * alpha + max(inside, outside * cluster.per_node / cluster.net)
-    rounds = 2 if collective.operator == "all_reduce" else 1
-    hops, far = rounds * (ranks - 1), rounds * (nodes - 1)
-    times = [1e-6 * (p.once + (hops - far) * p.nvlink + far * p.net) + collective.sent / rate / p.share for p in RING]
-    if collective.operator == "all_reduce":
-        sent = collective.sent * ranks / (ranks - 1)
-        tree = [p.once + 2 * ((here - 1) * p.nvlink + math.log2(nodes) * p.net) for p in TREE]
-        times += [1e-6 * alpha + sent / rate / p.share for alpha, p in zip(tree, TREE, strict=True)]
-    return min(times)
+    links = network.links or gpus_per_node
+    rate = NETWORK_EFFICIENCY * links * network.gbits / 8 * 1e9
+    return Cluster(CPU if gpu == "cpu" else GPUS[gpu], gpus_per_node, rate)

@@ -30,9 +30,9 @@ from trainer.engines.base import Engine
 from trainer.engines.ddp import DDP
 from trainer.engines.optim import local
 from trainer.engines.zero import merge
-from trainer.plan.hardware import GPUS, SIZES
+from trainer.plan.hardware import GPUS, MEMORY_SIZES
 from trainer.plan.shape_only import ShapeOnlyMode
-from trainer.plan.trace import Call, Op, StepTrace
+from trainer.plan.trace import Event, StepTrace
 from trainer.train_step import Rates, TrainStep
 
 ENGINES: dict[str, dict[str, Any]] = {
@@ -74,15 +74,15 @@ class Memory(NamedTuple):
 
     @property
     def fits_on(self) -> str:
-        """The smallest of SIZES that takes it, "" if none does."""
-        return next((name for name, size in SIZES.items() if self.fits(size)), "")
+        """The smallest of MEMORY_SIZES that takes it, "" if none does."""
+        return next((name for name, size in MEMORY_SIZES.items() if self.fits(size)), "")
 
 
 class Counted(NamedTuple):
     """events: of the last step, in order: none of what only first steps do."""
 
     memory: Memory
-    events: list[Op | Call]
+    events: list[Event]
 
 
 def name_of(engine: EngineSettings) -> str:
@@ -107,7 +107,7 @@ def _count(config: Config, rank_info: RankInfo) -> Counted:
     gpu, compress = config.run.device != "cpu", config.engine.compress
     config = changed(config, {"engine": {"compress": "none"}})
     trace = StepTrace(rank_info.local_world_size)
-    with ShapeOnlyMode(_kernels()) as hollow:
+    with ShapeOnlyMode(_kernels()) as mode:
         train_step = TrainStep(config, rank_info)
         method, engine = train_step.method, train_step.engine
         if gpu:
@@ -115,7 +115,7 @@ def _count(config: Config, rank_info: RankInfo) -> Counted:
         if isinstance(engine, DDP) and engine.wrapped is not None:
             # A fake group has no results for DDP's own reduction in C++ (torch 2.14).
             engine.wrapped.register_comm_hook(compress, _reduce_bucket)
-        ledger = hollow.ledger
+        ledger = mode.ledger
         for network in filter(None, (method.student, method.teacher)):
             ledger.tag("networks", _held([*network.parameters(), *network.buffers()]))
         if method.bank:
@@ -128,7 +128,7 @@ def _count(config: Config, rank_info: RankInfo) -> Counted:
 
         def step(lr: float) -> float:
             ledger.tag("gradients", _held(p.grad for p in method.student.parameters() if p.grad is not None))
-            ledger.tag_rest("gradients", born="backward")
+            ledger.tag_rest("gradients", created_in="backward")
             return take(lr)
 
         engine.step = step  # type: ignore[method-assign]
@@ -173,7 +173,7 @@ def with_engine(config: Config, engine: str, placement: str, batch: int, gpu: st
     changes = {"engine": settings, "data": {"batch_size": batch}, "bank": {"placement": placement}}
     on_gpu = config.run.device != "cpu"
     if config.run.precision == "auto":
-        changes["run"] = {"precision": "bf16" if on_gpu and "bfloat16" in GPUS[gpu].peaks.flops else "fp32"}
+        changes["run"] = {"precision": "bf16" if on_gpu and "bfloat16" in GPUS[gpu].flops else "fp32"}
     if on_gpu and config.bank.kernels == "triton":  # which a CPU does not have
         changes["bank"]["kernels"] = "auto"
     if on_gpu and engine.startswith("zero"):

@@ -1,29 +1,38 @@
-"""From what a step does to how long it takes: a roofline for operators, alpha-beta for collectives, and their overlap.
+"""Predicts how long a step takes: a roofline for operators, an alpha-beta model for collectives, and their overlap.
 
-    step = sum over phases of max(GPU, host) + collectives that nothing hides, times what the slowest rank takes more
+    step = sum over phases of max(GPU, host) + collectives that are not overlapped + waiting for the slowest rank
 
-docs/plan.md says which assumptions are in it, and what it was held against.
+docs/plan.md lists the assumptions and compares the predictions with published measurements.
 """
 
 import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from trainer.plan.hardware import CPU, Cluster, Gpu, seconds
-from trainer.plan.trace import Call, Op
+from trainer.plan.hardware import CPU, Cluster, Gpu
+from trainer.plan.nccl import collective_seconds
+from trainer.plan.trace import Event, OperatorEvent
 
-# What is reached of the peaks: of tensor cores, fitted to ResNet-50's 2,470 images/s on one A100 (docs/plan.md); of
-# other multiplication; of the memory.
-TENSOR, PLAIN, MEMORY = 0.44, 0.9, 0.8
-LAUNCH = 20e-6  # seconds of Python and torch for an operator; the GPU waits where it takes less
-JITTER = 0.01  # spread of ranks' times, as a share; all wait for the slowest
-OVERLAPPING = ("teacher", "student", "backward")  # phases in which engines send beside arithmetic
+# Shares of the peak rates that operators reach. TENSOR_CORES is fitted to ResNet-50's 2,470 images/s on one A100
+# (docs/plan.md); the other two are for products without tensor cores and for the memory.
+TENSOR_CORES, CUDA_CORES, BANDWIDTH = 0.44, 0.9, 0.8
+LAUNCH_SECONDS = 20e-6  # of Python and torch per operator; the GPU waits where its work takes less
+JITTER = 0.01  # standard deviation of a rank's time as a share; all ranks wait for the slowest
+OVERLAPPED_PHASES = ("teacher", "student", "backward")  # phases in which engines communicate during arithmetic
 
 
 class PhaseTime(NamedTuple):
-    """Seconds of a phase. compute, memory: of operators, by what binds each. host: to launch them. network: in which
-    nothing else happens. hidden: of collectives behind arithmetic. factor: by which a measurement differs from
-    what the rest says. sent: bytes.
+    """The predicted time of one phase of a step.
+
+    Attributes:
+        phase: name of the phase.
+        compute: seconds of operators that are limited by arithmetic.
+        memory: seconds of operators that are limited by the memory bandwidth.
+        host: seconds to launch the operators.
+        network: seconds in which the GPU only waits for collectives.
+        hidden: seconds of collectives that arithmetic overlaps.
+        sent: bytes that a rank sends.
+        factor: measured over predicted time, from a calibration.
     """
 
     phase: str
@@ -37,16 +46,23 @@ class PhaseTime(NamedTuple):
 
     @property
     def work(self) -> float:
-        """Without waiting for the network."""
+        """Seconds without the network."""
         return self.factor * max(self.compute + self.memory, self.host)
 
     @property
     def seconds(self) -> float:
+        """Seconds of the phase."""
         return self.work + self.network
 
 
-class Step(NamedTuple):
-    """waiting: seconds for the slowest rank. data: seconds for the loader, beyond all others."""
+class StepTime(NamedTuple):
+    """The predicted time of a step.
+
+    Attributes:
+        phases: its phases in order.
+        waiting: seconds of waiting for the slowest rank.
+        data: seconds of waiting for the loader.
+    """
 
     phases: list[PhaseTime]
     waiting: float
@@ -54,19 +70,22 @@ class Step(NamedTuple):
 
     @property
     def seconds(self) -> float:
+        """Seconds of the step."""
         return sum(phase.seconds for phase in self.phases) + self.waiting + self.data
 
     @property
     def sent(self) -> int:
+        """Bytes that a rank sends in the step."""
         return sum(phase.sent for phase in self.phases)
 
     @property
     def network(self) -> float:
+        """Seconds in which the GPU only waits for collectives."""
         return sum(phase.network for phase in self.phases)
 
     @property
-    def binds(self) -> str:
-        """compute, memory, host (launching operators), network or data: what takes most of the step."""
+    def bottleneck(self) -> str:
+        """What takes most of the step: compute, memory, host (launching operators), network or data."""
         if self.data:
             return "data"
         shares = dict.fromkeys(("compute", "memory", "host"), 0.0)
@@ -80,81 +99,102 @@ class Step(NamedTuple):
         return max((*shares.items(), ("network", self.network)), key=lambda share: share[1])[0]
 
 
-def op_seconds(op: Op, gpu: Gpu) -> tuple[float, bool]:
-    """Of an operator, and whether it is the memory that binds it."""
-    rates = gpu.peaks.flops
-    tf32 = rates.get("tf32") if "convolution" in op.name or op.name in ("score", "adversary_step", "hardest") else None
-    tensor = rates.get(op.dtype) or tf32  # torch multiplies fp32 matrices without tensor cores, convolves with them
-    product = op.flops / (tensor * TENSOR if tensor else gpu.fp32 * PLAIN)
-    compute = max(product, op.exponentials / gpu.peaks.exponentials)
-    memory = op.bytes / (gpu.peaks.memory * MEMORY)
+def operator_seconds(event: OperatorEvent, gpu: Gpu) -> tuple[float, bool]:
+    """Return the seconds that an operator takes, and whether the memory bandwidth limits it."""
+    uses_tf32 = "convolution" in event.name or event.name in ("score", "adversary_step", "hardest")
+    # In fp32, torch convolves with tensor cores (TF32) but multiplies matrices without them.
+    tensor_cores = gpu.flops.get(event.dtype) or (gpu.flops.get("tf32") if uses_tf32 else None)
+    product = event.flops / (tensor_cores * TENSOR_CORES if tensor_cores else gpu.fp32_flops * CUDA_CORES)
+    compute = max(product, event.exponentials / gpu.exponentials)
+    memory = event.bytes / (gpu.bandwidth * BANDWIDTH)
     return max(compute, memory), memory >= compute
 
 
-def phase_time(name: str, events: Iterable[Op | Call], cluster: Cluster, factor: float = 1.0) -> PhaseTime:
-    """Of the events of one phase, played in order on two streams, for operators and for collectives.
+def phase_time(name: str, events: Iterable[Event], cluster: Cluster, factor: float = 1.0) -> PhaseTime:
+    """Predict the time of one phase by replaying its events on two streams, for operators and for collectives.
 
-    What an engine gathers is begun when the block before begins, as FSDP2 and ZeRO-3 do; what it reduces has time
-    until the phase ends; for other collectives everything waits.
+    An engine starts an all-gather when the block before starts, as FSDP2 and ZeRO-3 do. Its reductions may run until
+    the phase ends. All other collectives block the operators.
+
+    Args:
+        name: the phase.
+        events: its operators and collectives in order.
+        cluster: the hardware.
+        factor: measured over predicted time of the operators.
     """
-    spent = {True: 0.0, False: 0.0}
-    now = free = block = total = 0.0
-    operators, sent = 0, 0
+    by_limit = {True: 0.0, False: 0.0}  # seconds by whether the memory limits the operator
+    compute_end = network_end = block_start = collectives = 0.0
+    operators = sent = 0
     for event in events:
-        if isinstance(event, Op):
-            took, by_memory = op_seconds(event, cluster.gpu)
-            spent[by_memory] += took
-            now += took * factor
+        if isinstance(event, OperatorEvent):
+            duration, memory_bound = operator_seconds(event, cluster.gpu)
+            by_limit[memory_bound] += duration
+            compute_end += duration * factor
             operators += 1
             continue
-        took = seconds(event.collective, event.nodes, cluster)
-        total += took
+        duration = collective_seconds(event.collective, event.nodes, cluster)
+        collectives += duration
         sent += event.collective.sent
-        beside = event.engine and name in OVERLAPPING
-        if beside and event.collective.operator not in ("all_gather", "broadcast"):
-            free = max(free, now) + took
+        overlapped = event.engine and name in OVERLAPPED_PHASES
+        if overlapped and event.collective.operator not in ("all_gather", "broadcast"):
+            network_end = max(network_end, compute_end) + duration
         else:
-            free = max(free, block if beside else now) + took
-            now = block = max(now, free)
-    end = max(now, free)
-    network = max(0.0, end - factor * (spent[True] + spent[False]))  # sums of the same, but for rounding
-    host = 0.0 if cluster.gpu is CPU else operators * LAUNCH
-    return PhaseTime(name, spent[False], spent[True], host, network, max(0.0, total - network), sent, factor)
+            network_end = max(network_end, block_start if overlapped else compute_end) + duration
+            compute_end = block_start = max(compute_end, network_end)
+    operators_only = factor * (by_limit[True] + by_limit[False])
+    network = max(0.0, max(compute_end, network_end) - operators_only)  # rounding could make it negative
+    host = 0.0 if cluster.gpu is CPU else operators * LAUNCH_SECONDS
+    hidden = max(0.0, collectives - network)
+    return PhaseTime(name, by_limit[False], by_limit[True], host, network, hidden, sent, factor)
 
 
 def step_time(
-    events: list[Op | Call],
+    events: list[Event],
     cluster: Cluster,
     ranks: int,
     images: int,
     factors: dict[str, float] | None = None,
     data_rate: float | None = None,
-) -> Step:
-    """images: of a node in a step. factors: of `calibration`. data_rate: images/s that a node's loader gives."""
-    by_phase: dict[str, list[Op | Call]] = {}
+) -> StepTime:
+    """Predict the time of a step.
+
+    Args:
+        events: the operators and collectives of one rank's step in order.
+        cluster: the hardware.
+        ranks: number of ranks.
+        images: images of a node in a step.
+        factors: measured over predicted time by phase, see `calibration_factors`.
+        data_rate: images/s that a node's loader delivers; None if it always keeps up.
+    """
+    by_phase: dict[str, list[Event]] = {}
     for event in events:
         by_phase.setdefault(event.phase or "other", []).append(event)
     phases = [phase_time(name, own, cluster, (factors or {}).get(name, 1.0)) for name, own in by_phase.items()]
-    took = sum(phase.seconds for phase in phases)
     # The largest of R normally distributed times is about sqrt(2 ln R) standard deviations above the mean.
     waiting = JITTER * math.sqrt(2 * math.log(ranks)) * sum(phase.work for phase in phases)
-    data = max(0.0, images / data_rate - took - waiting) if data_rate else 0.0
-    return Step(phases, waiting, data)
+    seconds = sum(phase.seconds for phase in phases)
+    data = max(0.0, images / data_rate - seconds - waiting) if data_rate else 0.0
+    return StepTime(phases, waiting, data)
 
 
-def calibration(step: Step, measured: dict[str, float]) -> dict[str, float]:
-    """Factors by which measured seconds of phases differ from a step that was predicted for the same ranks and batch.
+def calibration_factors(step: StepTime, measured: dict[str, float]) -> dict[str, float]:
+    """Return measured over predicted time of the operators of each phase.
 
-    Raises ValueError for a phase that was measured to take less than its collectives alone are predicted to.
+    Args:
+        step: the prediction for the ranks and the batch of the measurement.
+        measured: seconds by phase.
+
+    Raises:
+        ValueError: a phase took less time than is predicted for its collectives alone.
     """
     factors = {}
     for phase in step.phases:
         if phase.phase in measured and phase.work:
-            left = measured[phase.phase] - phase.network
-            if left <= 0:
+            operators = measured[phase.phase] - phase.network
+            if operators <= 0:
                 raise ValueError(
                     f"plan: --calibrate: {phase.phase} took {1e3 * measured[phase.phase]:.3g} ms, less than the "
                     f"{1e3 * phase.network:.3g} ms predicted for its collectives alone; need a file of fewer ranks"
                 )
-            factors[phase.phase] = left / phase.work
+            factors[phase.phase] = operators / phase.work
     return factors

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from trainer.config import Config
 from trainer.plan.memory import OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS, name_of
-from trainer.plan.predict import JITTER, LAUNCH, MEMORY, PLAIN, TENSOR
+from trainer.plan.predict import BANDWIDTH, CUDA_CORES, JITTER, LAUNCH_SECONDS, TENSOR_CORES
 from trainer.plan.rows import IMAGENET, Plan, Row, Target
 
 WIDTH = 120
@@ -68,7 +68,7 @@ def _times(plan: Plan, config: Config, price: float | None) -> Table:
     target = plan.target
     table = _table(
         f"{config.model.backbone}, {config.method.name}, {config.run.epochs} epochs of {target.images:,} images; "
-        f"{target.cluster.gpu.peaks.name}, {target.cluster.per_node} a node, {_net(target)}",
+        f"{target.cluster.gpu.name}, {target.cluster.gpus_per_node} a node, {_net(target)}",
         ("engine", "bank"),
         ("nodes", "GPUs", "batch", "a GPU", "GiB", "sent MB", "net ms", "step ms", "images/s", "eff.", "binds",
          "hours", "GPU-h", *(["cost"] if price else [])),
@@ -87,7 +87,7 @@ def _times(plan: Plan, config: Config, price: float | None) -> Table:
             f"{1e3 * row.step.seconds:,.1f}",
             f"{row.images_per_second:,.0f}",
             f"{100 * _efficiency(row, plan.rows[0]):.0f} %",
-            row.step.binds,
+            row.step.bottleneck,
             f"{row.hours:,.1f}",
             f"{row.hours * row.gpus:,.0f}",
             *([f"{row.hours * row.gpus * price:,.0f}"] if price else []),
@@ -153,7 +153,7 @@ def _compared(plan: Plan) -> Table:
             f"{1e3 * row.step.network:,.1f}",
             f"{1e3 * row.step.seconds:,.1f}",
             f"{row.images_per_second:,.0f}",
-            row.step.binds,
+            row.step.bottleneck,
         )
     return table
 
@@ -172,14 +172,14 @@ def _advice(plan: Plan, own: str) -> list[str]:
     lines = [
         f"best: engine.kind={kind.get(best.case.engine, best.case.engine)} bank.placement={best.case.placement} "
         f"data.batch_size={best.batch}: {best.images_per_second:,.0f} images/s, {best.hours:,.1f} hours, bound by "
-        f"{best.step.binds}"
+        f"{best.step.bottleneck}"
     ]
     if best.batch > given.batch:
         lines.append(
             f"the batch is {best.batch // given.batch} times the one given, for "
             f"{best.images_per_second / given.images_per_second:.2f} times the speed; accuracy may change with it"
         )
-    if best.step.binds == "host":
+    if best.step.bottleneck == "host":
         lines.append("the GPU waits for Python: a larger batch a GPU, or engine.compile=true, gives it more to do")
     return lines
 
@@ -194,8 +194,8 @@ def _assumptions(plan: Plan, config: Config) -> list[str]:
         )
     if plan.timed:
         source = (
-            f"{100 * TENSOR:.0f} % of the tensor cores' peak, {100 * PLAIN:.0f} % without them, {100 * MEMORY:.0f} % "
-            f"of the memory's rate, {1e6 * LAUNCH:.0f} µs of Python an operator"
+            f"{100 * TENSOR_CORES:.0f} % of the tensor cores' peak, {100 * CUDA_CORES:.0f} % without them, "
+            f"{100 * BANDWIDTH:.0f} % of the memory's rate, {1e6 * LAUNCH_SECONDS:.0f} µs of Python an operator"
         )
         lines.append(
             f"assumed: {'phases as measured in the file, else ' if target.factors else ''}{source}; "
@@ -232,7 +232,7 @@ def _as_json(row: Row, first: Row, price: float | None) -> dict[str, Any]:
         "step_seconds": row.step.seconds,
         "images_per_second": row.images_per_second,
         "efficiency": _efficiency(row, first),
-        "binds": row.step.binds,
+        "binds": row.step.bottleneck,
         "hours": row.hours,
         "gpu_hours": row.hours * row.gpus,
         "cost": row.hours * row.gpus * price if price else None,

@@ -14,7 +14,7 @@ from data.order import steps_per_epoch
 from trainer.config import Config
 from trainer.plan.hardware import Cluster, make_cluster
 from trainer.plan.memory import ENGINES, Counted, Memory, changed, check_ranks, count, name_of, with_engine
-from trainer.plan.predict import Step, calibration, step_time
+from trainer.plan.predict import StepTime, calibration_factors, step_time
 from trainer.run.files import read_json
 
 IMAGENET = 1_281_167  # training images
@@ -38,7 +38,7 @@ class Row(NamedTuple):
     gpus: int
     memory: Memory
     fits: bool
-    step: Step
+    step: StepTime
     hours: float
 
     @property
@@ -176,8 +176,8 @@ class Counter:
 def _rows(config: Config, target: Target, counter: Counter, cases: list[Case]) -> list[Row]:
     rows = []
     for case, counted in zip(cases, counter(cases), strict=True):
-        gpus = case.nodes * target.cluster.per_node
-        each = case.images * target.cluster.per_node
+        gpus = case.nodes * target.cluster.gpus_per_node
+        each = case.images * target.cluster.gpus_per_node
         step = step_time(counted.events, target.cluster, gpus, each, target.factors, target.data_rate)
         steps = steps_per_epoch(target.images, case.images * gpus) * config.run.epochs
         fits = counted.memory.fits(target.cluster.gpu.memory)
@@ -191,7 +191,7 @@ def _recommend(config: Config, target: Target, counter: Counter, case: Case) -> 
     Every engine; every placement under the own engine; other batches with the best of both, of which the smallest that
     is fast enough is taken.
     """
-    own, per_node = case._replace(engine=name_of(config.engine)), target.cluster.per_node
+    own, per_node = case._replace(engine=name_of(config.engine)), target.cluster.gpus_per_node
     gpus = own.nodes * per_node
     found = _rows(
         config, target, counter, [own._replace(engine=engine) for engine in sorted(ENGINES, key=own.engine.__ne__)]
@@ -247,7 +247,7 @@ def _calibrated(target: Target, config: Config, counter: Counter, path: Path) ->
     for key, value in wanted.items():
         if result[key] != value:
             raise ValueError(f"plan: --calibrate {path}: it has {key} {result[key]}, the configuration {value}")
-    chip = target.cluster.gpu.peaks.name.split()[0]
+    chip = target.cluster.gpu.name.split()[0]
     if chip not in result["device"]:
         raise ValueError(f"plan: --calibrate {path}: measured on {result['device']}, planned for {chip}")
     modes, ranks = result["modes"], result["ranks"]
@@ -258,8 +258,8 @@ def _calibrated(target: Target, config: Config, counter: Counter, path: Path) ->
         images = result["batch_size"] // ranks
         case = Case(name_of(config.engine), config.bank.placement, result["nodes"], images)
         (counted,) = counter([case], per_node)
-        cluster = target.cluster._replace(per_node=per_node)
+        cluster = target.cluster._replace(gpus_per_node=per_node)
         step = step_time(counted.events, cluster, ranks, images * per_node)
-        factors = calibration(step, {name: phase["seconds"] for name, phase in mode["phases"].items()})
+        factors = calibration_factors(step, {name: phase["seconds"] for name, phase in mode["phases"].items()})
     rate = modes["data"]["images_per_second"] / result["nodes"] if "data" in modes else None
     return target._replace(factors=factors, data_rate=target.data_rate or rate)

@@ -1,12 +1,12 @@
-"""What a step does, in order: the operators with their work, and the collectives between them.
+"""Lists what a step does in order: its operators with their work, and its collectives.
 
-    with Hollow(), StepTrace(ranks_per_node=8) as trace:
+    with ShapeOnlyMode(), StepTrace(ranks_per_node=8) as trace:
         step()
     print(trace.events)
 
-Everything is read from what torch dispatches, in forward and backward and for any engine. Of an operator, the bytes
-are those of its inputs and outputs, each once: what must cross the memory's interface where caches are small against
-the tensors, and kernels are not fused.
+Events are read from what torch dispatches, in forward and backward and for any engine. An operator's bytes are those of
+its inputs and outputs, each once: they must cross the memory interface if the caches are small against the tensors and
+kernels are not fused.
 """
 
 import math
@@ -18,12 +18,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from trainer.plan.collectives import Collective, CollectiveTrace, group_of
+from trainer.plan.collectives import Collective, CollectiveTrace, arguments_by_name, group_ranks
 
 
-class Op(NamedTuple):
-    """flops: of matrix products. dtype: of what they multiply. exponentials: that are not hidden in an elementwise
-    operator, whose bytes take longer."""
+class OperatorEvent(NamedTuple):
+    """One operator.
+
+    Attributes:
+        phase: phase of the step, "" outside of all phases.
+        name: the operator's name without namespace and overload.
+        dtype: type of its first floating-point tensor.
+        flops: FLOPs of matrix products.
+        bytes: bytes that it reads and writes.
+        exponentials: number of exponentials, unless it is an elementwise operator, whose bytes take longer.
+    """
 
     phase: str
     name: str
@@ -33,8 +41,15 @@ class Op(NamedTuple):
     exponentials: float
 
 
-class Call(NamedTuple):
-    """nodes: over which the group is spread. engine: whether DDP, FSDP or ZeRO issued it, or the method."""
+class CollectiveEvent(NamedTuple):
+    """One collective.
+
+    Attributes:
+        phase: phase of the step, "" outside of all phases.
+        collective: the call.
+        nodes: number of nodes that its group is spread over.
+        engine: whether DDP, FSDP or ZeRO issued it, and not the method.
+    """
 
     phase: str
     collective: Collective
@@ -42,13 +57,19 @@ class Call(NamedTuple):
     engine: bool
 
 
+Event = OperatorEvent | CollectiveEvent
+
+
 class StepTrace(CollectiveTrace):
-    """events: within it. Phases are `record_function`s, the outermost counts."""
+    """Records `events` while it is active.
+
+    The outermost `record_function` is the phase of an event.
+    """
 
     def __init__(self, ranks_per_node: int) -> None:
         super().__init__()
         self.ranks_per_node = ranks_per_node
-        self.events: list[Op | Call] = []
+        self.events: list[Event] = []
         self.phases: list[str] = []
 
     def __torch_dispatch__(
@@ -56,66 +77,70 @@ class StepTrace(CollectiveTrace):
     ) -> Any:
         known = len(self.collectives)
         out = super().__torch_dispatch__(func, types, args, kwargs)
-        phase = self.phases[0] if self.phases else ""
-        if out is NotImplemented:  # of a DTensor, what it is made of comes here
+        if out is NotImplemented:  # a DTensor's operator, which dispatches its local operators here
             return out
+        phase = self.phases[0] if self.phases else ""
         if func.namespace == "profiler":
             if "enter" in func._opname:
                 self.phases.append(args[0])
             else:
                 self.phases.pop()
         elif issued := self.collectives[known:]:
-            nodes = len({rank // self.ranks_per_node for rank in group_of(func, args, kwargs or {})})
-            self.events += [Call(phase, collective, nodes, _by_engine()) for collective in issued]
-        elif func.namespace in ("aten", "adco") and not func.is_view and func._opname not in _FREE:
-            self.events.append(_work(phase, func, args, kwargs or {}, out))
+            nodes = len({rank // self.ranks_per_node for rank in group_ranks(func, args, kwargs or {})})
+            self.events += [CollectiveEvent(phase, collective, nodes, _by_engine()) for collective in issued]
+        elif func.namespace in ("aten", "adco") and not func.is_view and func._opname not in _NO_LAUNCH:
+            self.events.append(_operator_event(phase, func, args, kwargs or {}, out))
         return out
 
 
-# Operators that launch nothing on a GPU.
-_FREE = (
+# Operators that launch no kernel on a GPU.
+_NO_LAUNCH = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift", "lift_fresh"),
     *("resize_", "set_", "_local_scalar_dense", "is_pinned", "_has_compatible_shallow_copy_type"),
 )
-
-
-def _work(phase: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> Op:
-    given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    made = [x for x in tree_leaves(out) if isinstance(x, Tensor)]
-    names = [argument.name for argument in func._schema.arguments]
-    by_name = dict(zip(names, args, strict=False)) | kwargs
-    changed = [by_name.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-    written = [x for x in tree_leaves(changed) if isinstance(x, Tensor)]
-    known = {id(x) for x in written}
-    bytes = sum(map(_bytes, given)) + sum(map(_bytes, written)) + sum(_bytes(x) for x in made if id(x) not in known)
-    bytes += sum(_bytes(by_name[name]) for name in _AGAIN.get(func._opname, ()))
-    if func._opname in _FILLED:
-        bytes = sum(map(_bytes, written or made))
-    product = next((x for x in given if x.is_floating_point()), None)
-    dtype = str(product.dtype).removeprefix("torch.") if product is not None else ""
-    flops, exponentials = _FLOPS[func._opname](args) if func._opname in _FLOPS else (0.0, 0.0)
-    if formula := flop_registry.get(func._overloadpacket):
-        flops = float(formula(*args, **kwargs, out_val=out))
-    return Op(phase, func._opname, dtype, flops, bytes, exponentials)
-
-
-# Inputs that a GPU reads twice: BatchNorm's first pass makes sums, the gradient of a convolution is two kernels.
-_AGAIN = {
+# Operators that only write.
+_FILLS = ("zero_", "fill_", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full")
+# Inputs that a GPU reads twice: BatchNorm's first pass sums up, and a convolution's gradient is two kernels.
+_READ_TWICE = {
     "native_batch_norm": ("input",),
     "native_batch_norm_backward": ("grad_out", "input"),
     "convolution_backward": ("grad_output",),
 }
-_FILLED = ("zero_", "fill_", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full")
+
+
+def _operator_event(phase: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> OperatorEvent:
+    arguments = arguments_by_name(func, args, kwargs)
+    inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+    written = _tensors(
+        [arguments.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
+    )
+    if func._opname in _FILLS:
+        bytes = sum(map(_bytes, written or outputs))
+    else:
+        updated = {id(x) for x in written}
+        again = [arguments[name] for name in _READ_TWICE.get(func._opname, ())]
+        bytes = sum(map(_bytes, [*inputs, *again, *written, *(x for x in outputs if id(x) not in updated)]))
+    floats = (str(x.dtype).removeprefix("torch.") for x in inputs if x.is_floating_point())
+    flops, exponentials = _WORK[func._opname](args) if func._opname in _WORK else (0.0, 0.0)
+    if formula := flop_registry.get(func._overloadpacket):
+        flops = float(formula(*args, **kwargs, out_val=out))
+    return OperatorEvent(phase, func._opname, next(floats, ""), flops, bytes, exponentials)
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(tree) if isinstance(x, Tensor)]
 
 
 def _bytes(x: Tensor) -> int:
-    """Of the elements that there are: an expanded tensor's are read once."""
+    """Return the bytes of the elements that are stored: those of an expanded tensor are read once."""
     return x.element_size() * math.prod(size for size, step in zip(x.shape, x.stride(), strict=True) if step)
 
 
-# FLOPs and exponentials of operators that torch's table does not have, from their arguments.
-# Two products, and with T / T_a = 6 one exponential for both temperatures (`trainer.plan.roofline`).
+# FLOPs and exponentials of operators that are not in torch's `flop_registry`, from their arguments.
+
+
 def _score(args: tuple[Any, ...]) -> tuple[float, float]:
+    """Two products, and as T / T_a = 6 one exponential for both temperatures (`trainer.plan.roofline`)."""
     _, q_ND, k_MD, _, n_KD, *_ = args
     scores = float(len(q_ND) * (len(k_MD) + len(n_KD)))
     return 4 * scores * q_ND.shape[1], scores
@@ -132,27 +157,36 @@ def _hardest(args: tuple[Any, ...]) -> tuple[float, float]:
     return 2.0 * len(q_ND) * len(c_CD) * q_ND.shape[1], 0.0
 
 
-def _attention(products: int) -> Callable[[tuple[Any, ...]], tuple[float, float]]:
-    """Of flash attention on a CPU, which a GPU has another name for: queries, keys [..., L, E] come last but one."""
-
-    def count(args: tuple[Any, ...]) -> tuple[float, float]:
-        q, k = args[products // 3], args[products // 3 + 1]  # backward's first argument is the gradient
-        return 2.0 * products * q.shape[:-1].numel() * k.shape[-2] * q.shape[-1], q.shape[:-1].numel() * k.shape[-2]
-
-    return count
+def _attention(args: tuple[Any, ...]) -> tuple[float, float]:
+    q, k, *_ = args  # [..., L, E]
+    return _attention_products(2, q, k)
 
 
-_FLOPS: dict[str, Callable[[tuple[Any, ...]], tuple[float, float]]] = {
+def _attention_backward(args: tuple[Any, ...]) -> tuple[float, float]:
+    _, q, k, *_ = args
+    return _attention_products(5, q, k)  # the scores again, dV, dP, dQ and dK
+
+
+def _attention_products(products: int, q: Tensor, k: Tensor) -> tuple[float, float]:
+    scores = q.shape[:-1].numel() * k.shape[-2]
+    return 2.0 * products * scores * q.shape[-1], scores
+
+
+_WORK: dict[str, Callable[[tuple[Any, ...]], tuple[float, float]]] = {
     "score": _score,
     "adversary_step": _adversary_step,
     "hardest": _hardest,
-    "_scaled_dot_product_flash_attention_for_cpu": _attention(2),
-    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention(5),  # scores again, dV, dP, dQ, dK
+    # Flash attention on a CPU has its own operators.
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_flash_attention_for_cpu_backward": _attention_backward,
 }
 
 
 def _by_engine() -> bool:
-    """Whether the innermost code that issues a collective is not the method's; DDP's own has no Python frame."""
+    """Return whether the innermost caller of a collective is an engine and not the method.
+
+    DDP's own reduction is C++ and has no Python frame.
+    """
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename

@@ -5,45 +5,46 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 
-from trainer.plan.shape_only import Peak, ShapeOnlyMode
+from trainer.plan.ledger import MemoryPeak
+from trainer.plan.shape_only import ShapeOnlyMode
 
 MIB = 2**20
 
 
 def test_gibibytes_are_counted_and_not_taken() -> None:
-    with ShapeOnlyMode() as hollow:
+    with ShapeOnlyMode() as mode:
         whole = torch.ones(2**18, 2**10)  # a GiB
         for _ in range(3):
             whole = torch.cat([whole, whole])
         assert whole.shape == (2**21, 2**10)
         assert float(whole.sum()) == 0
     # Of the last cat, its result and the one it was made of.
-    assert hollow.ledger.peak().total >> 30 == 12
+    assert mode.ledger.peak().total >> 30 == 12
 
 
 def test_peak_and_parts() -> None:
-    with ShapeOnlyMode() as hollow:
+    with ShapeOnlyMode() as mode:
         kept = torch.zeros(MIB // 4)
-        hollow.ledger.tag("kept", [kept])
+        mode.ledger.tag("kept", [kept])
         with record_function("phase"), record_function("inner"):
             more = kept + 1
             more = torch.stack([more, more])
         del more
         again = kept[: MIB // 8].exp()
         again.untyped_storage().resize_(0)
-    assert hollow.ledger.peak() == Peak(4 * MIB, "phase", {"kept": MIB, "": 3 * MIB})
-    assert sum(size for _, size, _ in hollow.ledger.events) == MIB
+    assert mode.ledger.peak() == MemoryPeak(4 * MIB, "phase", {"kept": MIB, "": 3 * MIB})
+    assert sum(size for _, size, _ in mode.ledger.events) == MIB
 
 
 def test_the_state_of_a_step() -> None:
     """Parameters, gradients and two moments, as a real step has."""
-    with ShapeOnlyMode() as hollow:
+    with ShapeOnlyMode() as mode:
         network = nn.Linear(1024, 1024, bias=False)
         optimizer = torch.optim.AdamW(network.parameters())
         network(torch.randn(8, 1024)).sum().backward()
         optimizer.step()
         assert network.weight.grad is not None
-        live = sum(entry.size for entry in hollow.ledger.live.values())
+        live = sum(entry.size for entry in mode.ledger.live.values())
     assert 16 * MIB <= live < 17 * MIB
 
 

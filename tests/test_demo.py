@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from data.sources.fashion_mnist import FILES
-from trainer.config import load
+from trainer.config_file import load
 from trainer.pretrain import pretrain
 
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from tests.trainer.small import small_config, write_images
 from trainer.__main__ import app
-from trainer.config import dump, load
+from trainer.config_file import dump, load
 from trainer.pretrain import pretrain
 
 ROOT = Path(__file__).parent.parent

@@ -47,7 +47,7 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     SIGTERM, SIGUSR1, Ctrl-C, a file `stop` in the run directory, run.max_minutes or the end of a SLURM job's time make
     it save and end with exit code 75 (under torchrun 0, and stopped.json in the run directory).
     """
-    from trainer.config import load
+    from trainer.config_file import load
     from trainer.pretrain import pretrain
 
     _stoppable(lambda: pretrain(load(config, overrides)))
@@ -233,7 +233,7 @@ def doctor(
 
     Under torchrun it compares all machines, and exits with 1 if one lacks something, differs, or is slow.
     """
-    from trainer.config import load
+    from trainer.config_file import load
 
     settings = load(config, overrides) if config else None
     if "GROUP_RANK" in os.environ:
@@ -257,7 +257,8 @@ def show_config(
     ranks_per_node: Annotated[int | None, typer.Option(help="Refuse what cannot train on so many ranks", min=1)] = None,
 ) -> None:
     """Print the resolved configuration, with everything that CONFIG leaves to the defaults."""
-    from trainer.config import check_world, dump, flatten, load
+    from trainer.config import check_world
+    from trainer.config_file import dump, flatten, load
 
     resolved = load(config, overrides)
     if ranks_per_node:
@@ -369,7 +370,7 @@ def data_views(
 ) -> None:
     """Draw what a run would see: the first images of its first epoch, whole and as each of their views."""
     from data.tools import draw_views
-    from trainer.config import load
+    from trainer.config_file import load
     from trainer.distributed import process_group
 
     settings = load(config, overrides)
@@ -406,7 +407,7 @@ def show_plan(
     It plays training steps without their arithmetic, on any machine. run.device=cpu: memory for the CPU, and times only
     with --calibrate.
     """
-    from trainer.config import load
+    from trainer.config_file import load
     from trainer.plan.report import report
     from trainer.plan.rows import make_plan, parse_nodes
 
@@ -501,7 +502,7 @@ def bench_step(
     import tempfile
 
     from trainer.bench import step
-    from trainer.config import load
+    from trainer.config_file import load
 
     with tempfile.TemporaryDirectory() as folder:
         step.report(step.run(load(config, overrides), Path(folder), repeats), out)
@@ -521,7 +522,7 @@ def bench_throughput(
 ) -> None:
     """Images/s of training CONFIG on this machine, or under torchrun on many; time by phase, memory, MFU."""
     from trainer.bench import throughput
-    from trainer.config import load
+    from trainer.config_file import load
 
     result = throughput.run(load(config, overrides), throughput.MODES if mode == "all" else (mode,), steps, warmup)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -551,7 +552,7 @@ def bench_save(
 ) -> None:
     """What a checkpoint of CONFIG costs: the copy that training waits for, and the steps beside which it is written."""
     from trainer.bench import save
-    from trainer.config import load
+    from trainer.config_file import load
 
     save.report(save.run(load(config, overrides), folder, saves), out)
 
@@ -585,7 +586,7 @@ def bench_data(
     import tempfile
 
     from trainer.bench import data
-    from trainer.config import load
+    from trainer.config_file import load
 
     with tempfile.TemporaryDirectory() as folder:
         data.report(data.run(load(config, overrides), Path(folder), seconds, repeats, workers), out)

@@ -21,8 +21,6 @@ from models.teacher import make_teacher
 from trainer.config import Config, check_world
 from trainer.distributed import RankInfo
 from trainer.engines.base import Engine, named_networks, unshard
-from trainer.engines.ddp import DDP
-from trainer.engines.fsdp import FSDP
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -91,12 +89,8 @@ def build_engine(method: Method, config: Config, rank_info: RankInfo) -> Engine:
     Raises ValueError where the configuration asks for what it cannot do.
     """
     precision = autocast_dtype(config, rank_info.device)
-    if config.engine.kind == "deepspeed":
-        from trainer.engines.zero import Zero  # takes seconds to import
-
-        return Zero(method.student, method.teacher, config, rank_info, precision)
-    kind = FSDP if config.engine.kind == "fsdp" else DDP
-    return kind(method.student, method.teacher, config, rank_info, precision)
+    batch_size = config.data.batch_size
+    return config.engine.build(method.student, method.teacher, config.optim, batch_size, rank_info, precision)
 
 
 def full_student(method: Method, engine: Engine, config: Config, rank_info: RankInfo) -> Encoder:

@@ -1,66 +1,95 @@
-"""The configuration: what may be in a YAML file, its types and limits, and how command line values change it.
+"""The configuration: its sections, the types, limits and defaults of their keys, and the checks across sections.
 
-A file holds the sections of `Config`. `extends: other.yaml` takes another file of the same folder as the base, once;
-`section.key=value` on the command line is applied last. Unknown keys and values out of range are refused.
+`trainer.config_file` reads it from YAML. Unknown keys and values out of range are refused.
 """
 
-import difflib
-import functools
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from data.settings import DataSettings
 from models import acssl, adco, byol, moco, simclr
+from trainer.engines import ddp, fsdp, zero
+from trainer.engines.optim import Optim
+from trainer.schema import RESUMABLE, Section, default_variant
 
-# Which keys section `method` has is decided by its `name`; a new method's settings are added here.
+# The keys of section `method` depend on its `name`. Register a new method here.
 Method = Annotated[
     adco.Settings | acssl.Settings | moco.Settings | simclr.Settings | byol.Settings, Field(discriminator="name")
 ]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+# The keys of section `engine` depend on its `kind`. Register a new engine here.
+Engine = Annotated[ddp.Settings | fsdp.Settings | zero.Settings, Field(discriminator="kind")]
 
 
 class Run(Section):
-    """Where and how long. log_every and save_every in steps; keep: checkpoints that stay. keep_every: in epochs; those
-    that are saved then stay for good. profile: steps to trace, on rank 0, from the tenth after the start on.
+    """Where a run is stored, how long it takes, and what it records."""
 
-    max_minutes: by which the process has ended: training saves and stops two minutes before; a SLURM job is requeued.
-    step_timeout: seconds in which a step must end, or the process ends itself; long_timeout: likewise for the first
-    step and evaluations.
-    """
-
-    dir: str
-    epochs: int = Field(ge=1)
-    seed: int = Field(0, ge=0, lt=2**63)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # auto: bf16 autocast on a GPU that has it, else fp32
-    log_every: int = Field(50, ge=1)
-    save_every: int = Field(1000, ge=1)
-    keep: int = Field(2, ge=1)
-    keep_every: int | None = Field(None, ge=1)
-    profile: int = Field(0, ge=0)
-    max_minutes: float | None = Field(None, gt=0)
-    step_timeout: float = Field(600, gt=0)
-    long_timeout: float = Field(3600, gt=0)
+    dir: str = Field(
+        description="Run directory; the same command with the same directory resumes the run.",
+        json_schema_extra=RESUMABLE,
+    )
+    epochs: int = Field(ge=1, description="Number of epochs.")
+    seed: int = Field(0, ge=0, lt=2**63, description="Seed of weights, order of images, augmentations and shuffling.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="Device that trains; auto takes a GPU if there is one.", json_schema_extra=RESUMABLE
+    )
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="Type of autocast; auto is bf16 on a GPU that supports it, else fp32."
+    )
+    log_every: int = Field(50, ge=1, description="Steps between two log rows.", json_schema_extra=RESUMABLE)
+    save_every: int = Field(1000, ge=1, description="Steps between two checkpoints.", json_schema_extra=RESUMABLE)
+    keep: int = Field(2, ge=1, description="Number of newest checkpoints to keep.", json_schema_extra=RESUMABLE)
+    keep_every: int | None = Field(
+        None,
+        ge=1,
+        description="Epochs between checkpoints that are kept for good; null for none.",
+        json_schema_extra=RESUMABLE,
+    )
+    profile: int = Field(
+        0,
+        ge=0,
+        description="Number of steps to trace on rank 0, from the tenth step after the start on.",
+        json_schema_extra=RESUMABLE,
+    )
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="Minutes after which the process must have ended; it saves and stops two minutes before, and a "
+        "SLURM job is requeued. null for no limit.",
+        json_schema_extra=RESUMABLE,
+    )
+    step_timeout: float = Field(
+        600,
+        gt=0,
+        description="Seconds that a step may take before the process ends itself.",
+        json_schema_extra=RESUMABLE,
+    )
+    long_timeout: float = Field(
+        3600,
+        gt=0,
+        description="Seconds that the first step or an evaluation may take before the process ends itself.",
+        json_schema_extra=RESUMABLE,
+    )
 
 
 class Model(Section):
-    """See `models.encoder.Encoder`. weights: a run directory, also an imported one, whose student is the start."""
+    """The encoder: a timm backbone, a projection head and, for some methods, a predictor."""
 
-    backbone: str = "resnet50"
-    backbone_args: dict[str, Any] = {}
-    small_images: bool = False
-    stem_stride: Literal[1, 2] = 1  # of the stem for small images
-    dim: int = Field(128, ge=2)
-    hidden: int | None = Field(None, ge=1)
-    head_norm: bool = False
-    predictor: int | None = Field(None, ge=1)
-    weights: str | None = None
+    backbone: str = Field("resnet50", description="Name of a timm model.")
+    backbone_args: dict[str, Any] = Field({}, description="Arguments for timm's create_model.")
+    small_images: bool = Field(
+        False, description="Replace a ResNet's stem by one 3 x 3 convolution without max pooling, for small images."
+    )
+    stem_stride: Literal[1, 2] = Field(1, description="Stride of the stem for small images.")
+    dim: int = Field(128, ge=2, description="Dimensions of the embeddings.")
+    hidden: int | None = Field(
+        None, ge=1, description="Hidden units of the projection head; null for as many as the backbone's features."
+    )
+    head_norm: bool = Field(False, description="Use BatchNorm in the projection head.")
+    predictor: int | None = Field(None, ge=1, description="Hidden units of the student's predictor; null for none.")
+    weights: str | None = Field(
+        None, description="Run directory, pre-trained or imported, whose student initialises this run; null for none."
+    )
 
 
 class BankSettings(Section):
@@ -93,60 +122,6 @@ class BankSettings(Section):
                 f"take lr: {self.lr / (1 - self.momentum):g}"
             )
         return self
-
-
-class Optim(Section):
-    """The encoder's optimizer. lr and lr_final are per 256 images of a batch; warmup in epochs.
-
-    accumulate: parts that a rank cuts its batch into, one after the other, to save memory. Each part has its own
-    batch statistics and its own batch keys. clip: the gradient's length is cut to it. decay_norm_and_bias: weight
-    decay (and LARS's adaptation) for vectors and scalars too, and not for matrices and filters alone. momentum: of sgd
-    and lars.
-    """
-
-    name: Literal["sgd", "lars", "adamw"] = "sgd"
-    lr: float = Field(0.03, gt=0)
-    lr_final: float = Field(0.0, ge=0)
-    warmup: float = Field(0.0, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
-    decay_norm_and_bias: bool = True
-    accumulate: int = Field(1, ge=1)
-    clip: float | None = Field(None, gt=0)
-
-
-class EngineSettings(Section):
-    """How the networks are spread over the ranks, see docs/engines.md. After each option, the kinds that take it.
-
-    stage: of ZeRO; 1 shards the optimizer's state, 2 gradients too, 3 parameters too. placement: sharded over all
-    ranks, or over those of a node. options: more of DeepSpeed's own JSON, refused where it contradicts the rest.
-    """
-
-    kind: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    activation_checkpointing: bool = False  # all
-    compile: bool = False  # all
-    compress: Literal["none", "bf16"] = "none"  # ddp: what gradients travel in
-    reshard_after_forward: bool = True  # fsdp
-    placement: Literal["sharded", "node"] = "sharded"  # fsdp
-    cpu_offload: bool = False  # fsdp, deepspeed
-    stage: Literal[1, 2, 3] = 3  # deepspeed
-    options: dict[str, Any] = {}  # deepspeed
-
-    def check(self) -> None:
-        """Raise ValueError for an option that this kind does not take."""
-        takes = {
-            "compress": ("ddp",),
-            "reshard_after_forward": ("fsdp",),
-            "placement": ("fsdp",),
-            "cpu_offload": ("fsdp", "deepspeed"),
-            "stage": ("deepspeed",),
-            "options": ("deepspeed",),
-        }
-        for name, kinds in takes.items():
-            if self.kind not in kinds and getattr(self, name) != type(self).model_fields[name].default:
-                raise ValueError(f"engine.{name}: is for engine.kind={' or '.join(kinds)}, got {self.kind}")
-        if self.compile and self.kind == "deepspeed" and self.stage == 3:
-            raise ValueError("engine.compile: ZeRO-3 hooks into every layer; need engine.kind=fsdp or another stage")
 
 
 class Eval(Section):
@@ -251,15 +226,20 @@ class Voc07(Section):
 
 
 class MonitorSettings(Section):
-    """Where the log goes beside metrics.jsonl. tensorboard: the run directory's `tensorboard/`.
+    """Where log rows go besides metrics.jsonl."""
 
-    wandb: project of Weights & Biases, None for none; its variables such as WANDB_MODE=offline apply, and its files are
-    in the run directory's `wandb/`. prometheus: file with the newest values, for node_exporter's textfile collector.
-    """
-
-    tensorboard: bool = True
-    wandb: str | None = Field(None, min_length=1)
-    prometheus: str | None = Field(None, pattern=r"\.prom$")
+    tensorboard: bool = Field(True, description="Write TensorBoard files to `tensorboard/` in the run directory.")
+    wandb: str | None = Field(
+        None,
+        min_length=1,
+        description="Project of Weights & Biases, or null for none; its environment variables such as "
+        "WANDB_MODE=offline apply, and its files are in `wandb/` in the run directory.",
+    )
+    prometheus: str | None = Field(
+        None,
+        pattern=r"\.prom$",
+        description="File for node_exporter's textfile collector, rewritten with the newest values; null for none.",
+    )
 
 
 class Config(Section):
@@ -269,7 +249,7 @@ class Config(Section):
     method: Method = adco.Settings()
     bank: BankSettings = BankSettings()
     optim: Optim = Optim()
-    engine: EngineSettings = EngineSettings()
+    engine: Engine = ddp.Settings()
     eval: Eval = Eval()
     linear: Linear = Linear()
     fast: Fast = Fast()
@@ -277,18 +257,16 @@ class Config(Section):
     voc07: Voc07 = Voc07()
     monitor: MonitorSettings = MonitorSettings()
 
-    @field_validator("method", mode="before")
+    @field_validator("method", "engine", mode="before")
     @classmethod
-    def _default_method(cls, method: Any) -> Any:
-        return {"name": "adco", **method} if isinstance(method, dict) else method
+    def _default_variant(cls, values: Any, info: ValidationInfo) -> Any:
+        field = cls.model_fields[str(info.field_name)]
+        return default_variant(field) | values if isinstance(values, dict) else values
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
         data = self.data
         self.method.check(data.batch_size, len(data.views), self.bank.size, self.bank.temperature)
-        self.engine.check()
-        if self.optim.lr_final > self.optim.lr:
-            raise ValueError(f"optim.lr_final: {self.optim.lr_final} is above optim.lr, {self.optim.lr}")
         if self.optim.warmup > self.run.epochs:
             raise ValueError(f"optim.warmup: {self.optim.warmup} epochs are more than run.epochs, {self.run.epochs}")
         return self
@@ -310,127 +288,3 @@ def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
             f"bank.size: {config.bank.size} negatives do not give each of {shards} ranks at least one; "
             "need a larger bank or bank.placement=replicated"
         )
-
-
-def load(path: Path, overrides: list[str] | None = None) -> Config:
-    """The configuration of a YAML file, with `section.key=value` overrides.
-
-    Raises ValueError, one line, for a file that is missing or not YAML, and for unknown or unfit keys.
-    """
-    values = _read(path)
-    base = values.pop("extends", None)
-    if base is not None:
-        base_path = path.parent / str(base)
-        base_values = _read(base_path)
-        if "extends" in base_values:
-            raise ValueError(f"{path}: extends {base}, which extends another; only one level is allowed")
-        values = _lay_over(base_values, values)
-    values = _lay_over(values, functools.reduce(_merge, map(_parse_override, overrides or []), {}))
-    try:
-        return Config.model_validate(values)
-    except ValidationError as error:
-        raise ValueError(f"{path}: " + "; ".join(_describe(e) for e in error.errors())) from None
-
-
-def dump(config: Config) -> str:
-    """The resolved configuration as YAML that `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as one level of dotted names."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: not UTF-8, or a date that does not exist
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: need sections such as 'run:' and 'data:', got {type(values).__name__}")
-    return values
-
-
-def _parse_override(text: str) -> dict[str, Any]:
-    """`a.b=1` as {"a": {"b": 1}}."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"got {text!r}, need section.key=value")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{name}: value {value!r} is not YAML: {' '.join(str(error).split())}") from error
-    for key in reversed(name.split(".")):
-        nested = {key: nested}
-    return nested
-
-
-def _lay_over(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    """`top` over `base`; a method that `top` names does not take over the keys of another."""
-    below, above = base.get("method"), top.get("method")
-    if isinstance(below, dict) and isinstance(above, dict):
-        name = below.get("name", "adco")
-        if above.get("name", name) != name:
-            base = {**base, "method": {}}
-    return _merge(base, top)
-
-
-def _merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
-    merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        # backbone_args belongs to one backbone: another file's are not mixed in
-        if isinstance(below, dict) and isinstance(value, dict) and key != "backbone_args":
-            value = _merge(below, value)
-        merged[key] = value
-    return merged
-
-
-def _describe(error: Any) -> str:
-    """One pydantic error in words, with the nearest valid name for an unknown key."""
-    method = None
-    if error["loc"][:1] == ("method",) and len(error["loc"]) > 1:  # pydantic puts the method's name into the place
-        method, error = error["loc"][1], {**error, "loc": ("method", *error["loc"][2:])}
-    place = ".".join(map(str, error["loc"]))
-    if error["type"] == "union_tag_invalid":
-        return f"{place}.name: got {error['ctx']['tag']!r}, need one of {error['ctx']['expected_tags']}"
-    if error["type"] == "extra_forbidden":
-        names: dict[str, list[str]] = {}
-        for name in _names(Config, method):
-            if "." not in place:  # a section, or a key of any section
-                names.setdefault(name.split(".")[-1], []).append(name)
-            elif "." in name:
-                names[name] = [name]
-        near = difflib.get_close_matches(place, names, n=1, cutoff=0)[0]
-        return f"{place}: unknown key, did you mean {' or '.join(names[near])}?"
-    if error["type"] == "missing":
-        return f"{place}: is missing"
-    message = error["msg"].removeprefix("Value error, ")
-    if not place:  # a check of several keys names them itself
-        return str(message)
-    return f"{place}: {message[0].lower()}{message[1:]}, got {error['input']!r}"
-
-
-def _names(section: type[BaseModel], method: str | None = None, prefix: str = "") -> list[str]:
-    """The dotted names of all keys, those of sections too; in section `method` the keys of one, or of all."""
-    names = []
-    for name, field in section.model_fields.items():
-        names.append(prefix + name)
-        inner = get_args(field.annotation) or (field.annotation,)
-        if get_origin(field.annotation) is tuple:
-            inner = inner[:1]
-        for model in inner:
-            if isinstance(model, type) and issubclass(model, BaseModel):
-                tag = model.model_fields["name"].default if name == "method" else None
-                if method is None or tag in (None, method):
-                    names += [n for n in _names(model, method, f"{prefix}{name}.") if n not in names]
-    return names

@@ -1,4 +1,4 @@
-"""The group of ranks: one process or many under torchrun, always with a process group, so that all code is the same."""
+"""The process group: one process, or many under torchrun. There is always a group, so all code paths are the same."""
 
 import os
 from collections.abc import Iterator
@@ -11,19 +11,32 @@ import torch.distributed as dist
 
 
 class RankInfo(NamedTuple):
-    """This process among all: its device, its number, how many there are, and how many on this machine."""
+    """This process among all processes.
+
+    Attributes:
+        device: the device that it computes on.
+        rank: its rank among all processes.
+        world_size: number of processes.
+        local_world_size: number of processes on this machine.
+        local_rank: its rank among the processes on this machine.
+    """
 
     device: torch.device
     rank: int
     world_size: int
     local_world_size: int
+    local_rank: int = 0
 
 
 @contextmanager
 def process_group(device: str) -> Iterator[RankInfo]:
-    """In the group that torchrun's environment describes, or in a group of one. `device`: auto, cpu or cuda.
+    """Join the process group that torchrun's environment describes, or create a group of one process.
 
-    Raises ValueError where a GPU is asked for and there is none for this rank, or the driver does not fit.
+    Args:
+        device: auto (a GPU if there is one), cpu or cuda.
+
+    Raises:
+        ValueError: this rank has no GPU although one is needed, or the machine's driver is too old.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -34,32 +47,31 @@ def process_group(device: str) -> Iterator[RankInfo]:
                 "run.device=cpu trains without them"
             )
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    own, backend = torch.device("cpu"), "gloo"
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"run.device: cuda, but this machine has {torch.cuda.device_count()} GPUs for {local_world_size} ranks"
             )
         torch.cuda.set_device(local_rank)
-        torch.backends.cudnn.benchmark = True  # batches keep their shapes: a search once, then the fastest convolutions
-        rank_info = RankInfo(torch.device("cuda", local_rank), rank, world_size, local_world_size)
-    else:
-        rank_info = RankInfo(torch.device("cpu"), rank, world_size, local_world_size)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+        torch.backends.cudnn.benchmark = True  # batches keep their shapes, so one search finds the fastest convolutions
+        own, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
     options: dict[str, Any] = {} if world_size > 1 else {"store": dist.HashStore(), "rank": 0, "world_size": 1}
-    # Short enough that a lost rank ends the job the same hour, long enough for an index of millions of files.
+    # The timeout ends a job that lost a rank within the hour and is long enough to index millions of files.
     dist.init_process_group(backend, timeout=timedelta(minutes=30), **options)
     try:
-        yield rank_info
+        yield RankInfo(own, rank, world_size, local_world_size, local_rank)
     except BaseException:
-        # NCCL's end waits for the other ranks, who wait in a collective for this one: it has to say why, and go.
-        if rank_info.device.type == "cpu" or world_size == 1:
+        # With NCCL, destroying the group waits for the other ranks, which wait in a collective for this one. This rank
+        # must report its error and exit instead.
+        if own.type == "cpu" or world_size == 1:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
 
 
 def raise_on_all_ranks(error: str | None) -> None:
-    """Raise ValueError on all ranks if any has an error: the first one's, with its rank."""
+    """Raise ValueError on all ranks if any rank has an error, with the text and number of the first such rank."""
     errors: list[str | None] = [None] * dist.get_world_size()
     dist.all_gather_object(errors, error)
     for rank, text in enumerate(errors):

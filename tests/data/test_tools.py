@@ -21,7 +21,7 @@ from tests.data.pictures import write_folder
 from tests.data.settings import CPU
 from tests.trainer.small import small_config
 from trainer.__main__ import app
-from trainer.config import dump
+from trainer.config_file import dump
 
 
 def run(*words: object) -> tuple[int, list[str]]:

@@ -16,7 +16,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster, check_out, lacking
 from tests.trainer.small import PYTHON, small_config, write_images
-from trainer.config import dump, load
+from trainer.config_file import dump, load
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from tests.trainer.small import small_config
 from trainer.build import build_encoder
-from trainer.config import dump
+from trainer.config_file import dump
 from trainer.distributed import RankInfo
 from trainer.evaluate.base import Evaluator, Results, evaluate
 from trainer.interop.weights import NEWEST

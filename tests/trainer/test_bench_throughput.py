@@ -9,7 +9,7 @@ import pytest
 
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.bench import throughput
-from trainer.config import dump
+from trainer.config_file import dump
 from trainer.plan.flops import step_flops
 
 

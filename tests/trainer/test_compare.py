@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.small import small_config
-from trainer.config import dump
+from trainer.config_file import dump
 from trainer.report.compare import IGNORED_SETTINGS, charts, compare, differences, read, tabulate
 
 HOSTILE = "<img src=x onerror=alert(1)>"

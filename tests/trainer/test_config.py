@@ -7,7 +7,8 @@ import pytest
 import yaml
 
 from models import adco, byol, moco
-from trainer.config import Config, check_world, dump, load
+from trainer.config import Config, check_world
+from trainer.config_file import dump, load
 
 BASE: dict[str, Any] = {"run": {"dir": "runs/x", "epochs": 2}, "data": {"train": "pictures"}}
 PUBLISHED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -172,9 +173,12 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         ("data.augment.flip=2", "data.augment.flip: input should be less than or equal to 1, got 2"),
         ("optim.lr_final=1", "optim.lr_final: 1.0 is above optim.lr, 0.03"),
         ("optim.warmup=3", "optim.warmup: 3.0 epochs are more than run.epochs, 2"),
-        ("engine.kind=fsdp2", "'ddp', 'fsdp' or 'deepspeed', got 'fsdp2'"),
-        ("engine.stage=1", "engine.stage: is for engine.kind=deepspeed, got ddp"),
-        ("engine.cpu_offload=true", "engine.cpu_offload: is for engine.kind=fsdp or deepspeed, got ddp"),
+        ("engine.kind=fsdp2", "engine.kind: got 'fsdp2', need one of 'ddp', 'fsdp', 'deepspeed'"),
+        ("engine.stage=1", "engine.stage: unknown key for engine.kind=ddp, need engine.kind=deepspeed"),
+        (
+            "engine.cpu_offload=true",
+            "engine.cpu_offload: unknown key for engine.kind=ddp, need engine.kind=fsdp or deepspeed",
+        ),
         ("engine={kind: deepspeed, compile: true}", "engine.compile: ZeRO-3 hooks into every layer"),
         ("optim.lr", "need section.key=value"),
         ("=3", "need section.key=value"),

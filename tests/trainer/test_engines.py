@@ -19,9 +19,9 @@ from tests.ranks import run_ranks
 from tests.trainer.engines import Outcome, build_train_step, make_config, make_rank_info, outcome, run, train
 from tests.trainer.small import VIT_ARGS
 from trainer.build import full_student
-from trainer.distributed import RankInfo
+from trainer.config import Config
+from trainer.engines import zero
 from trainer.engines.base import LossScale, blocks
-from trainer.engines.zero import make_json
 from trainer.run import checkpoint
 
 Sections = dict[str, dict[str, Any]]
@@ -379,11 +379,15 @@ def test_a_backbone_without_known_blocks() -> None:
         blocks(Encoder("vgg11"))
 
 
+def deepspeed_json(config: Config, precision: torch.dtype) -> dict[str, Any]:
+    assert isinstance(config.engine, zero.Settings)
+    return zero.make_json(config.engine, config.optim, config.data.batch_size, torch.device("cpu"), precision)
+
+
 def test_deepspeeds_json() -> None:
-    rank_info = RankInfo(torch.device("cpu"), 0, 2, 2)
     options = {"zero_optimization": {"reduce_bucket_size": 1000, "stage": 3}, "wall_clock_breakdown": True}
     config = make_config("vit", engine={**ENGINES["zero3"], "options": options}, optim={"accumulate": 2})
-    settings = make_json(config, rank_info, torch.bfloat16)
+    settings = deepspeed_json(config, torch.bfloat16)
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
     assert settings["wall_clock_breakdown"] is True
     assert settings["gradient_clipping"] == 1.0
@@ -403,4 +407,4 @@ def test_deepspeeds_json() -> None:
 def test_deepspeeds_json_may_not_contradict(options: dict[str, Any], message: str) -> None:
     config = make_config("vit", engine={**ENGINES["zero3"], "options": options})
     with pytest.raises(ValueError, match=f"engine.options: {message}"):
-        make_json(config, RankInfo(torch.device("cpu"), 0, 2, 2), torch.float32)
+        deepspeed_json(config, torch.float32)

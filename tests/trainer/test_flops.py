@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from trainer.config import Config, load
+from trainer.config import Config
+from trainer.config_file import load
 from trainer.plan.flops import step_flops
 from trainer.plan.hardware import peak_flops
 

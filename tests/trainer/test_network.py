@@ -13,7 +13,7 @@ import pytest
 
 from tests.trainer.small import PYTHON, small_config, write_images
 from tests.trainer.test_kills import start
-from trainer.config import dump
+from trainer.config_file import dump
 from trainer.run.results import read_rows
 
 NAMES = [f"adco{os.getpid()}{side}" for side in "ab"]

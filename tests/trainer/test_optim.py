@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from models.encoder import Encoder
-from trainer.config import Optim
-from trainer.engines.optim import Lars, cosine, make_optimizer, scaled_lr
+from trainer.engines.optim import Lars, Optim, cosine, make_optimizer, scaled_lr
 
 
 def test_cosine_from_start_to_final() -> None:

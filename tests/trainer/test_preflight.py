@@ -12,7 +12,7 @@ import pytest
 import torch.distributed as dist
 
 from tests.trainer.small import PYTHON, small_config, write_images
-from trainer.config import dump
+from trainer.config_file import dump
 from trainer.ops.preflight import Fault, NodeReport, _Exchange, _problems, _unreachable, find_faults
 
 ROOT = Path(__file__).parents[2]

@@ -17,7 +17,8 @@ import pytest
 
 from data.tools import write_shards
 from tests.trainer.small import PYTHON, RESNET, VIT, VIT_ARGS, small_config, write_images
-from trainer.config import Config, dump
+from trainer.config import Config
+from trainer.config_file import dump
 from trainer.pretrain import pretrain
 from trainer.report.run import write_report
 from trainer.run.results import read_rows

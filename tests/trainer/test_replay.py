@@ -11,7 +11,7 @@ import torch.distributed as dist
 from tests.ranks import run_ranks
 from tests.trainer.engines import SIDE, build_train_step, make_config, make_rank_info, train
 from tests.trainer.small import PYTHON, small_config, write_images
-from trainer.config import dump
+from trainer.config_file import dump
 from trainer.ops import replay
 from trainer.pretrain import pretrain
 from trainer.train_step import NotFinite, Rates

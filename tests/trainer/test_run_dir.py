@@ -12,7 +12,8 @@ import torch.distributed as dist
 from data.sources.open import ImageFolder
 from tests.data.pictures import write_folder
 from tests.ranks import run_ranks
-from trainer.config import Config, load
+from trainer.config import Config
+from trainer.config_file import load
 from trainer.distributed import RankInfo, process_group
 from trainer.run.directory import claim, read_config
 from trainer.run.files import read_json, write_json

@@ -9,7 +9,7 @@ import pytest
 
 from tests.trainer.small import VIT, small_config
 from trainer.bench.scaling import collect, plot, report, submit
-from trainer.config import dump
+from trainer.config_file import dump
 
 
 def write_result(folder: Path, kind: str, ranks: int, speed: float, **figures: Any) -> None:

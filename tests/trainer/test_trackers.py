@@ -10,7 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
 from tests.trainer.small import small_config
-from trainer.config import MonitorSettings, dump
+from trainer.config import MonitorSettings
+from trainer.config_file import dump
 from trainer.run.console import curve
 from trainer.run.metrics import MetricsLogger
 from trainer.run.results import read_rows

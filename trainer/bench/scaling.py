@@ -18,7 +18,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from trainer.config import Config, load
+from trainer.config import Config
+from trainer.config_file import load
 from trainer.run.files import read_json, write_atomically, write_json
 
 Kind = Literal["strong", "weak"]

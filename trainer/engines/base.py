@@ -1,6 +1,7 @@
-"""What makes the student learn and the teacher follow it: one protocol for DDP, FSDP2 and DeepSpeed ZeRO.
+"""The engine protocol: how student, teacher and optimizer are distributed over the ranks. Also what engines share.
 
-See docs/engines.md for what each does and when to take which.
+An engine is one file with its `Settings`, the keys of the configuration's section `engine`, and a class that implements
+`Engine`. docs/engines.md compares the engines.
 """
 
 import functools
@@ -10,6 +11,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
+from pydantic import Field
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
@@ -17,33 +20,73 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.encoder import Encoder
-from trainer.config import EngineSettings
+from models.teacher import ema_update
+from trainer.distributed import RankInfo
+from trainer.engines.optim import Optim, local, make_optimizer, shard_group
+from trainer.schema import Section
 
 State = dict[str, dict[str, Any]]
 
 
+class EngineSettings(Section):
+    """Keys that every engine has."""
+
+    kind: str
+    activation_checkpointing: bool = Field(
+        False, description="Recompute the activations of each block in backward instead of storing them."
+    )
+    compile: bool = Field(False, description="Compile each block with torch.compile.")
+
+    def build(
+        self,
+        student: Encoder,
+        teacher: Encoder | None,
+        optim: Optim,
+        batch_size: int,
+        rank_info: RankInfo,
+        precision: torch.dtype,
+    ) -> "Engine":
+        """Return the engine; student and teacher are distributed over the ranks in place. Called by all ranks.
+
+        Args:
+            student: the network that the optimizer trains.
+            teacher: its moving average; None for methods without one.
+            optim: settings of the optimizer.
+            batch_size: images per step over all ranks.
+            rank_info: this process.
+            precision: dtype of autocast; torch.float32 means that autocast is off.
+
+        Raises:
+            ValueError: the settings do not fit the networks or the ranks.
+        """
+        raise NotImplementedError
+
+
 class LossScale:
-    """The factor that keeps fp16 gradients from vanishing (arXiv 1710.03740): halved when they overflow, doubled
-    after 2,000 steps in which they did not. The constants are those of torch.amp.GradScaler, which does not fit
-    here: it looks at one rank's gradients, and under ZeRO ranks hold different ones.
+    """Loss scale for fp16 (arXiv 1710.03740): halved when gradients overflow, doubled after 2,000 steps without that.
+
+    The constants are those of torch.amp.GradScaler, which is not used because it checks the gradients of one rank only,
+    and under ZeRO ranks hold different gradients.
     """
 
     def __init__(self, value: float = 65536.0) -> None:
-        self.state = torch.tensor([value, 0.0])  # the factor, and steps since it changed
+        self.state = torch.tensor([value, 0.0])  # the scale, and the number of steps since it last changed
 
     @property
     def value(self) -> float:
+        """The current scale."""
         return float(self.state[0])
 
     def update(self, finite: bool) -> None:
-        factor, steps = self.state.tolist()
+        """Adjust the scale after a step whose gradient norm was `finite` or not."""
+        scale, steps = self.state.tolist()
         if not finite:
-            factor, steps = factor / 2, 0
+            scale, steps = scale / 2, 0
         elif steps + 1 == 2000:
-            factor, steps = factor * 2, 0
+            scale, steps = scale * 2, 0
         else:
             steps += 1
-        self.state.copy_(torch.tensor([factor, steps]))
+        self.state.copy_(torch.tensor([scale, steps]))
 
 
 class NotFinite(ValueError):
@@ -62,67 +105,122 @@ class NotFinite(ValueError):
 
 
 class Engine(Protocol):
-    """A student that learns and a teacher, if there is one, that follows, spread over the ranks.
+    """Trains a student and updates its teacher, both distributed over the ranks. All ranks call all methods.
 
-    All methods are called by all ranks. scale: in fp16, else None.
+    Attributes:
+        scale: the loss scale in fp16, else None.
     """
 
     scale: LossScale | None
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Around forward and backward of a part of a batch; after the `last` gradients are averaged over ranks."""
+        """Return the context for forward and backward of a micro-batch; the `last` one averages gradients."""
 
     def student(self, views: list[Tensor]) -> Tensor:
-        """The student's queries for views, to be called once for each `backward`."""
+        """Return the student's embeddings [N, D] of views [B, 3, S_v, S_v]. Called once for each `backward`."""
 
     def backward(self, loss: Tensor) -> None:
-        """Add to the gradients."""
+        """Accumulate the gradients of the loss."""
 
     def step(self, lr: float) -> float:
-        """Update the student, and give the length of the whole gradient before clipping, equal on all ranks.
+        """Update the student and clear the gradients.
 
-        If that is not finite nothing is updated. Gradients are gone afterwards.
+        Returns:
+            Norm of the gradient over all parameters and ranks before clipping. If it is not finite, no rank updates.
         """
 
     def update_teacher(self, momentum: float) -> None:
-        """The teacher's step after the student's; nothing travels."""
+        """Update the teacher's moving average of the student, without communication."""
 
     def weights(self) -> State:
-        """student and teacher: name to tensor, whole or DTensor."""
+        """Return parameters and buffers of student and teacher by name, as tensors or DTensors."""
 
     def state(self) -> State:
-        """`weights`, and what the optimizer remembers of each parameter; for any engine and number of ranks."""
+        """Return `weights` and the optimizer's state by parameter name; valid for any engine and number of ranks."""
 
     def load(self, state: State) -> None:
-        """Go on from what was written into the tensors of `state()`."""
+        """Restore the engine after a checkpoint was read into the tensors of `state()`."""
+
+
+class TorchEngine:
+    """What DDP and FSDP share: a torch optimizer over parameters that are replicated or DTensors."""
+
+    def __init__(
+        self, student: Encoder, teacher: Encoder | None, optim: Optim, rank_info: RankInfo, precision: torch.dtype
+    ) -> None:
+        self.network, self.teacher, self.device, self.clip = student, teacher, rank_info.device, optim.clip
+        self.scale = LossScale() if precision == torch.float16 else None
+        self.optimizer = make_optimizer(student, optim)
+
+    def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`."""
+        (loss * self.scale.value if self.scale else loss).backward()
+
+    def step(self, lr: float) -> float:
+        """See `Engine.step`."""
+        trained = [p for p in self.network.parameters() if p.grad is not None]
+        sharded = [p for p in trained if isinstance(p, DTensor)]
+        sharded_grads = [local(p.grad) for p in sharded if p.grad is not None]
+        replicated_grads = [p.grad for p in trained if not isinstance(p, DTensor) and p.grad is not None]
+        self.average(replicated_grads)
+        squares = squared_norm(replicated_grads, self.device)
+        if sharded:
+            sharded_squares = squared_norm(sharded_grads, self.device)
+            dist.all_reduce(sharded_squares, group=shard_group(sharded[0]))
+            squares = sharded_squares + squares
+        norm = math.sqrt(float(squares)) / (self.scale.value if self.scale else 1.0)
+        # With offloading, sharded gradients are on the host and replicated ones on the device.
+        update(self.optimizer, [sharded_grads, replicated_grads], norm, self.clip, self.scale, lr)
+        return norm
+
+    def average(self, replicated_grads: list[Tensor]) -> None:
+        """Average gradients of replicated parameters over ranks where backward has not done so."""
+
+    def update_teacher(self, momentum: float) -> None:
+        """See `Engine.update_teacher`."""
+        if self.teacher:
+            ema_update(self.teacher, self.network, momentum, local)
+
+    def weights(self) -> State:
+        """See `Engine.weights`."""
+        return {name: network.state_dict() for name, network in named_networks(self.network, self.teacher).items()}
+
+    def state(self) -> State:
+        """See `Engine.state`."""
+        return {**self.weights(), **named_state(self.network, self.optimizer, self.scale)}
+
+    def load(self, state: State) -> None:
+        """See `Engine.load`."""
+        set_named_state(self.network, self.optimizer, state)
 
 
 def named_networks(student: Encoder, teacher: Encoder | None) -> dict[str, Encoder]:
-    """The networks by the names that checkpoints give them; a method without a teacher has one."""
+    """Return the networks by their names in checkpoints: student, and teacher if the method has one."""
     return {"student": student, **({"teacher": teacher} if teacher else {})}
 
 
 def named_state(student: nn.Module, optimizer: torch.optim.Optimizer, scale: LossScale | None) -> State:
-    """What the optimizer remembers by parameter name, made if there was no step yet; and the loss scale."""
+    """Return the optimizer's state by parameter name, created if there was no step yet, and the loss scale."""
     state: State = {"optimizer": get_optimizer_state_dict(student, optimizer)["state"]}  # type: ignore[dict-item]
     return {**state, **({"loss_scale": {"state": scale.state}} if scale else {})}
 
 
 def set_named_state(student: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Give the optimizer what was loaded into `named_state`."""
+    """Restore the optimizer from `named_state` after a checkpoint was read into it."""
     groups = get_optimizer_state_dict(student, optimizer)["param_groups"]
     set_optimizer_state_dict(student, optimizer, {"state": state["optimizer"], "param_groups": groups})
 
 
 def unshard(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors as each rank needs them to have all of the network."""
+    """Gather the shards of DTensors, so that each rank has complete tensors. Called by all ranks."""
     return {name: x.full_tensor() if isinstance(x, DTensor) else x for name, x in weights.items()}
 
 
 def blocks(network: Encoder) -> list[nn.Module]:
-    """The parts that a network is checkpointed, compiled and sharded by: a ResNet's or a ViT's blocks.
+    """Return a network's blocks, the units of checkpointing, compilation and sharding.
 
-    Raises ValueError for a backbone that has none that are known.
+    Raises:
+        ValueError: the backbone is not a ResNet, ViT or ConvNeXt or built like one.
     """
     found: list[nn.Module] = []
     for name in ("layer1", "layer2", "layer3", "layer4", "blocks", "stages"):
@@ -138,19 +236,20 @@ def blocks(network: Encoder) -> list[nn.Module]:
 def _leaves(module: nn.Module | None) -> list[nn.Module]:
     if module is None:
         return []
-    inner = getattr(module, "blocks", module)  # a stage of a ConvNeXt
+    inner = getattr(module, "blocks", module)  # a ConvNeXt stage keeps its blocks in an attribute
     if isinstance(inner, nn.Sequential | nn.ModuleList):
         return [leaf for child in inner for leaf in _leaves(child)]
     return [module]
 
 
 def prepare_blocks(student: Encoder, teacher: Encoder | None, settings: EngineSettings) -> None:
-    """Compilation innermost, activation checkpointing around it; sharding, which comes later, is outermost.
+    """Compile blocks and checkpoint their activations, as the settings ask. Must come before sharding.
 
-    Both replace the blocks' `forward`, so that parameters keep their names, and hooks stay outside.
+    Compilation is innermost, then checkpointing, then sharding. Both replace the blocks' `forward`, so parameters keep
+    their names and hooks stay outside.
     """
     if settings.compile:
-        # Blocks share their class's code, and each shape of block and of view compiles it anew.
+        # Blocks of one class share their code, and each shape of block and view compiles it again.
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.accumulated_recompile_limit = 4096
         for block in [block for network in named_networks(student, teacher).values() for block in blocks(network)]:
@@ -163,13 +262,13 @@ def prepare_blocks(student: Encoder, teacher: Encoder | None, settings: EngineSe
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """Around the first run of a checkpointed block, and around the one in backward."""
-    return nullcontext(), _same_statistics(block)
+    """Return the contexts for a checkpointed block's forward and for its recomputation in backward."""
+    return nullcontext(), _keep_running_statistics(block)
 
 
 @contextmanager
-def _same_statistics(block: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics are afterwards as before: the first run has counted the batch."""
+def _keep_running_statistics(block: nn.Module) -> Iterator[None]:
+    """Restore BatchNorm's running statistics afterwards: the first forward has already counted the batch."""
     buffers = [b for m in block.modules() if isinstance(m, _BatchNorm) for b in m.buffers()]
     before = [b.clone() for b in buffers]
     try:
@@ -181,13 +280,13 @@ def _same_statistics(block: nn.Module) -> Iterator[None]:
 
 
 def make_contiguous(network: nn.Module) -> None:
-    """Parameters in torch's default memory format, as cutting them asks for; images stay channels_last."""
+    """Put parameters in torch's default memory format, which sharding needs. Images stay channels_last."""
     for p in network.parameters():
-        p.data = p.data.clone(memory_format=torch.contiguous_format)  # new strides for 1 x 1 filters, too
+        p.data = p.data.clone(memory_format=torch.contiguous_format)  # a clone resets the strides of 1 x 1 filters too
 
 
 def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Sum of squares over tensors, fp32 on the device."""
+    """Return the sum of squares over all tensors, an fp32 scalar on the device."""
     if not tensors:
         return torch.zeros((), device=device)
     return torch.stack(torch._foreach_norm(tensors)).to(device, torch.float32).square().sum()
@@ -201,10 +300,15 @@ def update(
     scale: LossScale | None,
     lr: float,
 ) -> None:
-    """One step, unless `norm` is not finite; gradients are gone afterwards.
+    """Take one optimizer step unless `norm` is not finite, and clear the gradients.
 
-    grads: what the optimizer's parameters have, a list for each device. norm: length of the whole gradient, without
-    the loss scale that is still in `grads`; it is cut to `clip`. A group's learning rate is `lr` times its `lr_scale`.
+    Args:
+        optimizer: a group's learning rate becomes `lr` times its `lr_scale`, if it has one.
+        grads: gradients of the optimizer's parameters, one list per device, still multiplied by the loss scale.
+        norm: norm of the complete gradient, without the loss scale.
+        clip: maximum gradient norm, or None.
+        scale: the loss scale, which is updated, or None.
+        lr: learning rate.
     """
     if math.isfinite(norm):
         factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / (scale.value if scale else 1.0)

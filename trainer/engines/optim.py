@@ -1,20 +1,54 @@
-"""Optimizers, and schedules as pure functions of the step."""
+"""Optimizers for sharded and replicated parameters, and learning-rate schedules as pure functions of the step."""
 
 import math
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, model_validator
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from trainer.config import Optim
+from trainer.schema import Section
+
+
+class Optim(Section):
+    """The encoder's optimizer."""
+
+    name: Literal["sgd", "lars", "adamw"] = Field("sgd", description="Optimizer of the encoder.")
+    lr: float = Field(
+        0.03, gt=0, description="Peak learning rate per 256 images; it is multiplied by data.batch_size / 256."
+    )
+    lr_final: float = Field(
+        0.0, ge=0, description="Learning rate per 256 images at the last step, reached along half a cosine."
+    )
+    warmup: float = Field(0.0, ge=0, description="Length of the linear learning-rate warm-up, in epochs.")
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and lars; adamw ignores it.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay.")
+    decay_norm_and_bias: bool = Field(
+        True,
+        description="Apply weight decay, and the adaptation of lars, to norms and biases too; false restricts them to "
+        "matrices and filters.",
+    )
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="Number of gradient-accumulation steps: each rank splits its batch into this many micro-batches to "
+        "save memory, each with its own batch statistics and batch keys.",
+    )
+    clip: float | None = Field(None, gt=0, description="Maximum gradient norm (clipping); null for no clipping.")
+
+    @model_validator(mode="after")
+    def _final_is_lower(self) -> "Optim":
+        if self.lr_final > self.lr:
+            raise ValueError(f"lr_final: {self.lr_final} is above optim.lr, {self.lr}")
+        return self
 
 
 def cosine(step: int, steps: int, start: float, final: float, warmup_steps: float = 0) -> float:
-    """From start at step 0 along half a cosine to final at `steps`, after a linear warm-up from 0."""
+    """Return a schedule's value: a linear warm-up from 0 to start, then half a cosine to final at `steps`."""
     if step < warmup_steps:
         return start * (step + 1) / (warmup_steps + 1)
     progress = (step - warmup_steps) / max(1, steps - warmup_steps)
@@ -22,12 +56,12 @@ def cosine(step: int, steps: int, start: float, final: float, warmup_steps: floa
 
 
 def scaled_lr(lr: float, batch_size: int) -> float:
-    """The learning rate for a batch from that for 256 images (arXiv 1706.02677)."""
+    """Return the learning rate for a batch, given the one for 256 images (linear scaling, arXiv 1706.02677)."""
     return lr * batch_size / 256
 
 
 def make_optimizer(student: nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """SGD, LARS or AdamW over the student's parameters; the learning rate is set at every step."""
+    """Return SGD, LARS or AdamW over the student's parameters. The learning rate is set again at every step."""
     groups: Iterable[dict[str, Any]]
     if settings.decay_norm_and_bias:
         groups = [{"params": list(student.parameters()), "weight_decay": settings.weight_decay}]
@@ -42,49 +76,53 @@ def make_optimizer(student: nn.Module, settings: Optim) -> torch.optim.Optimizer
 
 
 def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
-    """Sharded and whole parameters apart: torch's multi-tensor operations do not take both at once."""
+    """Split a group into replicated and sharded parameters, which torch's foreach operations do not mix."""
     sharded = [p for p in group["params"] if isinstance(p, DTensor)]
-    whole = [p for p in group["params"] if not isinstance(p, DTensor)]
-    return [{**group, "params": params} for params in (whole, sharded) if params]
+    replicated = [p for p in group["params"] if not isinstance(p, DTensor)]
+    return [{**group, "params": params} for params in (replicated, sharded) if params]
 
 
 def local(x: Tensor) -> Tensor:
-    """What this rank holds of a tensor, sharing its memory."""
+    """Return this rank's shard of a DTensor, sharing its memory; any other tensor as it is."""
     return x._local_tensor if isinstance(x, DTensor) else x
 
 
 def shard_group(x: Tensor) -> dist.ProcessGroup | None:
-    """The ranks that hold different parts of a tensor; None if each has all of it."""
+    """Return the ranks that hold different shards of a tensor; None if it is replicated."""
     if not isinstance(x, DTensor):
         return None
     (dim,) = (d for d, placement in enumerate(x.placements) if isinstance(placement, Shard))
     return x.device_mesh.get_group(dim)
 
 
-class Flat(NamedTuple):
-    """What a flat parameter, as ZeRO makes them, is composed of.
+class FlatLayout(NamedTuple):
+    """How parameters are packed into one flat tensor, as ZeRO does.
 
-    tensors: how many it has parts of over all ranks of `ranks`. parts: number of the tensor, start and length.
+    Attributes:
+        tensors: number of parameters with a shard in this flat tensor on any rank.
+        shards: for each shard that this rank holds: the parameter's index, and offset and length in the flat tensor.
+        ranks: the ranks that hold the other shards.
     """
 
     tensors: int
-    parts: list[tuple[int, int, int]]
+    shards: list[tuple[int, int, int]]
     ranks: dist.ProcessGroup | None
 
 
 class Lars(torch.optim.Optimizer):
     """LARS (arXiv 1708.03888): SGD whose step is scaled, tensor by tensor, by eta |w| / (|g| + decay |w|).
 
-    Groups without weight decay take plain SGD steps. As timm's, but with one reduction a group for all norms where
-    parameters are sharded: DTensors, or flat parameters that are told of in `flat`.
+    Groups without weight decay take plain SGD steps. The result is that of timm's Lars. Here parameters may be sharded:
+    DTensors, or flat tensors whose layout is in `layouts`. One reduction per group gives the norms of all tensors.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0, eta: float = 1e-3) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta})
-        self.flat: dict[Tensor, Flat] = {}
+        self.layouts: dict[Tensor, FlatLayout] = {}
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
         for group in self.param_groups:
             self._step_group(group)
 
@@ -92,20 +130,20 @@ class Lars(torch.optim.Optimizer):
         weights: list[Tensor] = []
         grads: list[Tensor] = []
         momenta: list[Tensor] = []
-        numbers: list[int] = []  # of the tensor that each of them is a part of
+        indices: list[int] = []  # index of the tensor that each of them is a shard of
         tensors, ranks = 0, None
         for p in group["params"]:
             if p.grad is None:
                 continue
             if group["momentum"] and "momentum_buffer" not in self.state[p]:
                 self.state[p]["momentum_buffer"] = torch.zeros_like(p)
-            whole = Flat(1, [(0, 0, -1)], shard_group(p))
-            count, parts, ranks = self.flat.get(p, whole)
-            for tensor, start, length in parts:
-                numbers.append(tensors + tensor)
-                for part, x in ((weights, p), (grads, p.grad), (momenta, self.state[p].get("momentum_buffer"))):
+            single = FlatLayout(1, [(0, 0, -1)], shard_group(p))
+            count, shards, ranks = self.layouts.get(p, single)
+            for index, offset, length in shards:
+                indices.append(tensors + index)
+                for found, x in ((weights, p), (grads, p.grad), (momenta, self.state[p].get("momentum_buffer"))):
                     if x is not None:
-                        part.append(local(x) if length < 0 else x.narrow(0, start, length))
+                        found.append(local(x) if length < 0 else x.narrow(0, offset, length))
             tensors += count
         if not tensors:
             return
@@ -114,7 +152,7 @@ class Lars(torch.optim.Optimizer):
             norms = torch.zeros(2, tensors, device=local(group["params"][0]).device)
             if weights:
                 squares = [torch.stack(torch._foreach_norm(x)).square() for x in (weights, grads)]
-                norms[:, numbers] = torch.stack(squares).to(norms)
+                norms[:, indices] = torch.stack(squares).to(norms)
             if ranks is not None:
                 dist.all_reduce(norms, group=ranks)
             w_T, g_T = norms.sqrt()
@@ -124,7 +162,7 @@ class Lars(torch.optim.Optimizer):
             return
         if decay:
             grads = list(torch._foreach_add(grads, weights, alpha=decay))
-            torch._foreach_mul_(grads, [ratio_T[number] for number in numbers])
+            torch._foreach_mul_(grads, [ratio_T[index] for index in indices])
         if momentum:
             torch._foreach_mul_(momenta, momentum)
             torch._foreach_add_(momenta, grads)

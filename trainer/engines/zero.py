@@ -1,7 +1,7 @@
-"""DeepSpeed ZeRO: stage 1 cuts the optimizer's state over the ranks, 2 the gradients too, 3 the parameters too.
+"""DeepSpeed ZeRO: stage 1 shards the optimizer's state over the ranks, 2 the gradients too, 3 the parameters too.
 
-Parameters stay fp32 and low precision is DeepSpeed's torch.autocast, which BatchNorm needs; convolutions and linear
-layers then travel in the low precision. In stage 3 the teacher is cut like the student.
+Parameters stay fp32. Low precision is DeepSpeed's torch.autocast, which works with BatchNorm; gradients of convolutions
+and linear layers are then sent in low precision. In stage 3 the teacher is sharded like the student.
 """
 
 import copy
@@ -11,90 +11,138 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
+from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
 from models.encoder import Encoder
+from models.negatives.bank import make_mesh
 from models.teacher import ema_update
-from trainer.config import Config, Optim
 from trainer.distributed import RankInfo
-from trainer.engines.base import LossScale, State, make_contiguous, named_networks, prepare_blocks
-from trainer.engines.optim import Flat, Lars, make_optimizer
+from trainer.engines.base import EngineSettings, LossScale, State, make_contiguous, named_networks, prepare_blocks
+from trainer.engines.optim import FlatLayout, Lars, Optim, make_optimizer
+
+
+class Settings(EngineSettings):
+    """DeepSpeed ZeRO."""
+
+    kind: Literal["deepspeed"] = Field("deepspeed", description="DeepSpeed ZeRO in stage 1, 2 or 3.")
+    stage: Literal[1, 2, 3] = Field(
+        3, description="ZeRO stage: 1 shards the optimizer's state, 2 the gradients too, 3 the parameters too."
+    )
+    cpu_offload: bool = Field(
+        False, description="Keep the optimizer's state, and in stage 3 the parameters, in host memory."
+    )
+    options: dict[str, Any] = Field(
+        {}, description="More of DeepSpeed's own JSON settings; they must not contradict the rest of the configuration."
+    )
+
+    @model_validator(mode="after")
+    def _stage_3_is_not_compiled(self) -> "Settings":
+        if self.compile and self.stage == 3:
+            raise ValueError("compile: ZeRO-3 hooks into every layer; need engine.kind=fsdp or another stage")
+        return self
+
+    def build(
+        self,
+        student: Encoder,
+        teacher: Encoder | None,
+        optim: Optim,
+        batch_size: int,
+        rank_info: RankInfo,
+        precision: torch.dtype,
+    ) -> "Zero":
+        """See `EngineSettings.build`. Raises ValueError where `options` contradict the configuration."""
+        return Zero(student, teacher, self, optim, batch_size, rank_info, precision)
 
 
 class ParamShard(NamedTuple):
-    """What this rank has of one parameter, as ZeRO cuts them: a run of the flattened parameter, maybe empty.
+    """This rank's shard of one parameter: a range of the flattened parameter, possibly empty.
 
-    flat: a 1-D tensor that has pieces of several parameters; this one's begins at `offset`, is `length` long, and is
-    the parameter from element `start` on. number: of the parameter among all that any rank's `flat` has a piece of.
+    Attributes:
+        flat: 1-D tensor that packs shards of several parameters.
+        offset: where this shard begins in `flat`.
+        start: the shard's first element in the flattened parameter.
+        length: number of elements.
+        param: index of the parameter among all that any rank packs into its `flat`.
     """
 
     flat: Tensor
     offset: int
     start: int
     length: int
-    number: int
+    param: int
 
-    def of(self, like_flat: Tensor) -> Tensor:
-        """The piece in `flat` itself, or in another tensor that is laid out like it."""
-        return like_flat.detach().narrow(0, self.offset, self.length)
+    def view_of(self, packed: Tensor) -> Tensor:
+        """Return the shard as a view of `flat`, or of another tensor with the same layout."""
+        return packed.detach().narrow(0, self.offset, self.length)
 
 
 class Zero:
-    """See `trainer.engines.base.Engine`. Raises ValueError where engine.options contradict the configuration."""
+    """See `trainer.engines.base.Engine`."""
 
     def __init__(
-        self, student: Encoder, teacher: Encoder | None, config: Config, rank_info: RankInfo, precision: torch.dtype
+        self,
+        student: Encoder,
+        teacher: Encoder | None,
+        settings: Settings,
+        optim: Optim,
+        batch_size: int,
+        rank_info: RankInfo,
+        precision: torch.dtype,
     ) -> None:
-        deepspeed = _import_deepspeed(rank_info.device)
-        self.network, self.teacher, self.stage = student, teacher, config.engine.stage
+        deepspeed = _import_deepspeed(rank_info)
+        self.network, self.teacher, self.stage = student, teacher, settings.stage
         self.scale = LossScale() if precision == torch.float16 else None
-        self.mesh = init_device_mesh(rank_info.device.type, (rank_info.world_size,))
+        self.mesh = make_mesh("sharded", rank_info.device, rank_info.local_world_size)["shard"]
         self.names = {p: name for name, p in student.named_parameters()}
-        prepare_blocks(student, teacher, config.engine)
-        settings = make_json(config, rank_info, precision)
-        optimizer = make_optimizer(student, config.optim)
+        prepare_blocks(student, teacher, settings)
+        json = make_json(settings, optim, batch_size, rank_info.device, precision)
+        optimizer = make_optimizer(student, optim)
         for network in named_networks(student, teacher).values():
             make_contiguous(network)
         self.engine, self.zero, _, _ = deepspeed.initialize(
-            model=student, optimizer=optimizer, config=copy.deepcopy(settings)
+            model=student, optimizer=optimizer, config=copy.deepcopy(json)
         )
         if self.stage == 3 and teacher:
-            self.teacher_engine = deepspeed.initialize(model=teacher, config=copy.deepcopy(settings))[0]
+            self.teacher_engine = deepspeed.initialize(model=teacher, config=copy.deepcopy(json))[0]
         if self.scale:
-            self.zero.torch_autocast_gradscaler = None  # it looks at one rank's gradients only
-        self.pieces = self._pieces()
+            self.zero.torch_autocast_gradscaler = None  # it checks the gradients of one rank only
+        self.shards = self._find_shards()
         self.memory = self.zero.optimizer.state
-        for flat in {id(piece.flat): piece.flat for piece in self.pieces.values()}.values():
-            self.memory[flat] = {key: torch.zeros_like(flat.detach()) for key in _slots(config.optim)}
-            if config.optim.name == "adamw":
+        for flat in {id(shard.flat): shard.flat for shard in self.shards.values()}.values():
+            self.memory[flat] = {key: torch.zeros_like(flat.detach()) for key in _slots(optim)}
+            if optim.name == "adamw":
                 self.memory[flat]["step"] = torch.tensor(0.0)
             if isinstance(optimizer, Lars):
-                mine = [p for p in self.pieces.values() if p.flat is flat]
-                parts = [(p.number, p.offset, p.length) for p in mine if p.length]
-                optimizer.flat[flat] = Flat(len(mine), parts, self.mesh.get_group())
+                packed = [shard for shard in self.shards.values() if shard.flat is flat]
+                held = [(shard.param, shard.offset, shard.length) for shard in packed if shard.length]
+                optimizer.layouts[flat] = FlatLayout(len(packed), held, self.mesh.get_group())
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
+        """See `Engine.micro_batch`."""
         yield
         if not last:
-            self.engine.step()  # only counts the part
+            self.engine.step()  # before the last micro-batch, DeepSpeed's step only counts micro-batches
 
     def student(self, views: list[Tensor]) -> Tensor:
+        """See `Engine.student`."""
         queries_ND: Tensor = self.engine(views)
         return queries_ND
 
     def backward(self, loss: Tensor) -> None:
+        """See `Engine.backward`."""
         if self.scale:
             self.zero.override_loss_scale(self.scale.value)
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> float:
+        """See `Engine.step`."""
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.engine.step()
@@ -104,151 +152,157 @@ class Zero:
         return norm
 
     def update_teacher(self, momentum: float) -> None:
+        """See `Engine.update_teacher`."""
         if self.teacher:
             ema_update(self.teacher, self.network, momentum, lambda p: getattr(p, "ds_tensor", p))
-            if (
-                self.stage == 3 and self.mesh.device_type == "cuda"
-            ):  # whose gathering is on a stream that waits for nothing
+            if self.stage == 3 and self.mesh.device_type == "cuda":
+                # ZeRO-3 gathers the teacher's parameters on a stream that does not wait for this update.
                 torch.cuda.current_stream().synchronize()
 
     def weights(self) -> State:
+        """See `Engine.weights`."""
         found: State = {}
         for name, network in named_networks(self.network, self.teacher).items():
             tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-            found[name] = {key: self._whole_or_cut(tensors[key]) for key in network.state_dict()}
+            found[name] = {key: self._tensor(tensors[key]) for key in network.state_dict()}
         return found
 
     def state(self) -> State:
+        """See `Engine.state`."""
         optimizer: dict[str, dict[str, Tensor]] = {}
-        for p, piece in self.pieces.items():
+        for p, shard in self.shards.items():
             optimizer[self.names[p]] = {
-                key: x if x.dim() == 0 else self._cut(piece.of(x), piece.start, _shape(p))
-                for key, x in self.memory[piece.flat].items()
+                key: x if x.dim() == 0 else self._to_dtensor(shard.view_of(x), shard.start, _shape(p))
+                for key, x in self.memory[shard.flat].items()
             }
         state: State = {**self.weights(), "optimizer": optimizer}
         return {**state, **({"loss_scale": {"state": self.scale.state}} if self.scale else {})}
 
     def load(self, state: State) -> None:
+        """See `Engine.load`."""
         for name, network in named_networks(self.network, self.teacher).items():
             for key, p in network.named_parameters():
                 if hasattr(p, "ds_id"):
-                    self._put(state[name][key], *self._held(p))
-        for p, piece in self.pieces.items():
-            held = self._held(p)[0] if self.stage == 3 else p.detach().flatten().narrow(0, piece.start, piece.length)
-            piece.of(piece.flat).copy_(held)  # the optimizer's copy
-            for key, x in self.memory[piece.flat].items():
+                    self._from_dtensor(state[name][key], *self._held(p))
+        for p, shard in self.shards.items():
+            held = self._held(p)[0] if self.stage == 3 else p.detach().flatten().narrow(0, shard.start, shard.length)
+            shard.view_of(shard.flat).copy_(held)  # the optimizer has its own copy of the parameters
+            for key, x in self.memory[shard.flat].items():
                 if x.dim():
-                    self._put(state["optimizer"][self.names[p]][key], piece.of(x), piece.start)
+                    self._from_dtensor(state["optimizer"][self.names[p]][key], shard.view_of(x), shard.start)
 
-    def _pieces(self) -> dict[nn.Parameter, ParamShard]:
-        """Of every parameter of the student."""
+    def _find_shards(self) -> dict[nn.Parameter, ParamShard]:
+        """Return this rank's shard of each of the student's parameters."""
         found: dict[nn.Parameter, ParamShard] = {}
         if self.stage == 3:
             for group in self.zero.fp16_groups:
-                for number, p in enumerate(group):
+                for param, p in enumerate(group):
                     flat, offset, _ = self.zero.grad_position[self.zero.get_param_id(p)]
                     x, start = self._held(p)
-                    found[p] = ParamShard(self.zero.fp32_partitioned_groups_flat[flat], offset, start, len(x), number)
+                    found[p] = ParamShard(self.zero.fp32_partitioned_groups_flat[flat], offset, start, len(x), param)
             return found
         for group, flat in zip(self.zero.bit16_groups, self.zero.single_partition_of_fp32_groups, strict=True):
-            for number, p in enumerate(group):
-                found[p] = ParamShard(flat, 0, 0, 0, number)
+            for param, p in enumerate(group):
+                found[p] = ParamShard(flat, 0, 0, 0, param)
                 if (mapping := p._hp_mapping) is not None:
-                    here, there = mapping.hp_fragment_address, mapping.lp_fragment_address
-                    found[p] = ParamShard(flat, here.start, there.start, here.numel, number)
+                    packed, own = mapping.hp_fragment_address, mapping.lp_fragment_address
+                    found[p] = ParamShard(flat, packed.start, own.start, packed.numel, param)
         return found
 
     def _held(self, p: Any) -> tuple[Tensor, int]:
-        """This rank's part of a parameter that ZeRO-3 has cut, without padding, and where it begins."""
+        """Return this rank's shard of a ZeRO-3 parameter, without padding, and the shard's first element."""
         start = min(p.ds_tensor.ds_numel * self.mesh.get_local_rank(), p.ds_numel)
         return p.ds_tensor.detach()[: p.ds_numel - start], start
 
-    def _whole_or_cut(self, x: Tensor) -> Tensor:
-        return self._cut(*self._held(x), _shape(x)) if hasattr(x, "ds_id") else x.detach()
+    def _tensor(self, x: Tensor) -> Tensor:
+        """Return a parameter or buffer as a checkpoint holds it."""
+        return self._to_dtensor(*self._held(x), _shape(x)) if hasattr(x, "ds_id") else x.detach()
 
-    def _cut(self, x: Tensor, start: int, shape: torch.Size) -> DTensor:
-        """The parameter of which ranks hold pieces x from `start` on, cut as DTensors are; a copy."""
-        whole = torch.zeros(shape, device=self.mesh.device_type)
-        whole.view(-1)[start : start + len(x)] = x
-        dist.all_reduce(whole, group=self.mesh.get_group())
+    def _to_dtensor(self, shard: Tensor, start: int, shape: torch.Size) -> DTensor:
+        """Return a copy of a parameter as a DTensor sharded by rows; `shard` holds its elements from `start` on."""
+        full = torch.zeros(shape, device=self.mesh.device_type)
+        full.view(-1)[start : start + len(shard)] = shard
+        dist.all_reduce(full, group=self.mesh.get_group())
         rows = -(-shape[0] // self.mesh.size())
         first = self.mesh.get_local_rank() * rows
-        part = whole[first : first + rows].clone()
-        return DTensor.from_local(part, self.mesh, (Shard(0),), run_check=False, shape=shape, stride=whole.stride())
+        own = full[first : first + rows].clone()
+        return DTensor.from_local(own, self.mesh, (Shard(0),), run_check=False, shape=shape, stride=full.stride())
 
-    def _put(self, saved: DTensor, x: Tensor, start: int) -> None:
-        """The inverse of `_cut`: write into x."""
-        x.copy_(saved.full_tensor().view(-1)[start : start + len(x)])
+    def _from_dtensor(self, saved: DTensor, shard: Tensor, start: int) -> None:
+        """Write the parameter's elements from `start` on into `shard`, the inverse of `_to_dtensor`."""
+        shard.copy_(saved.full_tensor().view(-1)[start : start + len(shard)])
 
 
-def make_json(config: Config, rank_info: RankInfo, precision: torch.dtype) -> dict[str, Any]:
-    """DeepSpeed's configuration from ours and engine.options. Raises ValueError where these contradict ours."""
-    engine, optim = config.engine, config.optim
-    gpu = rank_info.device.type == "cuda"
+def make_json(
+    settings: Settings, optim: Optim, batch_size: int, device: torch.device, precision: torch.dtype
+) -> dict[str, Any]:
+    """Return DeepSpeed's own configuration. Raises ValueError where `settings.options` contradict ours."""
+    gpu = device.type == "cuda"
     ours: dict[str, Any] = {
-        "train_batch_size": config.data.batch_size,
+        "train_batch_size": batch_size,
         "gradient_accumulation_steps": optim.accumulate,
         "gradient_clipping": optim.clip or 0.0,
-        "zero_allow_untested_optimizer": True,  # torch's SGD, and our LARS, which knows of flat parameters
+        "zero_allow_untested_optimizer": True,  # torch's SGD and our LARS are not on DeepSpeed's list
         "torch_autocast": {"enabled": precision != torch.float32},
-        "fp16": {"enabled": False},  # these turn BatchNorm's parameters into what its statistics are not
+        "fp16": {"enabled": False},  # fp16 and bf16 cast BatchNorm's parameters but not its running statistics
         "bf16": {"enabled": False},
-        "zero_optimization": {"stage": engine.stage},
+        "zero_optimization": {"stage": settings.stage},
     }
     if precision != torch.float32:
         ours["torch_autocast"]["dtype"] = str(precision).removeprefix("torch.")
-    if engine.stage == 3:  # the moving average is on what is cut
+    if settings.stage == 3:  # all parameters must be sharded, since the moving average works on shards
         ours["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    if engine.cpu_offload:
+    if settings.cpu_offload:
         ours["zero_force_ds_cpu_optimizer"] = False
         ours["zero_optimization"]["offload_optimizer"] = {"device": "cpu", "pin_memory": gpu}
-        if engine.stage == 3:
+        if settings.stage == 3:
             ours["zero_optimization"]["offload_param"] = {"device": "cpu", "pin_memory": gpu}
     defaults = {
         "steps_per_print": 2**62,
-        # DeepSpeed's own bucket, 5e8, takes 2 GB.
+        # DeepSpeed's own bucket size, 5e8 elements, takes 2 GB.
         "zero_optimization": {"overlap_comm": gpu, "reduce_bucket_size": 25_000_000},
     }
-    for key, instead in (("optimizer", "optim"), ("scheduler", "optim")):
-        if key in engine.options:
-            raise ValueError(f"engine.options: {key} is not DeepSpeed's to choose; see {instead}.*")
-    return merge(merge(defaults, engine.options, ""), ours, "engine.options: ")
+    for key in ("optimizer", "scheduler"):
+        if key in settings.options:
+            raise ValueError(f"engine.options: {key} is not DeepSpeed's to choose; see optim.*")
+    return merge(merge(defaults, settings.options, ""), ours, "engine.options: ")
 
 
-def merge(base: dict[str, Any], top: dict[str, Any], refuse: str) -> dict[str, Any]:
-    """Nested values with those of `top` over those of `base`; if `refuse`, ValueError where they differ."""
+def merge(base: dict[str, Any], changes: dict[str, Any], refuse: str) -> dict[str, Any]:
+    """Return nested values with `changes`. If `refuse` is a text, raise ValueError with it where values differ."""
     merged = dict(base)
-    for key, value in top.items():
-        below = merged.get(key)
-        if isinstance(value, dict) and isinstance(below, dict):
-            merged[key] = merge(below, value, refuse and f"{refuse}{key}.")
-        elif refuse and key in merged and below != value:
-            raise ValueError(f"{refuse}{key} is {below}, but the rest of the configuration makes it {value}")
+    for key, value in changes.items():
+        before = merged.get(key)
+        if isinstance(value, dict) and isinstance(before, dict):
+            merged[key] = merge(before, value, refuse and f"{refuse}{key}.")
+        elif refuse and key in merged and before != value:
+            raise ValueError(f"{refuse}{key} is {before}, but the rest of the configuration makes it {value}")
         else:
             merged[key] = value
     return merged
 
 
 def _slots(optim: Optim) -> tuple[str, ...]:
-    """What the optimizer remembers of each element."""
+    """Return the names of the tensors that the optimizer keeps for each parameter."""
     if optim.name == "adamw":
         return ("exp_avg", "exp_avg_sq")
     return ("momentum_buffer",) if optim.momentum else ()
 
 
 def _shape(p: Any) -> torch.Size:
+    """Return a parameter's full shape; ZeRO-3 leaves only empty tensors in the modules."""
     return torch.Size(getattr(p, "ds_shape", p.shape))
 
 
-def _import_deepspeed(device: torch.device) -> Any:
-    os.environ.setdefault("DS_ACCELERATOR", device.type)
-    os.environ.setdefault("LOCAL_RANK", str(device.index or 0))  # it asks for it without torchrun, too
+def _import_deepspeed(rank_info: RankInfo) -> Any:
+    os.environ.setdefault("DS_ACCELERATOR", rank_info.device.type)
+    os.environ.setdefault("LOCAL_RANK", str(rank_info.local_rank))  # DeepSpeed reads it even without torchrun
     # DeepSpeed calls collectives by names that torch 2.14 deprecates, at every step.
     warnings.filterwarnings("ignore", ".*_tensor` is deprecated", FutureWarning, "torch.distributed")
-    import deepspeed
+    import deepspeed  # takes seconds
     from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
-    if device.type == "cpu":  # or it compiles an operation of its own, for minutes, that gloo does without
+    if rank_info.device.type == "cpu":  # without this, DeepSpeed compiles an extension for minutes
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

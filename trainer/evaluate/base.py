@@ -22,7 +22,8 @@ from torch import nn
 from data.sources.open import Source
 from models.encoder import Encoder
 from trainer import distributed
-from trainer.config import Config, flatten
+from trainer.config import Config
+from trainer.config_file import flatten
 from trainer.distributed import RankInfo
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.run.directory import lock_directory, read_config

@@ -11,7 +11,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from trainer.build import build_encoder
-from trainer.config import Config, dump, load
+from trainer.config import Config
+from trainer.config_file import dump, load
 from trainer.interop.layouts import (
     LAYOUTS,
     OTHER_TENSORS,

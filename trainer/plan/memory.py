@@ -24,12 +24,11 @@ from data.normalize import normalize, normalize_fused
 from kernels.triton.tiles import DIMS, best_splits, tiles
 from models.method import Method
 from trainer.build import build_encoder
-from trainer.config import Config, EngineSettings, check_world
+from trainer.config import Config, check_world
 from trainer.distributed import RankInfo
-from trainer.engines.base import Engine
-from trainer.engines.ddp import DDP
+from trainer.engines import ddp, zero
+from trainer.engines.base import Engine, EngineSettings
 from trainer.engines.optim import local
-from trainer.engines.zero import merge
 from trainer.plan.hardware import GPUS, MEMORY_SIZES
 from trainer.plan.shape_only import ShapeOnlyMode
 from trainer.plan.trace import Event, StepTrace
@@ -87,7 +86,7 @@ class Counted(NamedTuple):
 
 def name_of(engine: EngineSettings) -> str:
     """Of ENGINES."""
-    return f"zero{engine.stage}" if engine.kind == "deepspeed" else engine.kind
+    return f"zero{engine.stage}" if isinstance(engine, zero.Settings) else engine.kind
 
 
 def count(configs: list[Config], world_size: int, ranks_per_node: int) -> list[Counted]:
@@ -104,15 +103,17 @@ def count(configs: list[Config], world_size: int, ranks_per_node: int) -> list[C
 def _count(config: Config, rank_info: RankInfo) -> Counted:
     """The game is built, the bank filled, STEPS steps are taken."""
     gc.collect()  # what is left of another one takes no memory but address space
-    gpu, compress = config.run.device != "cpu", config.engine.compress
-    config = changed(config, {"engine": {"compress": "none"}})
+    gpu, compress = config.run.device != "cpu", "none"
+    if isinstance(config.engine, ddp.Settings):
+        compress = config.engine.compress
+        config = changed(config, {"engine": {"compress": "none"}})
     trace = StepTrace(rank_info.local_world_size)
     with ShapeOnlyMode(_kernels()) as mode:
         train_step = TrainStep(config, rank_info)
         method, engine = train_step.method, train_step.engine
         if gpu:
             _as_on_gpu(method, engine, config)
-        if isinstance(engine, DDP) and engine.wrapped is not None:
+        if isinstance(engine, ddp.DDP) and engine.wrapped is not None:
             # A fake group has no results for DDP's own reduction in C++ (torch 2.14).
             engine.wrapped.register_comm_hook(compress, _reduce_bucket)
         ledger = mode.ledger
@@ -178,7 +179,7 @@ def with_engine(config: Config, engine: str, placement: str, batch: int, gpu: st
         changes["bank"]["kernels"] = "auto"
     if on_gpu and engine.startswith("zero"):
         overlap = {"zero_optimization": {"overlap_comm": True}}
-        settings["options"] = merge(overlap, settings.get("options", {}), "")
+        settings["options"] = zero.merge(overlap, settings.get("options", {}), "")
     return changed(config, changes)
 
 

@@ -107,7 +107,7 @@ def make_plan(
     Raises ValueError where nothing fits together, for a file to calibrate from that is of something else, and for
     engine.cpu_offload, which takes from one memory to give to another.
     """
-    if config.engine.cpu_offload:
+    if getattr(config.engine, "cpu_offload", False):
         raise ValueError("plan: engine.cpu_offload moves memory to the host; need it off, both are one here")
     gpu = "cpu" if config.run.device == "cpu" else gpu
     target = Target(gpu, net, make_cluster(gpu, gpus_per_node, net), images, data_rate)

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from rich.console import Console
 from rich.table import Table
 
-from trainer.config import Config, flatten
+from trainer.config import Config
+from trainer.config_file import flatten
 from trainer.report.charts import Chart, Drawing, draw_chart, draw_points
 from trainer.report.format import format_evaluation, format_percent, format_seconds, is_number, latest
 from trainer.report.page import render_page

@@ -25,7 +25,8 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
-from trainer.config import Config, dump, flatten, load
+from trainer.config import Config
+from trainer.config_file import dump, flatten, load
 from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.run.files import write_atomically
 

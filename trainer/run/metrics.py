@@ -17,7 +17,8 @@ import torch.distributed as dist
 from rich.console import Console
 from torch import Tensor
 
-from trainer.config import MonitorSettings, flatten
+from trainer.config import MonitorSettings
+from trainer.config_file import flatten
 from trainer.run.console import Dashboard
 from trainer.run.files import write_atomically
 from trainer.run.results import Row, read_rows

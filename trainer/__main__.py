@@ -499,13 +499,10 @@ def bench_step(
     out: OutPath = None,
 ) -> None:
     """A training step of CONFIG against the bare forward, backward, optimizer and moving average of its networks."""
-    import tempfile
-
     from trainer.bench import step
     from trainer.config_file import load
 
-    with tempfile.TemporaryDirectory() as folder:
-        step.report(step.run(load(config, overrides), Path(folder), repeats), out)
+    step.report(step.run(load(config, overrides), repeats), out)
 
 
 @bench_app.command("throughput")

@@ -1,4 +1,4 @@
-"""The benchmark of saving, small: what it measures, not how fast."""
+"""The benchmark of saving on a small run; times are not asserted."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ from tests.trainer.small import small_config, write_images
 from trainer.bench import save
 
 
-def test_what_a_checkpoint_costs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_cost_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     # A bank that takes longer to write than a step of this network.
     sections = {"bank": {"size": 100_000, "init": "random"}, "model": {"backbone_args": {}, "dim": 64}}
     config = small_config(tmp_path / "run", write_images(tmp_path / "images"), **sections)
@@ -19,7 +19,7 @@ def test_what_a_checkpoint_costs(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert result["steps"] > 0
     assert result["ratio"] == pytest.approx(result["beside_seconds"] / result["step_seconds"])
     assert result["save_seconds"] > result["copy_seconds"] > 0
-    assert not list(tmp_path.glob("tmp*")), "it cleans up"
+    assert not list(tmp_path.glob("tmp*")), "temporary files remain"
     save.report(result, tmp_path / "save.json")
     assert json.loads((tmp_path / "save.json").read_text()) == result
     assert "step beside it" in capsys.readouterr().out

@@ -1,0 +1,42 @@
+"""The training step that benchmarks time: random images, random negatives, learning rates of zero.
+
+Neither images nor weights change how long a step takes, so no data set is needed, and rates of zero keep the weights
+finite.
+"""
+
+import torch
+from torch import Tensor
+
+from data.batch import Batch
+from trainer.build import fill_bank
+from trainer.config import Config
+from trainer.distributed import RankInfo
+from trainer.train_step import Rates, TrainStep
+
+
+def build_step(config: Config, rank_info: RankInfo) -> TrainStep:
+    """Build the training step of a configuration with random negatives."""
+    train_step = TrainStep(config, rank_info)
+    config = config.model_copy(update={"bank": config.bank.model_copy(update={"init": "random"})})
+    fill_bank(train_step.method.bank, config, rank_info, range(1 << 30))  # type: ignore[arg-type]
+    return train_step
+
+
+def frozen_rates(config: Config) -> Rates:
+    """Return learning rates of zero."""
+    return Rates(lr=0.0, bank_lr=0.0, teacher_momentum=config.method.teacher_momentum)
+
+
+def random_batch(config: Config, rank_info: RankInfo) -> Batch:
+    """Return this rank's batch of random views on the device, uint8 [B, S_v, S_v, 3] each."""
+    images, generator = config.data.batch_size // rank_info.world_size, torch.Generator().manual_seed(rank_info.rank)
+    views = [
+        torch.randint(256, (images, view.size, view.size, 3), dtype=torch.uint8, generator=generator)
+        for view in config.data.views
+    ]
+    return Batch([view.to(rank_info.device) for view in views], torch.arange(images), [])
+
+
+def random_views(config: Config, rank_info: RankInfo) -> list[Tensor]:
+    """Return this rank's batch of random views on the device, normalised, float32 [B, 3, S_v, S_v] each."""
+    return random_batch(config, rank_info).normalized(rank_info.device)

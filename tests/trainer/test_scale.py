@@ -53,7 +53,7 @@ def test_local_processes(tmp_path: Path) -> None:
     arguments = ["--mode", "synthetic", "--steps", "2", "--warmup", "1"]
     write_result(tmp_path, "weak", 1, 10.0)
     said = submit(small(tmp_path), [], tmp_path, [1, 2], ["weak"], True, [], arguments)
-    assert said == [f"measured {tmp_path}/weak-00002.json", f"there is {tmp_path}/weak-00001.json already"]
+    assert said == [f"measured {tmp_path}/weak-00002.json", f"{tmp_path}/weak-00001.json exists already"]
     result = json.loads((tmp_path / "weak-00002.json").read_text())
     assert (result["ranks"], result["batch_size"]) == (2, 24)
 
@@ -82,5 +82,5 @@ def test_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_where_there_is_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(ValueError, match="sbatch is not here; --local measures"):
+    with pytest.raises(ValueError, match="sbatch is not installed; --local measures"):
         submit(small(tmp_path), [], tmp_path / "study", [1], ["weak"], False, [], [])

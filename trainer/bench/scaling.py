@@ -1,9 +1,9 @@
 """Scaling studies: the throughput of one configuration at several sizes, as SLURM jobs or as local processes.
 
-strong: the batch stays and is cut finer. weak: the batch grows with the size, so each rank's share stays.
+Strong scaling keeps the batch, so each rank's share shrinks. Weak scaling multiplies the batch by the size.
 
-    FOLDER/weak-00004.json      what `bench throughput` wrote on 4 nodes (locally: processes)
-    FOLDER/scaling.json         the figures of all; scaling.png, scaling.html
+    FOLDER/weak-00004.json      result of `bench throughput` on 4 nodes (locally: processes)
+    FOLDER/scaling.json         the table of all sizes; scaling.png and scaling.html draw it
 """
 
 import base64
@@ -14,22 +14,24 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 
+from trainer.bench.harness import print_table
 from trainer.config import Config
 from trainer.config_file import load
+from trainer.report.page import render_page
 from trainer.run.files import read_json, write_atomically, write_json
 
 Kind = Literal["strong", "weak"]
 
+COLUMNS = ("", "nodes", "ranks", "batch", "images/s", "a rank", "speedup", "linear", "efficiency", "comm.", "data wait")
+
 
 class Point(NamedTuple):
-    """One size of a study. Ratios are to perfect scaling from the study's smallest size.
+    """One size of a study.
 
-    speedup: of images/s over the smallest size's; linear: of the ranks. communication: share of a step in which a
-    collective is under way, None on one rank.
+    speedup is the ratio of images/s to the smallest size of its kind, linear the ratio of ranks, and efficiency the
+    quotient of the two. communication is the share of a step in which a collective runs, None on one rank.
     """
 
     kind: str
@@ -44,6 +46,22 @@ class Point(NamedTuple):
     communication: float | None
     data_wait: float
 
+    def cells(self) -> list[str]:
+        """Return the row under `COLUMNS`."""
+        return [
+            self.kind,
+            str(self.nodes),
+            str(self.ranks),
+            f"{self.batch_size:,}",
+            f"{self.images_per_second:,.0f}",
+            f"{self.images_per_second_per_rank:,.1f}",
+            f"{self.speedup:.2f}",
+            f"{self.linear:.0f}",
+            f"{100 * self.efficiency:.1f} %",
+            "" if self.communication is None else f"{100 * self.communication:.1f} %",
+            f"{100 * self.data_wait:.1f} %",
+        ]
+
 
 def submit(
     path: Path,
@@ -55,34 +73,47 @@ def submit(
     options: list[str],
     arguments: list[str],
 ) -> list[str]:
-    """Start `bench throughput` at each size that `folder` has no result of; says what was started.
+    """Start `bench throughput` at each size of which `folder` has no result.
 
-    sizes: nodes, or with `local` processes of this machine, which run one after the other, each with the same number of
-    threads. options: of sbatch. arguments: of `bench throughput`.
-    Raises ValueError where a size does not divide the batch, or a job cannot be started.
+    Args:
+        path: The configuration.
+        overrides: Its changes, as on the command line.
+        folder: Folder of the study.
+        sizes: Numbers of nodes, or of processes if `local`.
+        kinds: Kinds of scaling.
+        local: Run processes of this machine, one size after the other, all with the same number of threads.
+        options: Options of sbatch.
+        arguments: Options of `bench throughput`.
+
+    Returns:
+        A line for each size.
+
+    Raises:
+        ValueError: A size does not divide the batch, or a job cannot be started.
     """
-    config, started = load(path, overrides), []
+    config, lines = load(path, overrides), []
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(kind, size, folder / f"{kind}-{size:05d}.json") for kind in kinds for size in sorted(sizes)]
     missing = [job for job in jobs if not job[2].exists()]
     for kind, size, out in track(missing, "measuring", disable=not local):
-        batch = _batch_size(config, kind, size)
-        settings = [*overrides, f"data.batch_size={batch}", *arguments, "--out", str(out.resolve())]
+        batch_size = _batch_size(config, kind, size)
+        words = [*overrides, f"data.batch_size={batch_size}", *arguments, "--out", str(out.resolve())]
         if local:
-            _run([*_torchrun(size), "bench", "throughput", str(path), *settings], max(sizes))
-            started.append(f"measured {out}")
+            threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(sizes))))
+            _run([*_torchrun(size), "bench", "throughput", str(path), *words], OMP_NUM_THREADS=threads)
+            lines.append(f"measured {out}")
         else:
-            command = ["sbatch", "--parsable", f"--nodes={size}", *options, "slurm/scaling_study.sh", *settings]
-            job = _run(command, None, CONFIG=str(path))
-            started.append(f"job {job.strip()}: {size} nodes, batch {batch}, {out}")
-    return started + [f"there is {out} already" for job in jobs if job not in missing for out in [job[2]]]
+            command = ["sbatch", "--parsable", f"--nodes={size}", *options, "slurm/scaling_study.sh", *words]
+            job = _run(command, CONFIG=str(path))
+            lines.append(f"job {job.strip()}: {size} nodes, batch {batch_size}, {out}")
+    return lines + [f"{out} exists already" for job in jobs if job not in missing for out in [job[2]]]
 
 
 def _batch_size(config: Config, kind: Kind, size: int) -> int:
-    batch = config.data.batch_size
-    if kind == "strong" and batch % size:
-        raise ValueError(f"data.batch_size: {batch} images do not divide among {size}")
-    return batch if kind == "strong" else batch * size
+    batch_size = config.data.batch_size
+    if kind == "strong" and batch_size % size:
+        raise ValueError(f"data.batch_size: {batch_size} images do not divide among {size}")
+    return batch_size if kind == "strong" else batch_size * size
 
 
 def _torchrun(ranks: int) -> list[str]:
@@ -90,15 +121,12 @@ def _torchrun(ranks: int) -> list[str]:
     return [sys.executable, *launcher, "-m", "trainer"]
 
 
-def _run(command: list[str], most_ranks: int | None, **environment: str) -> str:
-    """What it prints. most_ranks: of processes that share this machine's cores."""
-    if most_ranks:
-        threads = max(1, len(os.sched_getaffinity(0)) // most_ranks)
-        environment["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS", str(threads))
+def _run(command: list[str], **environment: str) -> str:
+    """Run a command with additional environment variables and return its output."""
     try:
         done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
     except FileNotFoundError as error:
-        raise ValueError(f"scale: {command[0]} is not here; --local measures on this machine") from error
+        raise ValueError(f"scale: {command[0]} is not installed; --local measures on this machine") from error
     if done.returncode:
         last = next((line for line in reversed(done.stderr.splitlines()) if "error:" in line), done.stderr[-300:])
         raise ValueError(f"scale: {' '.join(command)} failed: {last.strip()}")
@@ -106,12 +134,11 @@ def _run(command: list[str], most_ranks: int | None, **environment: str) -> str:
 
 
 def collect(folder: Path) -> list[Point]:
-    """All results in the folder, by kind and size. Raises ValueError if there are none."""
+    """Return all results in the folder by kind and size. Raises ValueError if there are none."""
     points = []
     for kind in ("strong", "weak"):
-        results = [read_json(path) for path in sorted(folder.glob(f"{kind}-*.json"))]
-        for result in sorted(results, key=lambda r: r["ranks"]):
-            points.append(_point(kind, result, min(results, key=lambda r: r["ranks"])))
+        results = sorted(map(read_json, folder.glob(f"{kind}-*.json")), key=lambda result: result["ranks"])
+        points += [_point(kind, result, results[0]) for result in results]
     if not points:
         raise ValueError(f"{folder}: no results of a scaling study yet")
     return points
@@ -125,56 +152,29 @@ def _point(kind: str, result: dict[str, Any], smallest: dict[str, Any]) -> Point
     speedup = figures["images_per_second"] / base["images_per_second"]
     linear = result["ranks"] / smallest["ranks"]
     return Point(
-        kind,
-        result["nodes"],
-        result["ranks"],
-        result["batch_size"],
-        figures["images_per_second"],
-        figures["images_per_second_per_rank"],
-        speedup,
-        linear,
-        speedup / linear,
-        figures.get("communication"),
-        figures["data_wait"],
+        kind=kind,
+        **{name: result[name] for name in ("nodes", "ranks", "batch_size")},
+        **{name: figures[name] for name in ("images_per_second", "images_per_second_per_rank", "data_wait")},
+        speedup=speedup,
+        linear=linear,
+        efficiency=speedup / linear,
+        communication=figures.get("communication"),
     )
 
 
-COLUMNS = ("", "nodes", "ranks", "batch", "images/s", "a rank", "speedup", "linear", "efficiency", "comm.", "data wait")
-
-
-def cells(point: Point) -> list[str]:
-    """A row under `COLUMNS`."""
-    communication = "" if point.communication is None else f"{100 * point.communication:.1f} %"
-    return [
-        point.kind,
-        str(point.nodes),
-        str(point.ranks),
-        f"{point.batch_size:,}",
-        f"{point.images_per_second:,.0f}",
-        f"{point.images_per_second_per_rank:,.1f}",
-        f"{point.speedup:.2f}",
-        f"{point.linear:.0f}",
-        f"{100 * point.efficiency:.1f} %",
-        communication,
-        f"{100 * point.data_wait:.1f} %",
-    ]
-
-
 def report(folder: Path) -> None:
-    """Print the table and write scaling.json."""
+    """Print the table of all sizes and write scaling.json."""
     points = collect(folder)
-    table = Table(box=None)
-    for column in COLUMNS:
-        table.add_column(column, justify="right" if column else "left", no_wrap=True)
-    for point in points:
-        table.add_row(*cells(point))
-    Console(width=None if sys.stdout.isatty() else 120).print(table)  # a file has no width to fit
+    print_table("", COLUMNS, [point.cells() for point in points])
     write_json(folder / "scaling.json", {"points": [point._asdict() for point in points]})
 
 
 def plot(folder: Path) -> list[Path]:
-    """Draw images/s and efficiency against ranks, beside perfect scaling: scaling.png, and a page with the table."""
-    from jinja2 import Environment
+    """Draw images/s and efficiency against ranks, beside perfect scaling.
+
+    Returns:
+        The files scaling.png, and scaling.html with the table.
+    """
     from matplotlib.figure import Figure
 
     points = collect(folder)
@@ -201,26 +201,12 @@ def plot(folder: Path) -> list[Path]:
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
     (folder / "scaling.png").write_bytes(image.getvalue())
-    page = Environment(autoescape=True).from_string(_PAGE)
-    picture = base64.b64encode(image.getvalue()).decode()
-    html = page.render(name=folder.resolve().name, picture=picture, columns=COLUMNS, rows=[cells(p) for p in points])
+    html = render_page(
+        "scaling.html.j2",
+        name=folder.resolve().name,
+        image=f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}",
+        columns=COLUMNS,
+        rows=[point.cells() for point in points],
+    )
     write_atomically(folder / "scaling.html", html)
     return [folder / "scaling.png", folder / "scaling.html"]
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{{ name }}: scaling</title>
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>
-body { font: 15px/1.5 system-ui, sans-serif; margin: 32px auto; max-width: 1100px; padding: 0 16px; color: #1b1f24; }
-img { max-width: 100%; } table { border-collapse: collapse; }
-td, th { padding: 4px 14px 4px 0; text-align: right; border-top: 1px solid #e1e5ea; }
-td:first-child { text-align: left; }
-</style></head><body>
-<h1>{{ name }}</h1>
-<img alt="images per second and efficiency against ranks" src="data:image/png;base64,{{ picture }}">
-<table><tr>{% for column in columns %}<th>{{ column }}</th>{% endfor %}</tr>
-{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
-{% endfor %}</table>
-</body></html>
-"""

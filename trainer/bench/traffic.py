@@ -1,19 +1,18 @@
-"""What the negatives send: bytes per step of each rank, read from the collectives that are issued.
+"""Traffic of the negatives: bytes that each rank sends in a step, counted from the collectives that are issued.
 
-Three formulations of the same step, the contrastive loss and its gradient and then the adversary's step:
+Three formulations of the same step (contrastive loss, its gradient, and the adversary's step):
 
-- `sharded`: ours; each rank holds K/R of the bank.
+- `sharded`: ours; each of R ranks holds K/R rows of the bank.
 - `replicated`: ours; each rank holds the bank and takes the same step, on the queries of all ranks.
-- `published`: as AdCo's code (github.com/maple-research-lab/AdCo, training/train.py, update_network): each rank holds
-  the bank and finds its gradient, [K, D] in fp32, from its own queries; the gradients are all-reduced. What is
-  computed is here tiled where theirs stores it; what is sent is the same.
+- `published`: as AdCo's code (github.com/maple-research-lab/AdCo, training/train.py, update_network) does it; each rank
+  holds the bank and computes its gradient, [K, D] in fp32, from its own queries, and the gradients are all-reduced.
+  The computation is tiled here, which does not change what is sent.
 
-Up to 8 ranks are real processes over gloo. More are counted on rank 0 of a fake process group, with fake tensors.
+Up to 8 ranks are real processes over gloo. More ranks are counted on rank 0 of a fake process group with fake tensors.
 
-N queries and as many keys over all ranks, N/R of them on each of R ranks, K negatives, D dimensions.
+Shapes: N queries and as many keys over all ranks, N/R of them on each rank, K negatives, D dimensions.
 """
 
-import json
 import multiprocessing
 import os
 import socket
@@ -23,7 +22,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
-from itertools import product
+from itertools import groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,26 +31,25 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.distributed.device_mesh import DeviceMesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
 from models.negatives.bank import Bank, gather, make_mesh
 from models.negatives.contrast import contrast
+from trainer.bench.harness import environment, print_table, write_result
 from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY
 from trainer.plan.collectives import Collective, CollectiveTrace
 
 FORMULATIONS = ("published", "replicated", "sharded")
 DTYPES = (torch.float32, torch.bfloat16)
 
-_MOST_PROCESSES = 8
+_MAX_PROCESSES = 8
 
 
 class Case(NamedTuple):
-    """dtype: of queries, keys and unit negatives; weights and velocity are fp32."""
+    """One formulation at one size; dtype is that of queries, keys and unit rows, weights and velocity are fp32."""
 
     formulation: str
     rows: int
@@ -61,19 +59,22 @@ class Case(NamedTuple):
 
 
 class Count(NamedTuple):
-    """What one rank sent in one step. on_sockets: the payload in bytes that left by its TCP connections."""
+    """What one rank sent in one step: its collectives, and the bytes that left by its TCP connections."""
 
     collectives: list[Collective]
     on_sockets: int
 
 
 def run(rows: int, negatives: list[int], dim: int, ranks: list[int]) -> list[dict[str, Any]]:
-    """Every formulation with every number of negatives and ranks, fp32 and bf16; one dictionary for each.
+    """Count every formulation for all numbers of negatives K and ranks R, in fp32 and bf16.
 
-    rows N. Keys: formulation, N, K, D, dtype, ranks, backend (`gloo` or `fake`), sent (bytes a rank puts on the wire
-    in the ring algorithm, equal on all ranks), on_sockets (bytes that gloo, whose algorithms are its own, really sent:
-    mean over ranks), collectives (see `Collective`).
-    Raises ValueError where the queries or the bank cannot be divided among the ranks.
+    Returns:
+        One dictionary for each case: formulation, N, K, D, dtype, ranks; backend, gloo or fake; sent, the bytes that a
+        rank sends in the ring algorithm, equal on all ranks; on_sockets, the bytes that gloo sent with its own
+        algorithms, mean over ranks; collectives, as in `Collective`.
+
+    Raises:
+        ValueError: The queries or the bank cannot be divided among the ranks.
     """
     for count in ranks:
         if min(count, rows, dim) < 1 or rows % count:
@@ -84,7 +85,7 @@ def run(rows: int, negatives: list[int], dim: int, ranks: list[int]) -> list[dic
     results = []
     for count in track(ranks, "counting", console=Console(stderr=True)):
         cases = [Case(f, rows, k, dim, dtype) for k, dtype, f in product(negatives, DTYPES, FORMULATIONS)]
-        real = count <= _MOST_PROCESSES
+        real = count <= _MAX_PROCESSES
         for case, counts in zip(cases, _in_processes(cases, count) if real else _faked(cases, count), strict=True):
             collectives = counts[0].collectives
             assert all(c.collectives == collectives for c in counts), "ranks differ in what they send"
@@ -106,28 +107,38 @@ def run(rows: int, negatives: list[int], dim: int, ranks: list[int]) -> list[dic
 
 
 def run_case(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
-    """One step of a case in the present process group: the weights this rank then holds, and what was sent.
+    """Take one step of a case in the current process group, with fake tensors (without values) if asked for.
 
-    fake: with tensors that have no values.
+    Returns:
+        The weights that this rank holds after the step, and what it sent.
     """
     mesh = make_mesh("sharded" if case.formulation == "sharded" else "replicated", torch.device("cpu"), 1)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    mine = slice(rank * case.rows // world_size, (rank + 1) * case.rows // world_size)
+    own = slice(rank * case.rows // world_size, (rank + 1) * case.rows // world_size)
     with FakeTensorMode() if fake else nullcontext():
         generator = torch.Generator().manual_seed(0)  # the same bank, queries and keys on all ranks
         w_KD = torch.randn(case.negatives, case.dim, generator=generator)
         q_ND, k_BD = (
-            F.normalize(torch.randn(case.rows, case.dim, generator=generator), dim=1)[mine].to(case.dtype)
+            F.normalize(torch.randn(case.rows, case.dim, generator=generator), dim=1)[own].to(case.dtype)
             for _ in range(2)
         )
         if case.formulation == "published":
             v_KD = torch.zeros_like(w_KD)
-            step = partial(_published, q_ND, k_BD, w_KD, v_KD, mesh.get_group("replica"))
+            step = partial(_take_published_step, q_ND, k_BD, w_KD, v_KD, mesh.get_group("replica"))
         else:
-            bank = _make_bank(case, mesh)
+            bank = Bank(
+                case.negatives,
+                case.dim,
+                mesh,
+                kernels="chunked",
+                temperature=ADVERSARY_TEMPERATURE,
+                momentum=MOMENTUM,
+                weight_decay=WEIGHT_DECAY,
+                precision=case.dtype,
+            )
             bank.fill(w_KD[bank.first : bank.first + len(bank.w_KD)])
             w_KD = bank.w_KD
-            step = partial(_ours, q_ND.requires_grad_(), k_BD, bank)
+            step = partial(_take_bank_step, q_ND.requires_grad_(), k_BD, bank)
         dist.barrier()
         before = _socket_bytes()
         with CollectiveTrace() as trace:
@@ -138,27 +149,25 @@ def run_case(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
 
 
 def report(results: list[dict[str, Any]], out: Path | None) -> None:
-    """Print the results of `run` as a table, with the calls of the last setting, and write them to `out` as JSON."""
-    Console().print(_summary(results), _calls(results))
-    if out:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lines = ",\n".join(json.dumps(result) for result in results)
-        out.write_text(f'{{"torch": "{torch.__version__}", "rows": [\n{lines}\n]}}\n', encoding="utf-8")
+    """Print the results of `run` and the collectives of the last setting as tables, and write all to `out` as JSON."""
+    _print_bytes(results)
+    _print_collectives(results)
+    write_result(out, {**environment(), "rows": results})
 
 
-def _ours(q_ND: Tensor, k_BD: Tensor, bank: Bank) -> None:
+def _take_bank_step(q_ND: Tensor, k_BD: Tensor, bank: Bank) -> None:
     result = contrast(q_ND, k_BD, bank, TEMPERATURE, batch_keys=True)
     result.loss_N.sum().backward()
     bank.step([result.rows(1 / (len(q_ND) * dist.get_world_size()))], LR, seed=0)
 
 
-def _published(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor, group: dist.ProcessGroup) -> None:
-    """The published code's step on a bank that all ranks of the group hold, in place."""
+def _take_published_step(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor, group: dist.ProcessGroup) -> None:
+    """Take the published code's step in place, on a bank that all ranks of the group hold."""
     k_MD = gather(k_BD, group)
     own_N = torch.arange(len(q_ND)) + group.rank() * len(k_BD)
     n_KD = F.normalize(w_KD, dim=1).to(q_ND.dtype)
     score = kernels.score(q_ND, k_MD, own_N, n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE, kernels="chunked")
-    # At rest, with a learning rate of 0, our step leaves the negative gradient in the velocity and nothing else.
+    # From zero velocity and with all rates 0, our step leaves the negative gradient in the velocity.
     g_KD = torch.zeros_like(w_KD)
     kernels.adversary_step(
         q_ND,
@@ -178,31 +187,18 @@ def _published(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor, group: di
     w_KD.add_(v_KD, alpha=-LR)
 
 
-def _make_bank(case: Case, mesh: DeviceMesh) -> Bank:
-    return Bank(
-        case.negatives,
-        case.dim,
-        mesh,
-        kernels="chunked",
-        temperature=ADVERSARY_TEMPERATURE,
-        momentum=MOMENTUM,
-        weight_decay=WEIGHT_DECAY,
-        precision=case.dtype,
-    )
-
-
 def _in_processes(cases: list[Case], ranks: int) -> list[list[Count]]:
-    """For each case what each rank sends, each a process of one gloo group on this machine."""
+    """Return for each case the counts of all ranks, each a process of one gloo group on this machine."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # import torch once, not once a rank
+    context.set_forkserver_preload([__name__])  # imports torch once instead of once per rank
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(ranks, context) as pool:
         store = (Path(folder) / "store").as_uri()
         # Each task waits for all others to join the group, so no process takes two of them.
-        tasks = [pool.submit(_process, cases, rank, ranks, store) for rank in range(ranks)]
+        tasks = [pool.submit(_run_rank, cases, rank, ranks, store) for rank in range(ranks)]
         return [list(counts) for counts in zip(*(task.result() for task in tasks), strict=True)]
 
 
-def _process(cases: list[Case], rank: int, ranks: int, store: str) -> list[Count]:
+def _run_rank(cases: list[Case], rank: int, ranks: int, store: str) -> list[Count]:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks, timeout=timedelta(minutes=10))
     try:
@@ -212,7 +208,7 @@ def _process(cases: list[Case], rank: int, ranks: int, store: str) -> list[Count
 
 
 def _faked(cases: list[Case], ranks: int) -> list[list[Count]]:
-    """For each case what rank 0 of so many would send; nothing is computed and nothing sent."""
+    """Return for each case the count of rank 0 of a fake group; nothing is computed or sent."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
         return [[run_case(case, fake=True)[1]] for case in cases]
@@ -221,7 +217,7 @@ def _faked(cases: list[Case], ranks: int) -> list[list[Count]]:
 
 
 def _socket_bytes() -> int:
-    """Payload that this process has sent so far by its open TCP connections (Linux: struct tcp_info, linux/tcp.h)."""
+    """Return the payload that this process has sent by its open TCP connections (struct tcp_info of linux/tcp.h)."""
     total = 0
     for link in Path("/proc/self/fd").iterdir():
         if not link.is_socket():
@@ -239,39 +235,44 @@ def _setting(result: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(result[key] for key in ("ranks", "K", "dtype"))
 
 
-def _summary(results: list[dict[str, Any]]) -> Table:
-    """A line for each result, in 10^6 bytes, and how much more than the sharded bank it sends."""
-    least = {_setting(result): result["sent"] for result in results if result["formulation"] == "sharded"}
-    first = results[0]
-    table = Table(title=f"Sent by a rank in a step, N = {first['N']}, D = {first['D']}", box=None)
-    for name in ("ranks", "K", "queries", "formulation", "MB", "of sharded", "MB by gloo"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for i, result in enumerate(results):
-        setting, sent, real = _setting(result), result["sent"], result["on_sockets"]
-        table.add_row(
-            str(result["ranks"]),
-            f"{result['K']:,}",
-            result["dtype"],
-            result["formulation"],
-            f"{sent / 1e6:,.3f}",
-            f"{sent / least[setting]:.2f} x" if sent else "",
-            "" if real is None else f"{real / 1e6:,.3f}",
-            end_section=i + 1 < len(results) and _setting(results[i + 1]) != setting,
-        )
-    return table
+def _print_bytes(results: list[dict[str, Any]]) -> None:
+    """Print a section for each setting, in 10^6 bytes, with the ratio to the sharded bank."""
+    table: list[tuple[str, ...]] = []
+    for (ranks, negatives, dtype), group in groupby(results, key=_setting):
+        setting = list(group)
+        sharded = next(result["sent"] for result in setting if result["formulation"] == "sharded")
+        for result in setting:
+            ratio = f"{result['sent'] / sharded:.2f} x" if sharded else ""
+            by_gloo = "" if result["on_sockets"] is None else f"{result['on_sockets'] / 1e6:,.3f}"
+            sent = f"{result['sent'] / 1e6:,.3f}"
+            table.append((result["formulation"], dtype, str(ranks), f"{negatives:,}", sent, ratio, by_gloo))
+        table.append(())
+    print_table(
+        f"Sent by a rank in a step, N = {results[0]['N']}, D = {results[0]['D']}",
+        ("formulation", "queries", "ranks", "K", "MB", "of sharded", "MB by gloo"),
+        table,
+        text_columns=2,
+    )
 
 
-def _calls(results: list[dict[str, Any]]) -> Table:
-    """Each collective of the last setting."""
+def _print_collectives(results: list[dict[str, Any]]) -> None:
+    """Print each collective of the last setting."""
     ranks, negatives, dtype = _setting(results[-1])
-    table = Table(title=f"Collectives of {ranks} ranks, K = {negatives:,}, {dtype}", box=None)
-    for name in ("formulation", "collective", "handed in", "type", "ranks"):
-        table.add_column(name)
-    table.add_column("bytes sent", justify="right")
-    for result in results:
-        if _setting(result) == _setting(results[-1]):
-            for call in result["collectives"]:
-                shape = " x ".join(map(str, call["shape"]))
-                group, sent = str(call["ranks"]), f"{call['sent']:,}"
-                table.add_row(result["formulation"], call["operator"], shape, call["dtype"], group, sent)
-    return table
+    print_table(
+        f"Collectives of {ranks} ranks, K = {negatives:,}, {dtype}",
+        ("formulation", "collective", "input", "type", "ranks", "bytes sent"),
+        [
+            (
+                result["formulation"],
+                call["operator"],
+                " x ".join(map(str, call["shape"])),
+                call["dtype"],
+                str(call["ranks"]),
+                f"{call['sent']:,}",
+            )
+            for result in results
+            if _setting(result) == _setting(results[-1])
+            for call in result["collectives"]
+        ],
+        text_columns=4,
+    )

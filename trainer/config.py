@@ -7,11 +7,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
-from data.settings import DataSettings
+from data.settings import RESUMABLE, DataSettings
 from models import acssl, adco, byol, moco, simclr
 from trainer.engines import ddp, fsdp, zero
 from trainer.engines.optim import Optim
-from trainer.schema import RESUMABLE, Section, default_variant
+from trainer.schema import Section, default_variant
 
 # The keys of section `method` depend on its `name`. Register a new method here.
 Method = Annotated[
@@ -243,19 +243,39 @@ class MonitorSettings(Section):
 
 
 class Config(Section):
-    run: Run
-    data: DataSettings
-    model: Model = Model()
-    method: Method = adco.Settings()
-    bank: BankSettings = BankSettings()
-    optim: Optim = Optim()
-    engine: Engine = ddp.Settings()
-    eval: Eval = Eval()
-    linear: Linear = Linear()
-    fast: Fast = Fast()
-    finetune: Finetune = Finetune()
-    voc07: Voc07 = Voc07()
-    monitor: MonitorSettings = MonitorSettings()
+    """The configuration of a run."""
+
+    run: Run = Field(description="Where a run is stored, how long it takes, and what it records.")
+    data: DataSettings = Field(description="The images, how batches are made, and what happens to each view.")
+    model: Model = Field(Model(), description="The encoder: backbone, projection head and predictor.")
+    method: Method = Field(adco.Settings(), description="The method and its loss; `name` chooses it.")
+    bank: BankSettings = Field(
+        BankSettings(), description="The negatives: a bank of learned ones, or a queue of keys, as the method needs."
+    )
+    optim: Optim = Field(Optim(), description="The encoder's optimizer and its learning-rate schedule.")
+    engine: Engine = Field(
+        ddp.Settings(),
+        description="How student, teacher and optimizer are distributed over the ranks; `kind` chooses the engine.",
+        json_schema_extra=RESUMABLE,  # an engine changes rounding errors only, as the number of ranks does
+    )
+    eval: Eval = Field(
+        Eval(),
+        description="kNN on the frozen backbone while training; image and batch size of every evaluation.",
+        json_schema_extra=RESUMABLE,
+    )
+    linear: Linear = Field(
+        Linear(), description="Linear evaluation: one classifier on the frozen backbone.", json_schema_extra=RESUMABLE
+    )
+    fast: Fast = Field(
+        Fast(), description="Fast linear evaluation: many classifiers on stored features.", json_schema_extra=RESUMABLE
+    )
+    finetune: Finetune = Field(
+        Finetune(), description="Fine-tuning of the whole network with few labels.", json_schema_extra=RESUMABLE
+    )
+    voc07: Voc07 = Field(Voc07(), description="SVMs on PASCAL VOC 2007 features.", json_schema_extra=RESUMABLE)
+    monitor: MonitorSettings = Field(
+        MonitorSettings(), description="Where log rows go besides metrics.jsonl.", json_schema_extra=RESUMABLE
+    )
 
     @field_validator("method", "engine", mode="before")
     @classmethod

@@ -41,6 +41,17 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def changed_keys(before: Config, now: Config) -> list[str]:
+    """Describe each key that differs but must not differ when a run is resumed, such as `run.seed was 0, now 1`."""
+    resumable = [key.name for key in walk_keys(Config) if key.resumable]
+    old, new = (flatten(config.model_dump(mode="json")) for config in (before, now))
+    return [
+        f"{name} was {old.get(name)}, now {new.get(name)}"
+        for name in old | new
+        if old.get(name) != new.get(name) and not any(f"{name}.".startswith(f"{key}.") for key in resumable)
+    ]
+
+
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Return nested sections as one level of dotted names."""
     flat: dict[str, Any] = {}

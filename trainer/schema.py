@@ -1,4 +1,4 @@
-"""Building blocks of the configuration's schema: the base class of sections, the mark `RESUMABLE`, a walk over keys."""
+"""Building blocks of the configuration's schema: the base class of sections, and a walk over all keys."""
 
 from collections.abc import Iterator
 from typing import Any, NamedTuple, get_args
@@ -6,9 +6,7 @@ from typing import Any, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
 
-# Marks a field, or a section with all its fields, whose value may differ when a run is resumed and does not enter the
-# result: Field(50, description="…", json_schema_extra=RESUMABLE).
-RESUMABLE: dict[str, Any] = {"resumable": True}
+from data.settings import RESUMABLE
 
 
 class Section(BaseModel):
@@ -23,22 +21,26 @@ class Key(NamedTuple):
     Attributes:
         name: dotted name, such as `bank.lr`.
         field: the field that describes it.
-        owner: the class that the field belongs to.
         variant: the kind or method whose settings have this key, such as `fsdp`; None outside of a union.
+        resumable: whether its value may differ when a run is resumed: it, or a section around it, has that mark.
     """
 
     name: str
     field: FieldInfo
-    owner: type[BaseModel]
     variant: str | None
+    resumable: bool
 
 
-def walk_keys(section: type[BaseModel], prefix: str = "", variant: str | None = None) -> Iterator[Key]:
+def walk_keys(
+    section: type[BaseModel], prefix: str = "", variant: str | None = None, resumable: bool = False
+) -> Iterator[Key]:
     """Yield every key below a section, sections included. A key that several variants have comes once for each."""
     for name, field in section.model_fields.items():
-        yield Key(prefix + name, field, section, variant)
+        extra = field.json_schema_extra
+        marked = resumable or (isinstance(extra, dict) and RESUMABLE.items() <= extra.items())
+        yield Key(prefix + name, field, variant, marked)
         for model in nested_models(field):
-            yield from walk_keys(model, f"{prefix}{name}.", variant_of(field, model) or variant)
+            yield from walk_keys(model, f"{prefix}{name}.", variant_of(field, model) or variant, marked)
 
 
 def nested_models(field: FieldInfo) -> list[type[BaseModel]]:
@@ -61,8 +63,3 @@ def default_variant(field: FieldInfo) -> dict[str, str]:
     """Return the key and value that choose a union's default, such as {"kind": "ddp"}; {} for any other field."""
     key = str(field.discriminator)
     return {key: getattr(field.default, key)} if field.discriminator else {}
-
-
-def is_resumable(field: FieldInfo) -> bool:
-    """Return whether the field is marked with RESUMABLE."""
-    return isinstance(field.json_schema_extra, dict) and bool(field.json_schema_extra.get("resumable"))

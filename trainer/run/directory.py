@@ -26,37 +26,11 @@ from pathlib import Path
 from typing import IO
 
 from trainer.config import Config
-from trainer.config_file import dump, flatten, load
+from trainer.config_file import changed_keys, dump, load
 from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.run.files import write_atomically
 
 IMPORTED = "imported.json"  # in the directory of an imported model: where it is from
-
-# Keys that may change between two starts of a run because they do not change what is learned. An engine changes
-# rounding errors only, as the number of ranks does.
-FREE = (
-    "run.dir",
-    "run.device",
-    "run.log_every",
-    "run.save_every",
-    "run.keep",  # and keep_every
-    "run.profile",
-    "run.max_minutes",
-    "run.step_timeout",
-    "run.long_timeout",
-    "data.backend",
-    "data.workers",
-    "data.prefetch",
-    "data.decoder.",
-    "data.max_unreadable",
-    "engine.",
-    "eval.",
-    "linear.",
-    "fast.",
-    "finetune.",
-    "voc07.",
-    "monitor.",
-)
 
 
 def read_config(folder: Path, overrides: list[str] | None = None) -> Config:
@@ -121,11 +95,8 @@ def _store_config(folder: Path, config: Config) -> None:
     if (folder / IMPORTED).exists():
         raise ValueError(f"run.dir: {folder} holds an imported model. Choose another run.dir")
     if stored.exists():
-        before, now = (flatten(c.model_dump(mode="json")) for c in (load(stored), config))
-        changed = [k for k in before | now if before.get(k) != now.get(k) and not k.startswith(FREE)]
-        if changed:
-            listed = "; ".join(f"{k} was {before.get(k)}, now {now.get(k)}" for k in changed)
-            raise ValueError(f"run.dir: {folder} holds another run: {listed}. Choose another run.dir")
+        if changed := changed_keys(load(stored), config):
+            raise ValueError(f"run.dir: {folder} holds another run: {'; '.join(changed)}. Choose another run.dir")
     elif (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
         raise ValueError(f"run.dir: {folder} has files of a run, but no config.yaml. Choose another run.dir")
     write_atomically(stored, dump(config))

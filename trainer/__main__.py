@@ -8,6 +8,8 @@ from typing import Annotated, Literal
 
 import typer
 
+from trainer.plan.request import PlanRequest, parse_nodes
+
 app = typer.Typer(
     name="python -m trainer",
     help="Adversarial contrastive self-supervised learning of image representations.\n\n"
@@ -384,39 +386,39 @@ def show_plan(
     config: ConfigPath,
     overrides: Overrides = None,
     nodes: Annotated[str, typer.Option(help="Numbers of nodes: 1,2,8, or 1..1024 for powers of two")] = "1..16",
-    gpu: Annotated[str, typer.Option(help="v100, a100-40, a100, h100 or h200")] = "a100",
+    gpu: Annotated[str, typer.Option(help="v100, a100-40, a100, h100 or h200")] = PlanRequest.gpu,
     net: Annotated[
-        str, typer.Option(help="Between nodes: ib-hdr, ib-ndr, ib-edr, efa, ethernet-100 …, or Gb/s of a node")
-    ] = "ib-hdr",
-    gpus_per_node: Annotated[int, typer.Option(help="With a process each", min=1)] = 8,
+        str, typer.Option(help="Network between nodes: ib-hdr, ib-ndr, ib-edr, efa, ethernet-100 …, or Gb/s of a node")
+    ] = PlanRequest.net,
+    gpus_per_node: Annotated[int, typer.Option(help="GPUs of a node", min=1)] = PlanRequest.gpus_per_node,
     images_per_gpu: Annotated[
-        int | None, typer.Option(help="data.batch_size is this times the GPUs, not what CONFIG says", min=1)
-    ] = None,
-    images: Annotated[int, typer.Option(help="Of the data set; ImageNet's if not given", min=1)] = 1_281_167,
-    price: Annotated[float | None, typer.Option(help="Of an hour of a GPU, for the cost", min=0)] = None,
-    data_rate: Annotated[float | None, typer.Option(help="Images/s that the loader of a node gives", min=1)] = None,
+        int | None, typer.Option(help="Set data.batch_size to this times the number of GPUs", min=1)
+    ] = PlanRequest.images_per_gpu,
+    images: Annotated[int, typer.Option(help="Images of the data set; by default ImageNet's", min=1)] = PlanRequest.images,
+    price: Annotated[float | None, typer.Option(help="Price of an hour of a GPU, for the cost", min=0)] = None,
+    data_rate: Annotated[float | None, typer.Option(help="Images/s that a node's loader delivers", min=1)] = None,
     calibrate: Annotated[Path | None, typer.Option(help="Times measured by bench throughput --out FILE")] = None,
-    all_engines: Annotated[
-        bool, typer.Option("--all-engines", help="Rows for every engine, not only CONFIG's")
-    ] = False,
-    recommend: Annotated[bool, typer.Option(help="Compare engines, placements, batches on the most nodes")] = True,
+    all_engines: Annotated[bool, typer.Option("--all-engines", help="Plan for every engine, not only CONFIG's")] = False,
+    recommend: Annotated[
+        bool, typer.Option(help="Compare engines, placements and batches on the largest number of nodes")
+    ] = PlanRequest.recommend,
     out: OutPath = None,
 ) -> None:
     """Predict memory, traffic, time and cost of training CONFIG on any number of nodes: see docs/plan.md.
 
-    It plays training steps without their arithmetic, on any machine. run.device=cpu: memory for the CPU, and times only
-    with --calibrate.
+    It runs training steps without their arithmetic, on any machine. With run.device=cpu it predicts memory on the CPU,
+    and times only with --calibrate.
     """
     from trainer.config_file import load
+    from trainer.plan.planner import make_plan
     from trainer.plan.report import report
-    from trainer.plan.rows import make_plan, parse_nodes
 
     settings = load(config, overrides)
-    counts = parse_nodes(nodes)
-    plan = make_plan(
-        settings, counts, gpu, net, gpus_per_node, images_per_gpu, images, data_rate, calibrate, all_engines, recommend
-    )
-    report(plan, settings, price, out)
+    request = PlanRequest(
+        parse_nodes(nodes), gpu, net, gpus_per_node, images_per_gpu, images, price, data_rate, calibrate, all_engines,
+        recommend,
+    )  # fmt: skip
+    report(make_plan(settings, request), settings, out)
 
 
 @bench_app.callback()

@@ -175,26 +175,3 @@ def step_time(
     seconds = sum(phase.seconds for phase in phases)
     data = max(0.0, images / data_rate - seconds - waiting) if data_rate else 0.0
     return StepTime(phases, waiting, data)
-
-
-def calibration_factors(step: StepTime, measured: dict[str, float]) -> dict[str, float]:
-    """Return measured over predicted time of the operators of each phase.
-
-    Args:
-        step: the prediction for the ranks and the batch of the measurement.
-        measured: seconds by phase.
-
-    Raises:
-        ValueError: a phase took less time than is predicted for its collectives alone.
-    """
-    factors = {}
-    for phase in step.phases:
-        if phase.phase in measured and phase.work:
-            operators = measured[phase.phase] - phase.network
-            if operators <= 0:
-                raise ValueError(
-                    f"plan: --calibrate: {phase.phase} took {1e3 * measured[phase.phase]:.3g} ms, less than the "
-                    f"{1e3 * phase.network:.3g} ms predicted for its collectives alone; need a file of fewer ranks"
-                )
-            factors[phase.phase] = operators / phase.work
-    return factors

@@ -1,7 +1,7 @@
-"""The plan as tables, and as JSON."""
+"""Prints a plan as tables and writes it as JSON."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,218 +10,198 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import Config
-from trainer.plan.memory import OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS, name_of
+from trainer.plan.memory import ENGINES, OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS
+from trainer.plan.planner import Plan, PlanRow
 from trainer.plan.predict import BANDWIDTH, CUDA_CORES, JITTER, LAUNCH_SECONDS, TENSOR_CORES
-from trainer.plan.rows import IMAGENET, Plan, Row, Target
+from trainer.plan.request import IMAGENET
 
 WIDTH = 120
 
+# Columns of the tables of rows, by title.
+_COLUMNS: dict[str, Callable[[PlanRow], str]] = {
+    "engine": lambda row: row.case.engine,
+    "bank": lambda row: row.case.placement if row.memory.bank else "",
+    "nodes": lambda row: f"{row.case.nodes:,}",
+    "GPUs": lambda row: f"{row.gpus:,}",
+    "batch": lambda row: f"{row.batch:,}",
+    "a GPU": lambda row: f"{row.case.images:,}",
+    "GiB": lambda row: f"{row.memory.peak / 2**30:.1f}" + ("" if row.fits else "!"),
+    "sent MB": lambda row: f"{row.step.sent / 1e6:,.1f}",
+    "net ms": lambda row: f"{1e3 * row.step.network:,.1f}",
+    "step ms": lambda row: f"{1e3 * row.step.seconds:,.1f}",
+    "images/s": lambda row: f"{row.images_per_second:,.0f}",
+    "binds": lambda row: row.step.bottleneck,
+    "hours": lambda row: f"{row.hours:,.1f}",
+    "GPU-h": lambda row: f"{row.hours * row.gpus:,.0f}",
+    **{part: lambda row, part=part: f"{getattr(row.memory, part) / 2**30:.2f}" for part in (*PARTS, "peak")},  # type: ignore[misc]
+    "in": lambda row: row.memory.phase,
+    "fits on": lambda row: row.memory.fits_on or "none",
+}
+_LEFT_ALIGNED = ("engine", "bank", "phase", "")
 
-def report(plan: Plan, config: Config, price: float | None, out: Path | None) -> None:
-    """Print it and write it to `out` as JSON. price: of an hour of a GPU."""
+
+def report(plan: Plan, config: Config, out: Path | None) -> None:
+    """Print a plan, and write it to `out` as JSON."""
     console = Console(width=min(WIDTH, Console().width) if Console().is_terminal else WIDTH, highlight=False)
-    own, target = name_of(config.engine), plan.target
     if plan.timed:
-        console.print(_times(plan, config, price))
-    if plan.left_out:
-        reason = next(iter(plan.left_out.values())).removeprefix("plan: ")
-        console.print(f"left out: {', '.join(map(str, plan.left_out))} nodes; {reason}", markup=False)
+        console.print(_times(plan, config))
+    if plan.skipped:
+        reason = next(iter(plan.skipped.values())).removeprefix("plan: ")
+        console.print(f"skipped: {', '.join(map(str, plan.skipped))} nodes; {reason}", markup=False)
     if plan.timed:
         first, last = plan.rows[0], plan.rows[-1]
         for row in (first, last) if first.gpus != last.gpus else (first,):
-            console.print("", _budget(row))
-    console.print("", _memory(plan.rows, config, target))
+            console.print("", _phases(row))
+    where = "on the CPU" if plan.request.gpu == "cpu" else "on a GPU"
+    columns = ("engine", "GPUs", "a GPU", *PARTS, "peak", "in", "fits on")
+    console.print("", _row_table(f"GiB per rank {where}", columns, plan.rows))
     if plan.candidates:
-        console.print("", _compared(plan))
-    for line in (*_advice(plan, own), *_assumptions(plan, config)):
+        console.print("", _candidates(plan))
+    for line in (*_recommendation(plan), *_assumptions(plan, config)):
         console.print(line, markup=False)
     if out:
         out.parent.mkdir(parents=True, exist_ok=True)
-        head = {
-            "torch": torch.__version__,
-            "gpu": target.gpu,
-            "net": target.net,
-            "images": target.images,
-            "data_rate": target.data_rate,
-            "factors": target.factors,
-            "timed": plan.timed,
-            "best": plan.best.case._asdict() if plan.best else None,
-        }
-        lists = {
-            name: ",\n".join(json.dumps(_as_json(row, plan.rows[0], price)) for row in rows)
-            for name, rows in (("rows", plan.rows), ("candidates", plan.candidates))
-        }
-        text = json.dumps(head)[:-1] + "".join(f', "{name}": [\n{lines}\n]' for name, lines in lists.items()) + "}\n"
-        out.write_text(text, encoding="utf-8")
+        out.write_text(_json(plan), encoding="utf-8")
 
 
-def _table(title: str, left: Iterable[str], right: Iterable[str]) -> Table:
+def _table(title: str, columns: Iterable[str]) -> Table:
     table = Table(title=title, box=None, pad_edge=False, title_justify="left")
-    for column in left:
-        table.add_column(column)
-    for column in right:
-        table.add_column(column, justify="right", no_wrap=True)
+    for column in columns:
+        left = column in _LEFT_ALIGNED
+        table.add_column(column, justify="left" if left else "right", no_wrap=not left)
     return table
 
 
-def _times(plan: Plan, config: Config, price: float | None) -> Table:
-    target = plan.target
-    table = _table(
-        f"{config.model.backbone}, {config.method.name}, {config.run.epochs} epochs of {target.images:,} images; "
-        f"{target.cluster.gpu.name}, {target.cluster.gpus_per_node} a node, {_net(target)}",
-        ("engine", "bank"),
-        ("nodes", "GPUs", "batch", "a GPU", "GiB", "sent MB", "net ms", "step ms", "images/s", "eff.", "binds",
-         "hours", "GPU-h", *(["cost"] if price else [])),
-    )  # fmt: skip
+def _row_table(title: str, columns: Sequence[str], rows: list[PlanRow]) -> Table:
+    table = _table(title, columns)
+    for row in rows:
+        table.add_row(*(_COLUMNS[column](row) for column in columns))
+    return table
+
+
+def _times(plan: Plan, config: Config) -> Table:
+    request, price = plan.request, plan.request.price
+    net = request.net if not request.net[0].isdigit() else f"{request.net} Gb/s a node"
+    columns = ("engine", "bank", "nodes", "GPUs", "batch", "a GPU", "GiB", "sent MB", "net ms", "step ms", "images/s")
+    title = (
+        f"{config.model.backbone}, {config.method.name}, {config.run.epochs} epochs of {request.images:,} images; "
+        f"{plan.cluster.gpu.name}, {request.gpus_per_node} a node, {net}"
+    )
+    table = _table(title, (*columns, "eff.", "binds", "hours", "GPU-h", *(["cost"] if price else [])))
     for row in plan.rows:
         table.add_row(
-            row.case.engine,
-            row.case.placement if config.method.negatives != "none" else "",
-            f"{row.case.nodes:,}",
-            f"{row.gpus:,}",
-            f"{row.batch:,}",
-            f"{row.case.images:,}",
-            f"{row.memory.peak / 2**30:.1f}" + ("" if row.fits else "!"),
-            f"{row.step.sent / 1e6:,.1f}",
-            f"{1e3 * row.step.network:,.1f}",
-            f"{1e3 * row.step.seconds:,.1f}",
-            f"{row.images_per_second:,.0f}",
+            *(_COLUMNS[column](row) for column in columns),
             f"{100 * _efficiency(row, plan.rows[0]):.0f} %",
-            row.step.bottleneck,
-            f"{row.hours:,.1f}",
-            f"{row.hours * row.gpus:,.0f}",
+            *(_COLUMNS[column](row) for column in ("binds", "hours", "GPU-h")),
             *([f"{row.hours * row.gpus * price:,.0f}"] if price else []),
         )
     return table
 
 
-def _budget(row: Row) -> Table:
-    """Of a step of a row, by phase."""
+def _phases(row: PlanRow) -> Table:
+    """Return the table of a row's step by phase."""
     table = _table(
         f"a step on {row.gpus:,} GPUs, {row.case.images} images each, {row.case.engine}, milliseconds",
-        ("phase",),
-        ("compute", "memory", "host", "network", "hidden", "sent MB", "takes", "of step"),
+        ("phase", "compute", "memory", "host", "network", "hidden", "sent MB", "takes", "of step"),
     )
     step = row.step
     for phase in step.phases:
-        figures = (phase.compute, phase.memory, phase.host, phase.network, phase.hidden)
+        times = (phase.compute, phase.memory, phase.host, phase.network, phase.hidden)
         table.add_row(
             phase.phase,
-            *(f"{1e3 * x:.2f}" for x in figures),
+            *(f"{1e3 * seconds:.2f}" for seconds in times),
             f"{phase.sent / 1e6:,.2f}",
             f"{1e3 * phase.seconds:.2f}",
             f"{100 * phase.seconds / step.seconds:.1f} %",
         )
-    for name, took in (("waiting for the slowest", step.waiting), ("waiting for data", step.data)):
-        if took:
-            table.add_row(name, *[""] * 6, f"{1e3 * took:.2f}", f"{100 * took / step.seconds:.1f} %")
+    for name, seconds in (("waiting for the slowest", step.waiting), ("waiting for data", step.data)):
+        if seconds:
+            table.add_row(name, *[""] * 6, f"{1e3 * seconds:.2f}", f"{100 * seconds / step.seconds:.1f} %")
     return table
 
 
-def _memory(rows: list[Row], config: Config, target: Target) -> Table:
-    on = "on the CPU" if target.gpu == "cpu" else "on a GPU"
-    table = _table(f"GiB a rank {on}", ("engine",), ("GPUs", "a GPU", *PARTS, "peak", "in", "fits on"))
-    for row in rows:
-        table.add_row(
-            row.case.engine,
-            f"{row.gpus:,}",
-            f"{row.case.images:,}",
-            *(f"{getattr(row.memory, part) / 2**30:.2f}" for part in (*PARTS, "peak")),
-            row.memory.phase,
-            row.memory.fits_on or "none",
-        )
-    return table
-
-
-def _compared(plan: Plan) -> Table:
-    """The candidates, with the best one marked."""
-    gpus = plan.candidates[0].gpus
-    table = _table(
-        f"on {gpus:,} GPUs",
-        ("", "engine", "bank"),
-        ("a GPU", "batch", "GiB", "sent MB", "net ms", "step ms", "images/s", "binds"),
-    )
+def _candidates(plan: Plan) -> Table:
+    """Return the table of all candidates, with a star for the best."""
+    columns = ("engine", "bank", "a GPU", "batch", "GiB", "sent MB", "net ms", "step ms", "images/s", "binds")
+    table = _table(f"on {plan.candidates[0].gpus:,} GPUs", ("", *columns))
     for row in plan.candidates:
-        table.add_row(
-            "*" if row is plan.best or (plan.best and row.case == plan.best.case) else "",
-            row.case.engine,
-            row.case.placement,
-            f"{row.case.images:,}",
-            f"{row.batch:,}",
-            f"{row.memory.peak / 2**30:.1f}" + ("" if row.fits else "!"),
-            f"{row.step.sent / 1e6:,.1f}",
-            f"{1e3 * row.step.network:,.1f}",
-            f"{1e3 * row.step.seconds:,.1f}",
-            f"{row.images_per_second:,.0f}",
-            row.step.bottleneck,
-        )
+        star = "*" if plan.best and row.case == plan.best.case else ""
+        table.add_row(star, *(_COLUMNS[column](row) for column in columns))
     return table
 
 
-def _advice(plan: Plan, own: str) -> list[str]:
+def _recommendation(plan: Plan) -> list[str]:
     if not plan.candidates:
         return []
     if plan.best is None:
-        return ["none of these fits: take optim.accumulate, engine.activation_checkpointing or larger GPUs"]
-    best, given = plan.best, plan.candidates[0]
-    kind = {
-        "zero1": "deepspeed engine.stage=1",
-        "zero2": "deepspeed engine.stage=2",
-        "zero3": "deepspeed engine.stage=3",
-    }
+        return ["none of these fits: use optim.accumulate, engine.activation_checkpointing or larger GPUs"]
+    best, own = plan.best, plan.candidates[0]
+    engine = " ".join(f"engine.{key}={value}" for key, value in ENGINES[best.case.engine].items())
     lines = [
-        f"best: engine.kind={kind.get(best.case.engine, best.case.engine)} bank.placement={best.case.placement} "
-        f"data.batch_size={best.batch}: {best.images_per_second:,.0f} images/s, {best.hours:,.1f} hours, bound by "
-        f"{best.step.bottleneck}"
+        f"best: {engine} bank.placement={best.case.placement} data.batch_size={best.batch}: "
+        f"{best.images_per_second:,.0f} images/s, {best.hours:,.1f} hours, bound by {best.step.bottleneck}"
     ]
-    if best.batch > given.batch:
+    if best.batch > own.batch:
         lines.append(
-            f"the batch is {best.batch // given.batch} times the one given, for "
-            f"{best.images_per_second / given.images_per_second:.2f} times the speed; accuracy may change with it"
+            f"this batch is {best.batch // own.batch} times the configuration's, for "
+            f"{best.images_per_second / own.images_per_second:.2f} times the speed; accuracy may change with it"
         )
     if best.step.bottleneck == "host":
-        lines.append("the GPU waits for Python: a larger batch a GPU, or engine.compile=true, gives it more to do")
+        lines.append("the GPU waits for Python: use a larger batch per GPU, or engine.compile=true")
     return lines
 
 
 def _assumptions(plan: Plan, config: Config) -> list[str]:
-    target = plan.target
-    lines = []
-    if target.gpu != "cpu":
+    lines, calibration = [], plan.calibration
+    if plan.request.gpu != "cpu":
         lines.append(
             f"GiB: without DALI, CUDA and NCCL; it fits with {100 * OVERHEAD_SHARE:.0f} % and "
-            f"{OVERHEAD_BYTES / 2**30:.0f} GiB more, ! where it does not"
+            f"{OVERHEAD_BYTES / 2**30:.0f} GiB more; ! marks what does not fit"
         )
     if plan.timed:
-        source = (
-            f"{100 * TENSOR_CORES:.0f} % of the tensor cores' peak, {100 * CUDA_CORES:.0f} % without them, "
-            f"{100 * BANDWIDTH:.0f} % of the memory's rate, {1e6 * LAUNCH_SECONDS:.0f} µs of Python an operator"
-        )
+        measured = "phases as measured in the file, else " if calibration.factors else ""
         lines.append(
-            f"assumed: {'phases as measured in the file, else ' if target.factors else ''}{source}; "
+            f"assumed: {measured}{100 * TENSOR_CORES:.0f} % of the tensor cores' peak, {100 * CUDA_CORES:.0f} % without "
+            f"them, {100 * BANDWIDTH:.0f} % of the memory's rate, {1e6 * LAUNCH_SECONDS:.0f} µs of Python per operator; "
             f"NCCL's latencies; ranks that differ by {100 * JITTER:.0f} %"
         )
-        rate = f"{target.data_rate:,.0f} images/s a node" if target.data_rate else "taken to keep up (--data-rate)"
-        lines.append(f"loader: {rate}; without evaluation and saving; docs/plan.md has all assumptions")
-        if target.images == IMAGENET:
+        rate = calibration.data_rate
+        loader = f"{rate:,.0f} images/s per node" if rate else "assumed to keep up (--data-rate)"
+        lines.append(f"loader: {loader}; without evaluation and saving; docs/plan.md lists all assumptions")
+        if plan.request.images == IMAGENET:
             lines.append("images: those of ImageNet (--images)")
     else:
         lines.append("run.device=cpu: times need --calibrate with a file of bench throughput")
     if config.engine.compile:
-        lines.append("counted without engine.compile")
+        lines.append("predicted without engine.compile")
     return lines
 
 
-def _net(target: Target) -> str:
-    return target.net if not target.net[0].isdigit() else f"{target.net} Gb/s a node"
-
-
-def _efficiency(row: Row, first: Row) -> float:
-    """Images/s of a GPU against the first row's."""
+def _efficiency(row: PlanRow, first: PlanRow) -> float:
+    """Return a GPU's images/s relative to the first row's."""
     return row.images_per_second / row.gpus / (first.images_per_second / first.gpus)
 
 
-def _as_json(row: Row, first: Row, price: float | None) -> dict[str, Any]:
+def _json(plan: Plan) -> str:
+    """Return the plan as JSON with one line for each row."""
+    head = {
+        "torch": torch.__version__,
+        "gpu": plan.request.gpu,
+        "net": plan.request.net,
+        "images": plan.request.images,
+        "data_rate": plan.calibration.data_rate,
+        "factors": plan.calibration.factors,
+        "timed": plan.timed,
+        "best": plan.best.case._asdict() if plan.best else None,
+    }
+    lists = {
+        name: ",\n".join(json.dumps(_row_dict(row, plan.rows[0], plan.request.price)) for row in rows)
+        for name, rows in (("rows", plan.rows), ("candidates", plan.candidates))
+    }
+    return json.dumps(head)[:-1] + "".join(f', "{name}": [\n{lines}\n]' for name, lines in lists.items()) + "}\n"
+
+
+def _row_dict(row: PlanRow, first: PlanRow, price: float | None) -> dict[str, Any]:
     return {
         **row.case._asdict(),
         "gpus": row.gpus,

@@ -394,11 +394,11 @@ def show_plan(
     images_per_gpu: Annotated[
         int | None, typer.Option(help="Set data.batch_size to this times the number of GPUs", min=1)
     ] = PlanRequest.images_per_gpu,
-    images: Annotated[int, typer.Option(help="Images of the data set; by default ImageNet's", min=1)] = PlanRequest.images,
+    images: Annotated[int, typer.Option(help="Images of the data set (ImageNet's)", min=1)] = PlanRequest.images,
     price: Annotated[float | None, typer.Option(help="Price of an hour of a GPU, for the cost", min=0)] = None,
     data_rate: Annotated[float | None, typer.Option(help="Images/s that a node's loader delivers", min=1)] = None,
     calibrate: Annotated[Path | None, typer.Option(help="Times measured by bench throughput --out FILE")] = None,
-    all_engines: Annotated[bool, typer.Option("--all-engines", help="Plan for every engine, not only CONFIG's")] = False,
+    all_engines: Annotated[bool, typer.Option("--all-engines", help="Plan for every engine")] = False,
     recommend: Annotated[
         bool, typer.Option(help="Compare engines, placements and batches on the largest number of nodes")
     ] = PlanRequest.recommend,

@@ -14,10 +14,11 @@ from tests.trainer.small import VIT, small_config
 from trainer.__main__ import app
 from trainer.bench import throughput
 from trainer.config import Config
-from trainer.plan import predict
+from trainer.plan.calibrate import calibration_factors
 from trainer.plan.collectives import Collective
 from trainer.plan.hardware import GPUS, make_cluster
 from trainer.plan.nccl import collective_seconds
+from trainer.plan.planner import make_plan
 from trainer.plan.predict import (
     BANDWIDTH,
     CUDA_CORES,
@@ -28,7 +29,7 @@ from trainer.plan.predict import (
     step_time,
 )
 from trainer.plan.report import WIDTH, report
-from trainer.plan.rows import make_plan, parse_nodes
+from trainer.plan.request import PlanRequest, parse_nodes
 from trainer.plan.shape_only import ShapeOnlyMode
 from trainer.plan.trace import CollectiveEvent, Event, OperatorEvent, StepTrace
 
@@ -148,13 +149,11 @@ def test_a_step_of_several_phases() -> None:
     starved = step_time(events, CLUSTER, 8, 64, data_rate=640.0)
     assert starved.seconds == pytest.approx(0.1)
     assert starved.bottleneck == "data"
-    factors = predict.calibration_factors(step, {"student": 2 * student.seconds, "score": 1.0, "data": 1.0})
+    factors = calibration_factors(step, {"student": 2 * student.seconds, "score": 1.0, "data": 1.0})
     assert factors == {"student": pytest.approx(2.0)}
     assert step_time(events, CLUSTER, 8, 64, factors).phases[0].seconds == pytest.approx(2 * student.seconds)
     with pytest.raises(ValueError, match=r"backward took 1 ms, less than the .* predicted for its collectives alone"):
-        predict.calibration_factors(
-            step_time([call("backward", "all_reduce"), op()], CLUSTER, 8, 64), {"backward": 1e-3}
-        )
+        calibration_factors(step_time([call("backward", "all_reduce"), op()], CLUSTER, 8, 64), {"backward": 1e-3})
 
 
 def supervised(batch: int, precision: torch.dtype) -> list[Any]:
@@ -204,9 +203,9 @@ def small(**sections: dict[str, Any]) -> Config:
 
 def test_a_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small()
-    plan = make_plan(config, [1, 2, 64], images=10_000, data_rate=1e9)
+    plan = make_plan(config, PlanRequest([1, 2, 64], images=10_000, data_rate=1e9, price=2.0))
     assert [(row.gpus, row.batch, row.case.images) for row in plan.rows] == [(8, 64, 8), (16, 64, 4)]
-    assert "512 ranks: data.batch_size: 64 does not divide" in plan.left_out[64]
+    assert "512 ranks: data.batch_size: 64 does not divide" in plan.skipped[64]
     assert all(row.fits for row in plan.rows)
     for row in plan.rows:
         assert row.hours == pytest.approx(3 * (10_000 // 64) * row.step.seconds / 3600)
@@ -216,7 +215,7 @@ def test_a_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert plan.best
     assert plan.best.case.images == 32, "a step of so few images is Python's"
     assert plan.best.step.bottleneck == "host"
-    report(plan, config, 2.0, tmp_path / "out/plan.json")
+    report(plan, config, tmp_path / "out/plan.json")
     written = json.loads((tmp_path / "out/plan.json").read_text())
     assert [row["gpu_hours"] for row in written["rows"]] == [row.hours * row.gpus for row in plan.rows]
     assert written["rows"][0]["cost"] == pytest.approx(16 * plan.rows[0].hours)
@@ -230,7 +229,8 @@ def test_a_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_engines_cut_memory() -> None:
     """Every engine at once; what is cut is cut, and nothing real is allocated."""
     plan = make_plan(
-        small(engine={"kind": "fsdp"}), [8], images_per_gpu=2, images=10_000, all_engines=True, recommend=False
+        small(engine={"kind": "fsdp"}),
+        PlanRequest([8], images_per_gpu=2, images=10_000, all_engines=True, recommend=False),
     )
     found = {row.case.engine: row.memory for row in plan.rows}
     assert list(found) == ["ddp", "fsdp", "zero1", "zero2", "zero3"]
@@ -245,30 +245,30 @@ def test_calibrated_by_a_measurement(tmp_path: Path, capsys: pytest.CaptureFixtu
     result["modes"]["data"] = {"images_per_second": 1e6}
     path = tmp_path / "one.json"
     path.write_text(json.dumps(result))
-    plan = make_plan(config, [1], gpus_per_node=1, images=1000, calibrate=path, recommend=False)
+    plan = make_plan(config, PlanRequest([1], gpus_per_node=1, images=1000, calibrate=path, recommend=False))
     (row,) = plan.rows
     measured = {name: phase["seconds"] for name, phase in result["modes"]["synthetic"]["phases"].items()}
     times = {phase.phase: phase.seconds for phase in row.step.phases}
     for name in ("teacher", "student", "backward", "optimizer", "adversary", "ema"):
         assert times[name] == pytest.approx(measured[name])
-    assert plan.target.data_rate == 1e6
-    report(plan, config, None, None)
+    assert plan.calibration.data_rate == 1e6
+    report(plan, config, None)
     assert "phases as measured in the file" in capsys.readouterr().out
     with pytest.raises(ValueError, match="it has negatives 4096, the configuration 512"):
-        make_plan(small(run={"device": "cpu"}, bank={"size": 512}), [1], gpus_per_node=1, calibrate=path)
+        make_plan(small(run={"device": "cpu"}, bank={"size": 512}), PlanRequest([1], gpus_per_node=1, calibrate=path))
     with pytest.raises(ValueError, match=r"measured on CPU, .* planned for A100"):
-        make_plan(small(run={"precision": "fp32"}), [1], calibrate=path)
+        make_plan(small(run={"precision": "fp32"}), PlanRequest([1], calibrate=path))
     path.write_text("{}")
     with pytest.raises(ValueError, match="not a file of bench throughput"):
-        make_plan(config, [1], gpus_per_node=1, calibrate=path)
+        make_plan(config, PlanRequest([1], gpus_per_node=1, calibrate=path))
 
 
 def test_the_cpu_has_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
     config = small(run={"device": "cpu"}, data={"batch_size": 8})
-    plan = make_plan(config, [1], gpus_per_node=1, images=1000)
+    plan = make_plan(config, PlanRequest([1], gpus_per_node=1, images=1000))
     assert not plan.timed
     assert not plan.candidates
-    report(plan, config, None, None)
+    report(plan, config, None)
     printed = capsys.readouterr().out
     assert "GiB a rank on the CPU" in printed
     assert "times need --calibrate" in printed
@@ -294,7 +294,7 @@ def test_numbers_of_nodes(text: str, numbers: list[int]) -> None:
             ["--nodes", "3", "--gpus-per-node", "1"],
             "data.batch_size: 256 does not divide among 3 ranks; --images-per-gpu",
         ),
-        (["engine.kind=fsdp", "engine.cpu_offload=true"], "engine.cpu_offload moves memory to the host"),
+        (["engine.kind=fsdp", "engine.cpu_offload=true"], "engine.cpu_offload=true cannot be planned"),
         (["--images", "100"], "100 images do not fill one batch of 256"),
         (["--calibrate", "/no/such/file.json"], "/no/such/file.json"),
     ],

@@ -23,9 +23,7 @@ class Calibration(NamedTuple):
     data_rate: float | None
 
 
-def read_calibration(
-    path: Path, config: Config, gpu: Gpu, predict: Callable[[int, int, int], StepTime]
-) -> Calibration:
+def read_calibration(path: Path, config: Config, gpu: Gpu, predict: Callable[[int, int, int], StepTime]) -> Calibration:
     """Read a measurement of the same training on the same kind of GPU.
 
     Args:

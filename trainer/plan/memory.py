@@ -167,20 +167,23 @@ def check_ranks(config: Config, batch: int, ranks: int, ranks_per_node: int) -> 
 
 
 def with_engine(config: Config, engine: str, placement: str, batch: int, gpu: str) -> Config:
-    """For another engine, placement of the bank and batch, with the choices of `auto` made for the GPU, of GPUS."""
+    """Return the configuration for another engine, placement of the bank and batch, as it would run on a GPU.
+
+    Choices of `auto` are made for the GPU, a key of GPUS. Compilation is off: a dry run cannot compile.
+    """
     kept = config.engine.model_dump() if engine == name_of(config.engine) else {}
-    settings = {**kept, **ENGINES[engine], "compile": False}
-    settings["activation_checkpointing"] = config.engine.activation_checkpointing
-    changes = {"engine": settings, "data": {"batch_size": batch}, "bank": {"placement": placement}}
+    shared = {"activation_checkpointing": config.engine.activation_checkpointing, "compile": False}
+    values = changed(config, {"data": {"batch_size": batch}, "bank": {"placement": placement}}).model_dump()
+    values["engine"] = settings = {**kept, **ENGINES[engine], **shared}
     on_gpu = config.run.device != "cpu"
     if config.run.precision == "auto":
-        changes["run"] = {"precision": "bf16" if on_gpu and "bfloat16" in GPUS[gpu].flops else "fp32"}
+        values["run"]["precision"] = "bf16" if on_gpu and "bfloat16" in GPUS[gpu].flops else "fp32"
     if on_gpu and config.bank.kernels == "triton":  # which a CPU does not have
-        changes["bank"]["kernels"] = "auto"
+        values["bank"]["kernels"] = "auto"
     if on_gpu and engine.startswith("zero"):
         overlap = {"zero_optimization": {"overlap_comm": True}}
         settings["options"] = zero.merge(overlap, settings.get("options", {}), "")
-    return changed(config, changes)
+    return Config.model_validate(values)
 
 
 def _as_on_gpu(method: Method, engine: Engine, config: Config) -> None:

@@ -20,7 +20,7 @@ WIDTH = 120
 # Columns of the tables of rows, by title.
 _COLUMNS: dict[str, Callable[[PlanRow], str]] = {
     "engine": lambda row: row.case.engine,
-    "bank": lambda row: row.case.placement if row.memory.bank else "",
+    "placement": lambda row: row.case.placement if row.memory.bank else "",
     "nodes": lambda row: f"{row.case.nodes:,}",
     "GPUs": lambda row: f"{row.gpus:,}",
     "batch": lambda row: f"{row.batch:,}",
@@ -37,7 +37,7 @@ _COLUMNS: dict[str, Callable[[PlanRow], str]] = {
     "in": lambda row: row.memory.phase,
     "fits on": lambda row: row.memory.fits_on or "none",
 }
-_LEFT_ALIGNED = ("engine", "bank", "phase", "")
+_LEFT_ALIGNED = ("engine", "placement", "phase", "")
 
 
 def report(plan: Plan, config: Config, out: Path | None) -> None:
@@ -82,7 +82,19 @@ def _row_table(title: str, columns: Sequence[str], rows: list[PlanRow]) -> Table
 def _times(plan: Plan, config: Config) -> Table:
     request, price = plan.request, plan.request.price
     net = request.net if not request.net[0].isdigit() else f"{request.net} Gb/s a node"
-    columns = ("engine", "bank", "nodes", "GPUs", "batch", "a GPU", "GiB", "sent MB", "net ms", "step ms", "images/s")
+    columns = (
+        "engine",
+        "placement",
+        "nodes",
+        "GPUs",
+        "batch",
+        "a GPU",
+        "GiB",
+        "sent MB",
+        "net ms",
+        "step ms",
+        "images/s",
+    )
     title = (
         f"{config.model.backbone}, {config.method.name}, {config.run.epochs} epochs of {request.images:,} images; "
         f"{plan.cluster.gpu.name}, {request.gpus_per_node} a node, {net}"
@@ -122,7 +134,7 @@ def _phases(row: PlanRow) -> Table:
 
 def _candidates(plan: Plan) -> Table:
     """Return the table of all candidates, with a star for the best."""
-    columns = ("engine", "bank", "a GPU", "batch", "GiB", "sent MB", "net ms", "step ms", "images/s", "binds")
+    columns = ("engine", "placement", "a GPU", "batch", "GiB", "sent MB", "net ms", "step ms", "images/s", "binds")
     table = _table(f"on {plan.candidates[0].gpus:,} GPUs", ("", *columns))
     for row in plan.candidates:
         star = "*" if plan.best and row.case == plan.best.case else ""
@@ -161,9 +173,9 @@ def _assumptions(plan: Plan, config: Config) -> list[str]:
     if plan.timed:
         measured = "phases as measured in the file, else " if calibration.factors else ""
         lines.append(
-            f"assumed: {measured}{100 * TENSOR_CORES:.0f} % of the tensor cores' peak, {100 * CUDA_CORES:.0f} % without "
-            f"them, {100 * BANDWIDTH:.0f} % of the memory's rate, {1e6 * LAUNCH_SECONDS:.0f} µs of Python per operator; "
-            f"NCCL's latencies; ranks that differ by {100 * JITTER:.0f} %"
+            f"assumed: {measured}{100 * TENSOR_CORES:.0f} % of the tensor cores' peak, {100 * CUDA_CORES:.0f} % "
+            f"without them, {100 * BANDWIDTH:.0f} % of the memory's rate, {1e6 * LAUNCH_SECONDS:.0f} µs of Python per "
+            f"operator; NCCL's latencies; ranks that differ by {100 * JITTER:.0f} %"
         )
         rate = calibration.data_rate
         loader = f"{rate:,.0f} images/s per node" if rate else "assumed to keep up (--data-rate)"

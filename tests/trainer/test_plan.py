@@ -270,7 +270,7 @@ def test_the_cpu_has_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert not plan.candidates
     report(plan, config, None)
     printed = capsys.readouterr().out
-    assert "GiB a rank on the CPU" in printed
+    assert "GiB per rank on the CPU" in printed
     assert "times need --calibrate" in printed
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from trainer.evaluate.registry import EVALUATIONS, Registration
 from trainer.plan.request import PlanRequest, parse_nodes
 
 app = typer.Typer(
@@ -33,7 +34,6 @@ Overrides = Annotated[
     list[str] | None, typer.Argument(help="Values that replace the file's: optim.lr=0.06", metavar="[KEY=VALUE]...")
 ]
 RunPath = Annotated[Path, typer.Argument(help="Run directory of a pre-training", metavar="RUN")]
-Name = Annotated[str | None, typer.Option(help="Folder in RUN for it; the verb's name if not given")]
 Precision = Literal["fp32", "fp16", "bf16"]
 DataPath = Annotated[str, typer.Argument(help="What data.train may be: a folder, shards, an index", metavar="SRC")]
 Threads = Annotated[int, typer.Option(help="Pictures read at a time", min=1)]
@@ -76,19 +76,6 @@ def replay(run: RunPath) -> None:
 
     if text := replay(run):
         print(text)
-
-
-@app.command()
-def knn(run: RunPath, overrides: Overrides = None, network: NetworkName = "student", step: Step = None) -> None:
-    """Evaluate a checkpoint of a run, or an imported model, by weighted k nearest neighbours.
-
-    The run's own settings apply; eval.k=20 eval.temperature=0.07 is DINO's convention, eval.k=200
-    eval.temperature=0.1 the original one, which lightly's benchmarks use.
-    """
-    from trainer.interop.weights import CheckpointChoice
-    from trainer.report.galleries import evaluate_knn
-
-    evaluate_knn(run, overrides or [], CheckpointChoice(network, step))
 
 
 @app.command("import")
@@ -150,57 +137,33 @@ def embed(
         print(told)
 
 
-@app.command()
-def linear(
-    run: RunPath,
-    overrides: Overrides = None,
-    fast: Annotated[bool, typer.Option("--fast", help="Many learning rates, features kept (linear.fast=true)")] = False,
-    name: Name = None,
-    network: NetworkName = "student",
-    step: Step = None,
-) -> None:
-    """Evaluate a checkpoint of a run by a linear classifier on the frozen backbone, into RUN/NAME.
+def _add_evaluation(verb: str, registration: Registration) -> None:
+    @app.command(verb, help=registration.help)
+    def evaluate(
+        run: RunPath,
+        overrides: Overrides = None,
+        folder_name: Annotated[
+            str | None, typer.Option("--name", help="Directory in RUN for the results; named after the verb by default")
+        ] = None,
+        network: NetworkName = "student",
+        step: Step = None,
+        seed: Annotated[
+            int | None,
+            typer.Option(help=f"Same as {registration.seed.format('N')}", min=0, hidden=not registration.seed),
+        ] = None,
+        fast: Annotated[
+            bool, typer.Option("--fast", help=f"Same as {registration.fast}", hidden=not registration.fast)
+        ] = False,
+    ) -> None:
+        from trainer.evaluate.run import run_evaluation
+        from trainer.interop.weights import CheckpointChoice
 
-    The published protocol, which stops and goes on as pretrain does; or with --fast features are computed a few times
-    and the best of many learning rates and weight decays is chosen on held-out images. See docs/evaluation.md.
-    """
-    from trainer.evaluate.base import run_evaluation
-    from trainer.evaluate.linear import EVALUATOR
-    from trainer.interop.weights import CheckpointChoice
-
-    settings = [*(overrides or []), *(["linear.fast=true"] if fast else [])]
-    _stoppable(lambda: run_evaluation(EVALUATOR, run, settings, name, CheckpointChoice(network, step)))
-
-
-@app.command()
-def finetune(
-    run: RunPath, overrides: Overrides = None, name: Name = None, network: NetworkName = "student", step: Step = None
-) -> None:
-    """Train a checkpoint of a run on with few labels, once for each seed, into RUN/NAME: mean and deviation.
-
-    finetune.labels=0.01 (default), 0.1 or 1 is the share of the training images whose labels are used;
-    finetune.subset_list=FILE names them. Stops and goes on as pretrain does. See docs/evaluation.md.
-    """
-    from trainer.evaluate.base import run_evaluation
-    from trainer.evaluate.finetune import EVALUATOR
-    from trainer.interop.weights import CheckpointChoice
-
-    _stoppable(lambda: run_evaluation(EVALUATOR, run, overrides or [], name, CheckpointChoice(network, step)))
+        settings = [*(overrides or []), *registration.overrides(seed, fast)]
+        _stoppable(lambda: run_evaluation(verb, run, settings, folder_name, CheckpointChoice(network, step)))
 
 
-@app.command()
-def voc07(
-    run: RunPath, overrides: Overrides = None, name: Name = None, network: NetworkName = "student", step: Step = None
-) -> None:
-    """Evaluate a checkpoint of a run by linear SVMs on PASCAL VOC 2007, into RUN/NAME: mean average precision.
-
-    voc07.root=VOCdevkit/VOC2007 is where the development kit lies, with trainval and test. See docs/evaluation.md.
-    """
-    from trainer.evaluate.base import run_evaluation
-    from trainer.evaluate.voc07 import EVALUATOR
-    from trainer.interop.weights import CheckpointChoice
-
-    run_evaluation(EVALUATOR, run, overrides or [], name, CheckpointChoice(network, step))
+for _verb, _registration in EVALUATIONS.items():
+    _add_evaluation(_verb, _registration)
 
 
 @app.command()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from models.encoder import Encoder
-from trainer.evaluate.features import frozen
+from trainer.evaluate.features import evaluation_mode
 
 RESNET = {"channels": (8, 16, 16, 32)}
 VIT = {"depth": 2, "embed_dim": 64, "num_heads": 2}
@@ -98,7 +98,7 @@ def test_a_predictor_is_frozen_in_evaluation_and_learns_again_after_it() -> None
     views = torch.rand(4, 3, 32, 32)
     encoder([views])
     before = {name: x.clone() for name, x in encoder.named_buffers()}
-    with frozen(encoder), torch.no_grad():
+    with evaluation_mode(encoder), torch.no_grad():
         torch.testing.assert_close(encoder([views])[:1], encoder([views[:1]]))
     assert all(torch.equal(x, before[name]) for name, x in encoder.named_buffers())
     assert all(module.training for module in encoder.modules())

@@ -12,7 +12,8 @@ from tests.trainer.small import small_config
 from trainer.build import build_encoder
 from trainer.config_file import dump
 from trainer.distributed import RankInfo
-from trainer.evaluate.base import Evaluator, Results, evaluate
+from trainer.evaluate.base import Evaluator, Results
+from trainer.evaluate.run import evaluate
 from trainer.interop.weights import NEWEST
 from trainer.run.directory import read_config
 
@@ -33,8 +34,8 @@ def write_run(folder: Path, images: Path, **sections: dict[str, Any]) -> Path:
     return folder
 
 
-def evaluate_here(verb: Evaluator, run: Path, overrides: list[str], name: str | None = None) -> Results:
+def evaluate_here(evaluator: Evaluator, run: Path, overrides: list[str], name: str | None = None) -> Results:
     """In the group that this process is in."""
     world_size = dist.get_world_size()
     rank_info = RankInfo(torch.device("cpu"), dist.get_rank(), world_size, world_size)
-    return evaluate(verb, run, read_config(run, overrides), name, NEWEST, rank_info, time.time())
+    return evaluate(evaluator, run, read_config(run, overrides), name, NEWEST, rank_info, time.time())

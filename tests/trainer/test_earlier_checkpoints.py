@@ -45,7 +45,8 @@ def test_knn_of_each_is_that_of_its_epoch(run: Path) -> None:
 def test_linear_of_several(run: Path) -> None:
     found = [json.loads(command("linear", run, *FAST, *step)) for step in (["--step", "6"], [], ["--step", "12"])]
     assert [results["step"] for results in found] == [6, 18, 12]
-    assert read_evaluations(run).keys() == {"linear-fast-step6", "linear-fast", "linear-fast-step12"}
+    found_linear = {name for name in read_evaluations(run) if not name.startswith("knn")}
+    assert found_linear == {"linear-fast-step6", "linear-fast", "linear-fast-step12"}
 
     compared = read(run, [run])
     (row,) = tabulate([compared])[1]

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from tests.trainer.small import RESNET, VIT_ARGS, small_config, write_images
 from trainer.__main__ import main
 from trainer.distributed import process_group
+from trainer.evaluate.run import run_evaluation
 from trainer.interop.import_ import import_weights
 from trainer.interop.weights import NEWEST, CheckpointChoice, Network, load_encoder
 from trainer.pretrain import pretrain
-from trainer.report.galleries import evaluate_knn
 from trainer.run.directory import read_config
 from trainer.run.files import read_json
 
@@ -355,12 +355,12 @@ def test_an_imported_model_is_evaluated_and_never_trained_in(
     torch.save(adco(narrow_resnet(1), narrow_resnet(2)), file)
     import_weights(file, run, None, NARROW)
     with pytest.raises(ValueError, match="not-given does not exist"):
-        evaluate_knn(run, [], NEWEST)
+        run_evaluation("knn", run, [], None, NEWEST)
     given = [f"data.train={images}", f"data.val={images}", "data.workers=0", "eval.size=16", "eval.k=3"]
     networks: tuple[Network, ...] = ("student", "teacher")
     for network in networks:
         capsys.readouterr()
-        evaluate_knn(run, given, CheckpointChoice(network))
+        run_evaluation("knn", run, given, None, CheckpointChoice(network))
         assert '"knn": ' in capsys.readouterr().out
     with pytest.raises(ValueError, match="holds an imported model"):
         pretrain(read_config(run, given))

@@ -20,16 +20,17 @@ from trainer.__main__ import app
 from trainer.build import build_encoder
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.evaluate import base as verb
 from trainer.evaluate import linear
 from trainer.evaluate import linear_fast as heads
 from trainer.evaluate import probe as classifier
-from trainer.evaluate.base import Results, fingerprint
+from trainer.evaluate.base import Results
 from trainer.evaluate.linear import EVALUATOR
 from trainer.evaluate.probe import Classifier
+from trainer.evaluate.run import weights_checksum
 from trainer.ops.stop import Stopped
 from trainer.run import checkpoint
 from trainer.run.results import read_evaluations
+from trainer.run.sources import open_sources
 
 FULL = ["linear.epochs=4", "linear.batch_size=12", "linear.lr=1", "linear.scale=[0.5,1]"]
 FAST = [
@@ -89,7 +90,7 @@ def test_the_published_step(run: Path, images: Path) -> None:
     weight = torch.empty(3, 16).normal_(std=0.01, generator=torch.Generator().manual_seed(0)).requires_grad_()
     bias = torch.zeros(3, requires_grad=True)
     optimizer = torch.optim.SGD([weight, bias], lr=10, momentum=0.9)
-    train = verb.open_sources(config.data, run)[0]
+    train = open_sources(config.data, run)[0]
     cpu = torch.device("cpu")
     for step, batch in enumerate(train_batches(train, data, config.run.seed, 0, 1, 0, 4, cpu)):
         with torch.no_grad():
@@ -146,10 +147,10 @@ def test_a_backbone_that_changes_is_noticed(run: Path, monkeypatch: pytest.Monke
 
 def test_a_fingerprint_sees_one_bit() -> None:
     network = torch.nn.BatchNorm1d(3)
-    before = fingerprint(network)
-    assert fingerprint(network) == before
+    before = weights_checksum(network)
+    assert weights_checksum(network) == before
     network.running_mean.view(torch.int32)[1] ^= 1  # type: ignore[union-attr]
-    assert fingerprint(network) != before
+    assert weights_checksum(network) != before
 
 
 @pytest.mark.usefixtures("small_group")
@@ -293,7 +294,7 @@ def test_what_is_refused(run: Path, tmp_path: Path, images: Path) -> None:
         evaluate_here(EVALUATOR, run, ["data.val=null"])
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / "step-00000004").mkdir()
-    with pytest.raises(ValueError, match="checkpoints is not the folder of an evaluation"):
+    with pytest.raises(ValueError, match="checkpoints is not the directory of an evaluation"):
         evaluate_here(EVALUATOR, run, [], "checkpoints")
     with pytest.raises(ValueError, match=r"epoch.*not finite|not finite.*lower learning rate"):
         evaluate_here(EVALUATOR, run, [*FULL, "linear.lr=1e38"], "large")

@@ -28,7 +28,7 @@ from data.sources.open import Source, open_source
 from trainer import distributed
 from trainer.config import Config
 from trainer.distributed import RankInfo, raise_on_all_ranks
-from trainer.evaluate.features import apply
+from trainer.evaluate.features import forward_images
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.report.embed_page import name_and_label, render_embeddings
 from trainer.run.directory import read_config
@@ -79,7 +79,7 @@ def embed_here(
     with _parts(out, rank_info) as part:
         rows = dims = 0
         with part.features.open("wb") as features, part.samples.open("wb") as samples:
-            for x_BD, numbers in apply(encoder, encoder.backbone, source, mine, rank_info.device, config):
+            for x_BD, numbers in forward_images(encoder, encoder.backbone, source, mine, rank_info.device, config):
                 x_BD.cpu().numpy().tofile(features)
                 numbers.numpy().tofile(samples)
                 rows, dims = rows + len(numbers), x_BD.shape[1]

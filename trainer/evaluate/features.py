@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -15,15 +15,22 @@ from data.batch import Crops
 from data.loader import eval_batches
 from data.sources.open import Source
 from models.encoder import Encoder
-from trainer.build import autocast_dtype
-from trainer.config import Config
 from trainer.distributed import raise_on_all_ranks
+
+if TYPE_CHECKING:
+    from trainer.config import Config
 
 log = logging.getLogger(__name__)
 
 
 class Features(NamedTuple):
-    """Unit rows and labels on the device, and the samples they are of."""
+    """Features of n samples.
+
+    Attributes:
+        x_ND: Unit rows, fp32 [N, D], on the device.
+        labels_N: Class indices, int64 [N], on the device.
+        samples_N: Indices of the samples, int64 [N], in host memory.
+    """
 
     x_ND: Tensor
     labels_N: Tensor
@@ -31,31 +38,45 @@ class Features(NamedTuple):
 
 
 @torch.no_grad()
-def apply(
+def forward_images(
     network: nn.Module,
     function: Callable[[Tensor], Tensor],
     source: Source,
     samples: NDArray[np.int64],
     device: torch.device,
-    config: Config,
+    config: "Config",
     crops: Crops | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """`function` of the central views of `samples` (int64 [N]), or random ones, in fp32, and the samples they are of.
+    """Apply a function to the images of a data set, in batches and in order.
 
-    network: in evaluation mode meanwhile. Images that cannot be read are left out; at the end the log says how many.
+    Unreadable images are skipped; the log says how many there were.
+
+    Args:
+        network: Is in evaluation mode while `function` runs.
+        function: Takes normalised images [B, 3, H, W], in autocast of run.precision.
+        source: The data set.
+        samples: Indices of the images, int64 [N].
+        device: Where the network is.
+        config: Gives image size, batch size, precision and number of workers.
+        crops: Random crops to take of the images; None for the central view.
+
+    Yields:
+        The function's values, fp32 [B, …], and the samples that they belong to, int64 [B].
     """
+    from trainer.build import autocast_dtype
+
     size = config.eval.size or config.data.views[0].size
-    precision = autocast_dtype(config, device)
-    bad: list[tuple[int, str]] = []
-    batches = eval_batches(source, samples, size, config.eval.batch_size, config.data.workers_for(device), crops)
-    for batch in batches:
-        bad += batch.unreadable
+    dtype = autocast_dtype(config, device)
+    unreadable: list[tuple[int, str]] = []
+    for batch in eval_batches(source, samples, size, config.eval.batch_size, config.data.workers_for(device), crops):
+        unreadable += batch.unreadable
         if len(batch.samples):
-            with frozen(network), torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            with evaluation_mode(network), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 x = function(*batch.normalized(device))
             yield x.float(), batch.samples
-    if bad:
-        log.warning("%d of %d images cannot be read and are left out, such as %s", len(bad), len(samples), bad[0][1])
+    if unreadable:
+        first = unreadable[0][1]
+        log.warning("skipped %d of %d images that cannot be read, such as %s", len(unreadable), len(samples), first)
 
 
 def embed(
@@ -63,30 +84,39 @@ def embed(
     source: Source,
     samples: NDArray[np.int64],
     device: torch.device,
-    config: Config,
+    config: "Config",
     *,
     head: bool = False,
 ) -> Features:
-    """Of `samples` (int64 [N]), in evaluation mode: the backbone's features, or the head's embeddings.
+    """Compute the features of the central views of some samples. Collective.
 
-    Called by all ranks. Raises ValueError, on all of them, if one can read none of its samples.
+    Args:
+        encoder: The network, on `device`.
+        source: The data set.
+        samples: Indices of this rank's samples, int64 [N].
+        device: Where the features are computed and kept.
+        config: See `forward_images`.
+        head: Return the embeddings of the head instead of the features of the backbone.
+
+    Raises:
+        ValueError: On all ranks, if a rank can read none of its images.
     """
-    xs, shown = [], []
     function = (lambda x_BCHW: encoder([x_BCHW])) if head else encoder.backbone
-    for x_BD, numbers in apply(encoder, function, source, samples, device, config):
+    xs, numbers = [], []
+    for x_BD, batch_samples in forward_images(encoder, function, source, samples, device, config):
         xs.append(F.normalize(x_BD, dim=1))
-        shown.append(numbers)
+        numbers.append(batch_samples)
     raise_on_all_ranks(
         None if xs else f"none of {len(samples)} images can be read, such as {source.name(int(samples[0]))}"
     )
-    samples_N = torch.cat(shown)
+    samples_N = torch.cat(numbers)
     labels_N = torch.from_numpy(source.labels[samples_N.numpy()])
     return Features(torch.cat(xs), labels_N.to(device), samples_N)
 
 
 @contextmanager
-def frozen(network: nn.Module) -> Iterator[None]:
-    """The network is in evaluation mode inside the `with` block."""
+def evaluation_mode(network: nn.Module) -> Iterator[None]:
+    """Put the network in evaluation mode inside the `with` block."""
     training = network.training
     network.eval()
     try:

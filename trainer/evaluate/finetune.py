@@ -30,7 +30,7 @@ from data.sources.subset import Subset, balanced, named, read_names
 from models.batchnorm import synchronise_bn
 from trainer.config import Config, Finetune
 from trainer.engines.optim import cosine, scaled_lr
-from trainer.evaluate.base import RESULTS, Evaluator, Job, Results, labelled_sources
+from trainer.evaluate.base import RESULTS, EvaluationContext, Evaluator, Results, labelled_sources
 from trainer.evaluate.probe import MOMENTUM, Classifier, Recipe, fit, score
 from trainer.run.files import read_json, write_atomically, write_json
 
@@ -43,16 +43,16 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"train": config.data.train, "val": config.data.val, **finetune}
 
 
-def _evaluate(job: Job) -> Results:
+def _evaluate(context: EvaluationContext) -> Results:
     """One training for each seed, in folders seed-N. Raises ValueError where the list of images does not fit them."""
-    finetune = job.config.finetune
-    whole, test = labelled_sources(job.config, job.folder)
+    finetune = context.config.finetune
+    whole, test = labelled_sources(context)
     train = Subset(whole, labelled(whole, finetune))
-    if job.rank_info.rank == 0:
-        write_atomically(job.folder / "subset.txt", "".join(f"{train.name(i)}\n" for i in range(len(train))))
+    if context.rank_info.rank == 0:
+        write_atomically(context.folder / "subset.txt", "".join(f"{train.name(i)}\n" for i in range(len(train))))
     count = epochs(finetune, len(train) / len(whole))
     log.info("%d of %d images with labels, %d epochs", len(train), len(whole), count)
-    results = [_one_seed(seed, count, train, test, job) for seed in finetune.seeds]
+    results = [_one_seed(seed, count, train, test, context) for seed in finetune.seeds]
     counts = np.bincount(train.labels, minlength=len(train.classes))
     summary = {
         **summarise(results),
@@ -63,17 +63,17 @@ def _evaluate(job: Job) -> Results:
         "epochs": count,
         "seeds": results,
     }
-    if job.rank_info.rank == 0:
+    if context.rank_info.rank == 0:
         _show(summary)
     return summary
 
 
-def _name(config: Config) -> str:
+def _folder_name(config: Config, trained: Config) -> str:
     finetune = config.finetune
     return f"finetune-{Path(finetune.subset_list).stem if finetune.subset_list else f'{100 * finetune.labels:g}pct'}"
 
 
-EVALUATOR = Evaluator(_name, _settings, _evaluate)
+EVALUATOR = Evaluator(_folder_name, _settings, _evaluate)
 
 
 def epochs(finetune: Finetune, share: float) -> int:
@@ -125,13 +125,13 @@ def groups(network: Classifier, finetune: Finetune) -> list[dict[str, Any]]:
     return [*({**group, "lr_scale": group["lr_scale"] / most} for group in backbone), head]
 
 
-def _one_seed(seed: int, epochs: int, train: Source, test: Source, job: Job) -> Results:
-    folder, rank_info, finetune = job.folder / f"seed-{seed}", job.rank_info, job.config.finetune
+def _one_seed(seed: int, epochs: int, train: Source, test: Source, context: EvaluationContext) -> Results:
+    folder, rank_info, finetune = context.folder / f"seed-{seed}", context.rank_info, context.config.finetune
     if (folder / RESULTS).exists():
         return read_json(folder / RESULTS)
     if rank_info.rank == 0:
         folder.mkdir(exist_ok=True)
-    network = Classifier(copy.deepcopy(job.encoder), len(train.classes), frozen=False, seed=seed)
+    network = Classifier(copy.deepcopy(context.encoder), len(train.classes), frozen=False, seed=seed)
     if rank_info.world_size > 1:
         synchronise_bn(network, rank_info.device)
     lr = scaled_lr(finetune.lr, finetune.batch_size)
@@ -149,8 +149,8 @@ def _one_seed(seed: int, epochs: int, train: Source, test: Source, job: Job) -> 
         seed,
         finetune.save_every,
     )
-    seconds = fit(network, optimizer, train, recipe, job, folder)
-    result = {"seed": seed, **score(network, test, train.classes, job)._asdict(), "seconds": seconds}
+    seconds = fit(network, optimizer, train, recipe, context, folder)
+    result = {"seed": seed, **score(network, test, train.classes, context)._asdict(), "seconds": seconds}
     if rank_info.rank == 0:
         write_json(folder / RESULTS, result)
     return result

@@ -18,7 +18,7 @@ import torch
 from trainer.config import Config
 from trainer.engines.optim import cosine
 from trainer.evaluate import linear_fast as heads
-from trainer.evaluate.base import Evaluator, Job, Results, labelled_sources
+from trainer.evaluate.base import EvaluationContext, Evaluator, Results, labelled_sources
 from trainer.evaluate.probe import MOMENTUM, Classifier, Recipe, fit, score
 
 log = logging.getLogger(__name__)
@@ -32,17 +32,17 @@ def _settings(config: Config) -> dict[str, Any]:
     return {"train": config.data.train, "val": config.data.val, **recipe}
 
 
-def _evaluate(job: Job) -> Results:
-    return _fast(job) if job.config.linear.fast else _full(job)
+def _evaluate(context: EvaluationContext) -> Results:
+    return _fast(context) if context.config.linear.fast else _full(context)
 
 
-EVALUATOR = Evaluator(lambda config: "linear-fast" if config.linear.fast else "linear", _settings, _evaluate)
+EVALUATOR = Evaluator(lambda config, trained: "linear-fast" if config.linear.fast else "linear", _settings, _evaluate)
 
 
-def _full(job: Job) -> Results:
-    train, test = labelled_sources(job.config, job.folder)
-    linear = job.config.linear
-    network = Classifier(job.encoder, len(train.classes), frozen=True, seed=linear.seed)
+def _full(context: EvaluationContext) -> Results:
+    train, test = labelled_sources(context)
+    linear = context.config.linear
+    network = Classifier(context.encoder, len(train.classes), frozen=True, seed=linear.seed)
     optimizer = torch.optim.SGD(
         network.head.parameters(), lr=linear.lr, momentum=MOMENTUM, weight_decay=linear.weight_decay
     )
@@ -52,9 +52,9 @@ def _full(job: Job) -> Results:
         return cosine(step // epoch_steps, linear.epochs, linear.lr, linear.lr_final)
 
     recipe = Recipe(linear.batch_size, linear.epochs, lr, linear.scale, linear.seed, linear.save_every)
-    seconds = fit(network, optimizer, train, recipe, job, job.folder)
+    seconds = fit(network, optimizer, train, recipe, context, context.folder)
     return {
-        **score(network, test, train.classes, job)._asdict(),
+        **score(network, test, train.classes, context)._asdict(),
         "classes": len(train.classes),
         "protocol": "linear",
         "lr": linear.lr,
@@ -63,30 +63,30 @@ def _full(job: Job) -> Results:
     }
 
 
-def _fast(job: Job) -> Results:
+def _fast(context: EvaluationContext) -> Results:
     """The test images are seen once, by the chosen classifier."""
-    train, test = labelled_sources(job.config, job.folder)
-    fast, seed = job.config.fast, job.config.linear.seed
+    train, test = labelled_sources(context)
+    fast, seed = context.config.fast, context.config.linear.seed
     began = time.monotonic()
-    network = Classifier(job.encoder, len(train.classes), frozen=True, seed=seed)
-    features = heads.cache(job.encoder, train, job)
+    network = Classifier(context.encoder, len(train.classes), frozen=True, seed=seed)
+    features = heads.cache(context.encoder, train, context)
     log.info("features of %d images after %.0f s", len(features.readable), time.monotonic() - began)
-    choices = heads.select(features, train, fast, seed, job.rank_info)
+    choices = heads.select(features, train, fast, seed, context.rank_info)
     best = choices[0]
     for choice in choices[:3]:
         log.info("held out: %.4f with lr %g, weight decay %g", choice.accuracy, choice.lr, choice.weight_decay)
     pair = [(best.lr, best.weight_decay)]
-    w_HCD = heads.train(features, train, features.readable, pair, fast, seed, job.rank_info)
+    w_HCD = heads.train(features, train, features.readable, pair, fast, seed, context.rank_info)
     network.head.load_state_dict(heads.as_layer(w_HCD[0], features))
     seconds = time.monotonic() - began
     return {
-        **score(network, test, train.classes, job)._asdict(),
+        **score(network, test, train.classes, context)._asdict(),
         "classes": len(train.classes),
         "protocol": "fast linear",
         "lr": best.lr,
         "weight_decay": best.weight_decay,
         # For features of their own length, and the protocol's batches.
-        "lr_of_protocol": best.lr / features.scale**2 * job.config.linear.batch_size / fast.batch_size,
+        "lr_of_protocol": best.lr / features.scale**2 * context.config.linear.batch_size / fast.batch_size,
         "held_out": best.accuracy,
         "epochs": fast.epochs,
         "seconds": seconds,

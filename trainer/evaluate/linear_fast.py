@@ -32,8 +32,8 @@ from models.encoder import Encoder
 from trainer.config import Fast
 from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.engines.optim import cosine
-from trainer.evaluate.base import Job
-from trainer.evaluate.features import apply
+from trainer.evaluate.base import EvaluationContext
+from trainer.evaluate.features import forward_images
 from trainer.evaluate.probe import MOMENTUM
 
 log = logging.getLogger(__name__)
@@ -65,23 +65,23 @@ class Choice(NamedTuple):
     accuracy: float
 
 
-def cache(encoder: Encoder, source: Source, job: Job) -> Cache:
+def cache(encoder: Encoder, source: Source, context: EvaluationContext) -> Cache:
     """The features of every R-th sample: of its central view, and fast.crops random ones; called by all ranks.
 
     In host memory, or in a file in `folder` that goes with the process if they are more than half of what is free; on a
     GPU if they take less than half of what is free there. Raises ValueError, on all ranks, if one can read nothing.
     """
-    rank_info, config, inner = job.rank_info, job.config, encoder.head[0]
+    rank_info, config, inner = context.rank_info, context.config, encoder.head[0]
     assert isinstance(inner, nn.Linear)
     view = View(size=config.eval.size or config.data.views[0].size, scale=config.linear.scale)
     augment = Augment(jitter=0, gray=0, blur=0)
     mine = np.arange(rank_info.rank, len(source), rank_info.world_size)
-    x_NVD = _allocate_features((len(mine), config.fast.crops + 1, inner.in_features + 1), rank_info, job.folder)
+    x_NVD = _allocate_features((len(mine), config.fast.crops + 1, inner.in_features + 1), rank_info, context.folder)
     for v in range(config.fast.crops + 1):
         crops = Crops(view, augment, config.linear.seed, v - 1) if v else None
         shown: list[Tensor] = []
         filled = 0
-        for x_BD, numbers in apply(encoder, encoder.backbone, source, mine, rank_info.device, config, crops):
+        for x_BD, numbers in forward_images(encoder, encoder.backbone, source, mine, rank_info.device, config, crops):
             x_NVD[filled : filled + len(numbers), v, :-1] = x_BD.cpu()
             filled += len(numbers)
             shown.append(numbers)

@@ -27,8 +27,8 @@ from trainer.build import autocast_dtype
 from trainer.config import Config, MonitorSettings
 from trainer.distributed import RankInfo
 from trainer.engines.base import LossScale, NotFinite, named_state, set_named_state, squared_norm, update
-from trainer.evaluate.base import Job
-from trainer.evaluate.features import apply
+from trainer.evaluate.base import EvaluationContext
+from trainer.evaluate.features import forward_images
 from trainer.loop import LoopSettings
 from trainer.run import checkpoint
 from trainer.run.phases import PhaseTimer
@@ -180,7 +180,12 @@ class ClassifierTraining:
 
 
 def fit(
-    network: Classifier, optimizer: torch.optim.Optimizer, train: Source, recipe: Recipe, job: Job, folder: Path
+    network: Classifier,
+    optimizer: torch.optim.Optimizer,
+    train: Source,
+    recipe: Recipe,
+    context: EvaluationContext,
+    folder: Path,
 ) -> float:
     """Train a classifier from the newest checkpoint in `folder`, or from the start. Called by all ranks.
 
@@ -189,7 +194,7 @@ def fit(
         optimizer: Over the trained parameters.
         train: The labelled images.
         recipe: How to train.
-        job: The evaluation that this training is a part of; the file `stop` is looked for in its folder.
+        context: The evaluation that this training is a part of; the file `stop` is looked for in its folder.
         folder: Receives checkpoints and metrics.
 
     Returns:
@@ -199,7 +204,7 @@ def fit(
         trainer.ops.stop.Stopped: The user, SLURM or a time limit asked for an early end.
         ValueError: The gradient is not finite.
     """
-    config = job.config
+    config = context.config
     view = View(size=config.eval.size or config.data.views[0].size, scale=recipe.scale)
     data = {"views": (view,), "augment": Augment(jitter=0, gray=0, blur=0), "batch_size": recipe.batch_size}
     config = config.model_copy(
@@ -208,8 +213,8 @@ def fit(
     epoch = steps_per_epoch(len(train), recipe.batch_size)
     settings = LoopSettings(
         folder=folder,
-        stop_folder=job.folder,
-        process_start=job.started,
+        stop_folder=context.folder,
+        process_start=context.started,
         steps=epoch * recipe.epochs,
         steps_per_epoch=epoch,
         batch_size=recipe.batch_size,
@@ -222,27 +227,27 @@ def fit(
         run=config.run.model_copy(update={"profile": 0}),
         trackers=MonitorSettings(),
     )
-    task = ClassifierTraining(network, optimizer, train.labels, recipe.lr, config, job.rank_info)
+    task = ClassifierTraining(network, optimizer, train.labels, recipe.lr, config, context.rank_info)
     saved = checkpoint.newest(folder / "checkpoints")
     start = task.load(saved) if saved else 0
     task.start()
-    rank_info = job.rank_info
+    rank_info = context.rank_info
     batches = train_batches(
         train, config.data, recipe.seed, rank_info.rank, rank_info.world_size, start, settings.steps, rank_info.device
     )
-    return loop.train(task, batches, start, settings, job.rank_info)
+    return loop.train(task, batches, start, settings, context.rank_info)
 
 
-def score(network: Classifier, test: Source, classes: list[str], job: Job) -> Score:
+def score(network: Classifier, test: Source, classes: list[str], context: EvaluationContext) -> Score:
     """On the central views of the test images, each seen by one rank. classes: of the training images.
 
     Raises ValueError, on all ranks, if no image can be read.
     """
-    rank_info = job.rank_info
+    rank_info = context.rank_info
     labels_C = torch.tensor([classes.index(name) for name in test.classes])
     mine = np.arange(rank_info.rank, len(test), rank_info.world_size)
     right = torch.zeros(3, dtype=torch.int64, device=rank_info.device)  # among the first, the first five, all
-    for logits_BC, numbers in apply(network, network, test, mine, rank_info.device, job.config):
+    for logits_BC, numbers in forward_images(network, network, test, mine, rank_info.device, context.config):
         labels_B1 = labels_C[torch.from_numpy(test.labels)[numbers]].to(rank_info.device)[:, None]
         hit_B5 = logits_BC.topk(min(5, len(classes))).indices == labels_B1
         right += torch.stack([hit_B5[:, 0].sum(), hit_B5.sum(), torch.tensor(len(numbers), device=rank_info.device)])

@@ -31,18 +31,18 @@ from sklearn.svm import LinearSVC
 from data.sources.voc import read_split
 from trainer.config import Voc07
 from trainer.distributed import raise_on_all_ranks
-from trainer.evaluate.base import Evaluator, Job, Results
+from trainer.evaluate.base import EvaluationContext, Evaluator, Results
 from trainer.evaluate.features import embed
 
 log = logging.getLogger(__name__)
 
 
-def _evaluate(job: Job) -> Results:
-    began, rank_info = time.monotonic(), job.rank_info
+def _evaluate(context: EvaluationContext) -> Results:
+    began, rank_info = time.monotonic(), context.rank_info
     features, labels, unreadable = {}, {}, 0
     classes: list[str] = []
     for split in ("trainval", "test"):
-        x_ND, labels_NC, names, total = _features(job, split)
+        x_ND, labels_NC, names, total = _features(context, split)
         if classes and names != classes:
             raise ValueError(f"voc07.root: trainval has the classes {classes}, test {names}")
         classes, features[split], labels[split] = names, x_ND, labels_NC
@@ -53,7 +53,7 @@ def _evaluate(job: Job) -> Results:
     mine = {}
     for c in range(rank_info.rank, len(classes), rank_info.world_size):
         train, test = (labels[split][:, c] for split in ("trainval", "test"))
-        mine[c] = classify(features["trainval"], train, features["test"], test, job.config.voc07, classes[c], jobs)
+        mine[c] = classify(features["trainval"], train, features["test"], test, context.config.voc07, classes[c], jobs)
         log.info("%s: average precision %.4f, C %g", classes[c], mine[c]["average_precision"], mine[c]["cost"])
     everyones: list[dict[int, dict[str, Any]]] = [mine] * rank_info.world_size
     dist.all_gather_object(everyones, mine)
@@ -140,16 +140,20 @@ def per_image(labels_NC: NDArray[np.int64], scores_NC: NDArray[np.floating]) -> 
     return float(np.mean([average_precision_score(shown, scores) for shown, scores in rows]))
 
 
-def _features(job: Job, split: str) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str], int]:
+def _features(context: EvaluationContext, split: str) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str], int]:
     """Unit rows of the images that can be read, in their order, and their labels, on all ranks; classes; all images."""
-    rank_info, error = job.rank_info, None
+    rank_info, error = context.rank_info, None
     try:
-        images, classes, labels_NC = read_split(Path(job.config.voc07.root), split)
+        images, classes, labels_NC = read_split(Path(context.config.voc07.root), split)
     except ValueError as refusal:
         error = f"voc07.root: {refusal}"
     raise_on_all_ranks(error)
     found = embed(
-        job.encoder, images, np.arange(rank_info.rank, len(images), rank_info.world_size), rank_info.device, job.config
+        context.encoder,
+        images,
+        np.arange(rank_info.rank, len(images), rank_info.world_size),
+        rank_info.device,
+        context.config,
     )
     part = (found.x_ND.cpu().numpy(), found.samples_N.numpy())
     parts = [part] * rank_info.world_size
@@ -159,4 +163,4 @@ def _features(job: Job, split: str) -> tuple[NDArray[np.float32], NDArray[np.int
     return np.concatenate([x for x, _ in parts])[order], labels_NC[samples[order]], classes, len(images)
 
 
-EVALUATOR = Evaluator(lambda config: "voc07", lambda config: config.voc07.model_dump(), _evaluate)
+EVALUATOR = Evaluator(lambda config, trained: "voc07", lambda config: config.voc07.model_dump(), _evaluate)

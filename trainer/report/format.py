@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from trainer.run.results import Row
+from trainer.run.results import Row, primary_metric
 
 
 def is_number(value: object) -> bool:
@@ -41,14 +41,9 @@ def format_value(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def primary_metric(results: dict[str, Any]) -> str:
-    """Returns the key of an evaluation's main result."""
-    return results.get("metric") or ("map" if "map" in results else "top1")
-
-
 def format_evaluation(results: dict[str, Any]) -> str:
     """Formats the main result of an evaluation, with its standard deviation over seeds if there is one."""
-    metric = primary_metric(results)
+    metric, value = primary_metric(results)
     deviation = results.get(f"{metric}_deviation")
-    text = format_percent(results[metric]) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
+    text = format_percent(value) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
     return f"mAP {text}" if metric == "map" else text

@@ -32,6 +32,8 @@ EVALUATION_DETAILS = {
     "labels": "{:,} labels",
     "epochs": "{} epochs",
     "lr": "learning rate {:g}",
+    "k": "k = {}",
+    "temperature": "temperature {:g}",
     "top5": "top-5 {:.1%}",
     "map_11_point": "11-point mAP {:.1%}",
     "unreadable": "{} images unreadable",
@@ -78,7 +80,7 @@ def render(
     evaluated = read_evaluations(run_dir)
     levels = reference_levels(results)
     charts = draw_charts(
-        [*rows, *evaluation_rows(rows, evaluated)],
+        sorted([*rows, *evaluation_rows(rows, evaluated)], key=lambda row: row["step"]),
         {"knn": [level for level in levels if level["label"] == "untrained"]},
     )
     return render_page(

@@ -45,11 +45,17 @@ def group_by_step(evaluations: dict[str, dict[str, Any]]) -> dict[str, dict[int,
     return grouped
 
 
+def primary_metric(results: dict[str, Any]) -> tuple[str, float]:
+    """Return name and value of an evaluation's primary metric, which is the first number in its results."""
+    return next((name, x) for name, x in results.items() if isinstance(x, int | float) and not isinstance(x, bool))
+
+
 def evaluation_rows(rows: list[Row], evaluations: dict[str, dict[str, Any]]) -> list[Row]:
     """Convert evaluations of several checkpoints to rows like those of metrics.jsonl, for charts.
 
-    Epoch, images and seconds are interpolated from `rows` at the step of the checkpoint. Evaluations of a single
-    checkpoint are not included.
+    A row has the primary metric under the name of the evaluation. Epoch, images and seconds are interpolated from
+    `rows` at the step of the checkpoint. Evaluations of a single checkpoint are not included, and neither are those
+    that `rows` has already: kNN is also evaluated in training.
     """
     known = [row for row in rows if row.keys() >= POSITION_KEYS]
     if not known:
@@ -60,6 +66,6 @@ def evaluation_rows(rows: list[Row], evaluations: dict[str, dict[str, Any]]) -> 
         if len(by_step) > 1:
             for step, results in by_step.items():
                 position = {key: float(np.interp(step, steps, [row[key] for row in known])) for key in POSITION_KEYS}
-                accuracy = results["map" if "map" in results else "top1"]
-                converted.append({**position, "step": step, name: accuracy})
+                if not any(row["step"] == step and name in row for row in known):
+                    converted.append({**position, "step": step, name: primary_metric(results)[1]})
     return converted

@@ -15,11 +15,14 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.metadata as metadata
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.negatives.bank import Bank, make_mesh
 from tests.ranks import run_ranks
+from tests.trainer.engines import build_train_step, make_config, make_rank_info, train
+from trainer.engines.base import unshard
 from trainer.run import checkpoint
+from trainer.run.checkpoint_files import IndexUnpickler
 
 ROWS, DIM = 7, 3  # no number of ranks here divides ROWS
 
@@ -234,7 +237,7 @@ def test_a_forged_index_does_not_run(tmp_path: Path, group: None, module: str, n
     ran.unlink()
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / ".metadata").write_bytes(forged)
-    with pytest.raises(ValueError, match="has no place in a checkpoint's index"):
+    with pytest.raises(ValueError, match="is not allowed in the index of a checkpoint"):
         checkpoint.load(tmp_path / "step-00000001", {"weight": torch.zeros(64)})
     assert not ran.exists()
 
@@ -250,12 +253,12 @@ def test_an_index_may_look_up_memory_formats_and_nothing_else() -> None:
             return getattr, self.arguments
 
     def read(owner: object, name: str) -> object:
-        return checkpoint._MetadataUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
+        return IndexUnpickler(io.BytesIO(pickle.dumps(Attribute(owner, name)))).load()
 
     formats = metadata._MEM_FORMAT_ENCODING
     assert read(formats, "TORCH_CHANNELS_LAST") is formats.TORCH_CHANNELS_LAST
     for owner in (metadata.Metadata, torch.Size):
-        with pytest.raises(pickle.UnpicklingError, match="has no place in a checkpoint's index"):
+        with pytest.raises(pickle.UnpicklingError, match="is not allowed in the index of a checkpoint"):
             read(owner, "__init__")
 
 
@@ -323,6 +326,44 @@ def test_whole_weights_lie_beside(tmp_path: Path, world_size: int) -> None:
     assert sorted(manifest) == sorted(
         p.name for p in (tmp_path / "step-00000003").iterdir() if p.name != "manifest.json"
     )
+
+
+def save_engine(folder: Path, engine: dict[str, Any]) -> dict[str, Tensor]:
+    """Train a step, save beside training, train on; returns the weights at the time of saving."""
+    config = make_config("resnet", engine=engine)
+    train_step = build_train_step(config, make_rank_info(ranks_per_node=2))
+    train(train_step, config, 1)
+    weights = {
+        f"{network}.{name}": x.clone()
+        for network, tensors in train_step.engine.weights().items()
+        for name, x in unshard(tensors).items()
+    }
+    state = train_step.state(1)
+    saver = checkpoint.Saver(folder, keep=1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DTensor, "full_tensor", None)  # training does not wait until ranks have gathered the weights
+        saver.start(1, state)
+    train(train_step, config, 1, first=1)
+    assert saver.wait()
+    return weights
+
+
+@pytest.mark.parametrize(
+    ("world_size", "engine"),
+    [
+        (2, {"kind": "ddp"}),
+        (4, {"kind": "fsdp", "placement": "node"}),
+        (2, {"kind": "deepspeed", "stage": 1}),
+        (2, {"kind": "deepspeed", "stage": 3}),
+    ],
+    ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
+)
+def test_whole_weights_of_every_engine(tmp_path: Path, world_size: int, engine: dict[str, Any]) -> None:
+    expected, *_ = run_ranks(world_size, save_engine, tmp_path, engine)
+    saved = load_file(tmp_path / "step-00000001" / checkpoint.WEIGHTS)
+    assert saved.keys() == expected.keys()
+    for name, x in expected.items():
+        assert torch.equal(saved[name], x), name
 
 
 def every_damage(folder: Path) -> list[str]:

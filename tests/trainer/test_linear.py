@@ -277,7 +277,7 @@ def interrupted(run: Path) -> str:
 def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
     cut, whole = write_run(tmp_path / "cut", images), write_run(tmp_path / "whole", images)
     (words,) = run_ranks(1, interrupted, cut)
-    assert words == "stopped after step 6 (SIGTERM): the same command goes on from there"
+    assert words == "stopped after step 6 (SIGTERM): the same command resumes the run"
     run_ranks(1, on_ranks, whole, FULL)
     manifests = [(run / "linear/checkpoints/step-00000024/manifest.json").read_text() for run in (cut, whole)]
     assert json.loads(manifests[0])["__0_0.distcp"] == json.loads(manifests[1])["__0_0.distcp"]

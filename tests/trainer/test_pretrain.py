@@ -271,9 +271,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, images: Path) -> None
     output = process.communicate()[0]
     assert process.returncode == 75, output
     left = json.loads((tmp_path / "stopped/stopped.json").read_text())
-    assert (
-        output.splitlines()[-1] == f"stopped after step {left['step']} (SIGTERM): the same command goes on from there"
-    )
+    assert output.splitlines()[-1] == f"stopped after step {left['step']} (SIGTERM): the same command resumes the run"
     assert (tmp_path / f"stopped/checkpoints/step-{left['step']:08d}").is_dir()
     pretrain(stopped)
     assert not (tmp_path / "stopped/stopped.json").exists()

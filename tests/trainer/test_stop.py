@@ -45,7 +45,7 @@ def test_all_ranks_leave_after_the_same_step(tmp_path: Path, ask: str, world_siz
     assert len(set(ranks)) == 1
     done, words = ranks[0]
     reason = {"file": "asked by file", "clock": "out of time"}.get(ask, ask)
-    assert words == f"stopped after step {done} ({reason}): the same command goes on from there"
+    assert words == f"stopped after step {done} ({reason}): the same command resumes the run"
     assert done < 50
     if ask.startswith("SIG"):
         assert done == 6

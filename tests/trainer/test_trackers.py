@@ -47,7 +47,7 @@ def test_prometheus(tmp_path: Path, group: None) -> None:
 
 def test_a_monitor_that_fails_is_left(tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture) -> None:
     record(tmp_path, 0, MonitorSettings(prometheus=str(tmp_path / "nowhere" / "run.prom")), 10, 20)
-    assert caplog.text.count("no more rows to Prometheus until the next start") == 1
+    assert caplog.text.count("Prometheus gets no more rows until the next start") == 1
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10, 20]
 
 
@@ -102,7 +102,7 @@ def test_without_a_network_training_goes_on(
     monkeypatch.setattr(wandb, "init", refuse)
     (tmp_path / "config.yaml").write_text(dump(small_config(tmp_path, tmp_path)))
     record(tmp_path, 0, MonitorSettings(wandb="project"), 10)
-    assert "no Weights & Biases: timed out" in caplog.text
+    assert "Weights & Biases is not available: timed out" in caplog.text
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10]
 
 

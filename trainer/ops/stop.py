@@ -1,9 +1,8 @@
-"""An orderly end before the last step: asked for by a signal, a file or the clock, agreed on by all ranks.
+"""Stops a run before its last step, on all ranks after the same step: by a signal, a file or a time limit.
 
-A job that is preempted, or out of its time, saves a checkpoint at a step's end and leaves; the same command goes on.
+The run saves a checkpoint before it exits, and the same command resumes it.
 """
 
-import logging
 import os
 import signal
 import time
@@ -16,20 +15,18 @@ import torch.distributed as dist
 
 from trainer.run.files import write_json
 
-log = logging.getLogger(__name__)
-
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, try again
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_ASK_FILE, _LEFT_FILE = "stop", "stopped.json"
-_LOOK = 0.2  # seconds
+_STOP_FILE, _STOPPED_FILE = "stop", "stopped.json"
+_POLL_SECONDS = 0.2  # the run directory may be on a slow network file system
 
 
 class Stopped(Exception):
-    """Training ended before its last step, with a checkpoint."""
+    """The run stopped before its last step and saved a checkpoint."""
 
 
 class StopHandler:
-    """Whether to end early, the same on all ranks at the same step; made and called by all ranks.
+    """Decides whether to stop, equally on all ranks. The constructor, `should_stop` and `raise_stopped` are collective.
 
         with StopHandler(folder, deadline) as stop:
             for step in steps:
@@ -37,81 +34,91 @@ class StopHandler:
                 if stop.should_stop():
                     break
 
-    Asked for by SIGTERM, SIGUSR1 or SIGINT (a second SIGINT ends the process as it always does; of the others several
-    may come for one request, from SLURM and from torchrun) to any rank, by a file `stop` in the run's folder, or when
-    `deadline`, in seconds of the epoch, is `margin` seconds ahead: time for the checkpoint.
+    A stop is requested by SIGTERM, SIGUSR1 or SIGINT to any rank, by a file `stop` in the run directory, or by the
+    deadline. Repeated signals count once, because SLURM and torchrun may both send them; only a second SIGINT
+    interrupts the process.
+
+    Args:
+        folder: The run directory.
+        deadline: Unix time at which the process must have exited, or None.
+        margin: Seconds before the deadline at which to stop, for the checkpoint.
     """
 
     def __init__(self, folder: Path, deadline: float | None = None, margin: float = 120.0) -> None:
         self.folder, self.reason = folder, ""
-        self.latest = None if deadline is None else deadline - margin
+        self.stop_time = None if deadline is None else deadline - margin
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
-        self.group = group  # its all-reduce never waits for a device
-        self.first = dist.get_rank() == 0
+        self.group = group  # gloo, so that its all-reduce does not wait for the GPU
+        self.is_rank_0 = dist.get_rank() == 0
         self.vote: torch.Tensor | None = None
         self.work: Any = None
-        self.handlers: dict[int, Any] = {}
-        self.next_look = 0.0
+        self.earlier_handlers: dict[int, Any] = {}
+        self.next_poll = 0.0
 
     def __enter__(self) -> "StopHandler":
-        if self.first:
-            (self.folder / _LEFT_FILE).unlink(missing_ok=True)
+        """Install the signal handlers."""
+        if self.is_rank_0:
+            (self.folder / _STOPPED_FILE).unlink(missing_ok=True)
         for number in _SIGNALS:
-            self.handlers[number] = signal.signal(number, self._asked)
+            self.earlier_handlers[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self.handlers.items():
+        """Restore the signal handlers."""
+        for number, handler in self.earlier_handlers.items():
             signal.signal(number, handler)
         if self.work is not None and kind is None:
             self.work.wait()
 
     def should_stop(self) -> bool:
-        """Called after each step: whether a rank had asked by the end of the step before.
+        """Return whether any rank had a reason to stop before the previous call. To be called after each step.
 
-        The votes of one step are counted during the next, so nobody waits for them.
+        The all-reduce of one call runs during the next step, so no rank waits for it.
         """
-        agreed = False
         if self.work is not None:
             self.work.wait()
-            agreed = bool(self.vote)
-        if not agreed:
-            self._look()
-            self.vote = torch.tensor(int(bool(self.reason)))
-            self.work = dist.all_reduce(self.vote, dist.ReduceOp.MAX, group=self.group, async_op=True)
-        else:
             self.work = None
-        return agreed
+            if self.vote:
+                return True
+        self._poll()
+        self.vote = torch.tensor(int(bool(self.reason)))
+        self.work = dist.all_reduce(self.vote, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return False
 
     def raise_stopped(self, step: int) -> None:
-        """Write down where training stopped, for scripts and people, and raise Stopped. Called by all ranks."""
+        """Write stopped.json, for scripts and people, and raise Stopped."""
         reasons: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(reasons, self.reason, group=self.group)
         reason = "; ".join(sorted({r for r in reasons if r}))
-        if self.first:
-            (self.folder / _ASK_FILE).unlink(missing_ok=True)
-            write_json(self.folder / _LEFT_FILE, {"step": step, "reason": reason})
-        raise Stopped(f"stopped after step {step} ({reason}): the same command goes on from there")
+        if self.is_rank_0:
+            (self.folder / _STOP_FILE).unlink(missing_ok=True)
+            write_json(self.folder / _STOPPED_FILE, {"step": step, "reason": reason})
+        raise Stopped(f"stopped after step {step} ({reason}): the same command resumes the run")
 
-    def _asked(self, number: int, frame: FrameType | None) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            signal.signal(number, self.handlers[number])
+            signal.signal(number, self.earlier_handlers[number])
         self.reason = signal.Signals(number).name
 
-    def _look(self) -> None:
-        if self.latest is not None and time.time() > self.latest:
+    def _poll(self) -> None:
+        if self.stop_time is not None and time.time() > self.stop_time:
             self.reason = "out of time"
-        if self.first and time.monotonic() > self.next_look:  # at most so often: the folder may be far away
-            self.next_look = time.monotonic() + _LOOK
-            if (self.folder / _ASK_FILE).exists():
+        if self.is_rank_0 and time.monotonic() > self.next_poll:
+            self.next_poll = time.monotonic() + _POLL_SECONDS
+            if (self.folder / _STOP_FILE).exists():
                 self.reason = "asked by file"
 
 
 def deadline(max_minutes: float | None, started: float) -> float | None:
-    """When this process must have ended, in seconds of the epoch: by its own limit, or by SLURM's; None for never."""
+    """Return the Unix time at which this process must have exited, or None.
+
+    Args:
+        max_minutes: The limit run.max_minutes of the configuration.
+        started: Unix time at which the process started. SLURM's time limit is read from the environment.
+    """
     limits = []
     if max_minutes is not None:
         limits.append(started + 60 * max_minutes)
@@ -121,8 +128,8 @@ def deadline(max_minutes: float | None, started: float) -> float | None:
 
 
 def exit_code() -> int:
-    """That of a process that stopped in good order.
+    """Return the exit code of a process whose run has stopped.
 
-    torchrun takes every code but 0 for a failure, and restarts or reports it: there the file stopped.json tells.
+    torchrun treats every code but 0 as a failure; under torchrun the file stopped.json carries the information.
     """
     return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_CODE

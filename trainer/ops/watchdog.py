@@ -1,6 +1,6 @@
-"""Ends a process that hangs: what it was doing goes to a file, so that nobody has to guess in the morning.
+"""A watchdog that ends a process that hangs and writes the stack traces of its threads to a file.
 
-If one rank hangs, the others soon wait for it in a collective, so every rank leaves its stacks.
+If one rank hangs, the others wait for it in a collective. Each rank runs its own watchdog, so each writes its stacks.
 """
 
 import faulthandler
@@ -12,11 +12,11 @@ import time
 from pathlib import Path
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
-_LOOK = 1.0  # seconds: limits that get shorter are seen this much later
+_POLL_SECONDS = 1.0  # a deadline that moves forward is noticed at most this much later
 
 
 class Watchdog:
-    """Ends this process with EXIT_CODE when what it was told to `expect` takes too long.
+    """Ends this process with EXIT_CODE if it does not reach the next call of `expect` in time.
 
     with Watchdog(folder, rank) as watchdog:
         watchdog.expect("step 1", 3600)
@@ -24,32 +24,34 @@ class Watchdog:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path, self.rank = folder / f"stacks-rank-{rank}.txt", rank
-        self.what, self.seconds, self.until = "", math.inf, math.inf
-        self.changed = threading.Condition()
-        self.over = False
+        self.activity, self.seconds, self.deadline = "", math.inf, math.inf
+        self.wake = threading.Condition()
+        self.closed = False
 
     def __enter__(self) -> "Watchdog":
+        """Start watching."""
         threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        with self.changed:
-            self.over = True
-            self.changed.notify()
+        """Stop watching."""
+        with self.wake:
+            self.closed = True
+            self.wake.notify()
 
-    def expect(self, what: str, seconds: float) -> None:
-        """From now on the process does `what`, for at most `seconds`, or until the next call."""
-        self.what, self.seconds, self.until = what, seconds, time.monotonic() + seconds
+    def expect(self, activity: str, seconds: float) -> None:
+        """Give the activity that starts now at most `seconds` until the next call."""
+        self.activity, self.seconds, self.deadline = activity, seconds, time.monotonic() + seconds
 
     def _watch(self) -> None:
-        with self.changed:
-            while (left := self.until - time.monotonic()) > 0:
-                self.changed.wait(min(left, _LOOK))
-                if self.over:
+        with self.wake:
+            while (remaining := self.deadline - time.monotonic()) > 0:
+                self.wake.wait(min(remaining, _POLL_SECONDS))
+                if self.closed:
                     return
         with self.path.open("w") as file:
-            print(f"rank {self.rank} hung in {self.what}; stacks of its threads:", file=file, flush=True)
+            print(f"rank {self.rank} hung in {self.activity}; stacks of its threads:", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)
-        message = f"error: rank {self.rank}: {self.what} has not ended after {self.seconds:g} s: stacks in {self.path}"
-        print(message, file=sys.stderr, flush=True)
+        message = f"{self.activity} has not ended after {self.seconds:g} s: stacks in {self.path}"
+        print(f"error: rank {self.rank}: {message}", file=sys.stderr, flush=True)
         os._exit(EXIT_CODE)

@@ -1,4 +1,4 @@
-"""What a run looks like on a terminal: a bar, and the newest numbers below it."""
+"""The dashboard of a run on a terminal: a progress bar with the latest metrics below it."""
 
 from rich.console import Console, Group
 from rich.live import Live
@@ -8,11 +8,11 @@ from rich.table import Table
 from trainer.run.results import Row
 
 _BARS = "▁▂▃▄▅▆▇█"
-_KEPT = 40  # losses in the curve
+_CURVE_LENGTH = 40
 
 
 class Dashboard:
-    """Redraws itself in place; what is printed on `console` goes above it."""
+    """Redraws itself in place. Text printed on `console` appears above it."""
 
     def __init__(self, console: Console, start: int, total: int) -> None:
         self.progress = Progress(
@@ -29,14 +29,15 @@ class Dashboard:
         self.live = Live(self.progress, console=console, refresh_per_second=4)
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
         self.progress.update(self.task, completed=step)
 
     def show(self, row: Row) -> None:
-        """Of training or of an evaluation."""
+        """Show a row of metrics.jsonl, of training or of the kNN evaluation."""
         if "knn" in row:
             self.knn = row
             return
-        self.losses = [*self.losses, row["loss"]][-_KEPT:]
+        self.losses = [*self.losses, row["loss"]][-_CURVE_LENGTH:]
         self.live.update(Group(self.progress, self._table(row)))
 
     def _table(self, row: Row) -> Table:
@@ -58,13 +59,13 @@ class Dashboard:
             shares = (f"{name} {seconds[name] / sum(seconds.values()):.0%}" for name in longest)
             table.add_row("step", ", ".join(shares))
         names = ("pretext_top1", "positive_similarity", "hardest_similarity", "bank_share", "effective_rank")
-        if told := ", ".join(f"{name.replace('_', ' ')} {row[name]:.3g}" for name in names if name in row):
-            table.add_row("game", told)
+        if values := ", ".join(f"{name.replace('_', ' ')} {row[name]:.3g}" for name in names if name in row):
+            table.add_row("method", values)
         return table
 
 
 def curve(values: list[float]) -> str:
-    """As block characters, the lowest of the values at the bottom and the highest at the top."""
+    """Draw values as block characters, scaled from the lowest to the highest value."""
     low, high = min(values), max(values)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0
     return "".join(_BARS[round((value - low) * scale)] for value in values)

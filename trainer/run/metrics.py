@@ -1,4 +1,4 @@
-"""What a run tells: rows to metrics.jsonl, to monitors and to the console."""
+"""Metrics of a run: averages over steps and ranks, written to metrics.jsonl, to trackers and to the console."""
 
 import errno
 import json
@@ -10,7 +10,6 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class Averages:
-    """Means of scalars over steps and ranks, kept on the device: nothing waits for it until `pop`."""
+    """Averages scalar metrics over steps and ranks. Sums stay on the device, so that only `pop` waits for it."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None
@@ -36,13 +35,14 @@ class Averages:
         self.steps = 0
 
     def add(self, metrics: dict[str, Tensor]) -> None:
+        """Add the scalars of one step."""
         values = torch.stack([v.float() for v in metrics.values()])
         self.names = list(metrics)
         self.sums = values if self.sums is None else self.sums + values
         self.steps += 1
 
     def pop(self) -> dict[str, float]:
-        """The means since the last call, equal on all ranks; waits for the device."""
+        """Return the averages since the last call. Collective."""
         assert self.sums is not None
         means = self.sums / self.steps
         dist.all_reduce(means)
@@ -51,48 +51,52 @@ class Averages:
 
 
 def peak_memory(device: torch.device) -> Row:
-    """memory_gib: the most that tensors have taken on the GPU, reserved_gib: that torch has taken for them; without a
-    GPU memory_gib is the most that the process has taken.
-    """
+    """Return the peak memory so far in GiB: allocated and reserved on a GPU, or of the process on a CPU."""
     if device.type == "cuda":
         allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
         return {"memory_gib": allocated / 2**30, "reserved_gib": reserved / 2**30}
-    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux counts in KiB
+    return {"memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}  # Linux reports KiB
 
 
 class MetricsLogger:
-    """Writes rows, and shows how far the run is: a dashboard on a terminal, plain lines elsewhere.
+    """Writes rows of metrics and shows progress: a dashboard on a terminal, lines of text elsewhere.
 
-    start: the step the run continues from. Rows after it are of a run that was cut off, and are dropped.
-    active: on rank 0 only; elsewhere nothing is written or shown. evaluated: steps that have an evaluation.
+    Args:
+        folder: The directory of metrics.jsonl.
+        start: Step from which the run continues. Later rows of metrics.jsonl are deleted.
+        total: Number of steps of the whole run.
+        settings: The trackers to use.
+        active: Whether this rank writes and shows anything; true on rank 0 only.
+
+    Attributes:
+        evaluated_steps: Steps up to `start` whose kNN evaluation is in metrics.jsonl, on all ranks.
     """
 
     def __init__(self, folder: Path, start: int, total: int, settings: MonitorSettings, *, active: bool) -> None:
         self.path = folder / "metrics.jsonl"
         self.active = active
-        shared: list[Any] = [None]
-        if active:
-            shared = [_keep_rows_until(self.path, start)]
+        shared = [_delete_rows_after(self.path, start) if active else []]
         dist.broadcast_object_list(shared)
-        kept: list[Row] = shared[0]
-        self.evaluated_steps = {row["step"] for row in kept if "knn" in row}
-        self.earlier_seconds = kept[-1]["seconds"] if kept else 0.0
+        (rows,) = shared
+        self.evaluated_steps = {row["step"] for row in rows if "knn" in row}
+        self.earlier_seconds = rows[-1]["seconds"] if rows else 0.0
         self.began = time.monotonic()
         self.dashboard: Dashboard | None = None
         self.trackers: dict[str, Tracker] = {}
         if not active:
             return
-        for name, opened in tracker_factories(settings, folder, start).items():
+        for name, make_tracker in tracker_factories(settings, folder, start).items():
             try:
-                self.trackers[name] = opened()
+                self.trackers[name] = make_tracker()
             except OSError as error:
-                log.warning("no %s: %s", name, error)
+                log.warning("%s is not available: %s", name, error)
         self.console = Console(stderr=False)
         self.start, self.total = start, total
         if self.console.is_terminal:
             self.dashboard = Dashboard(self.console, start, total)
 
     def __enter__(self) -> "MetricsLogger":
+        """Start the dashboard."""
         if self.dashboard:
             self.dashboard.live.start()
         return self
@@ -100,31 +104,33 @@ class MetricsLogger:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        """Stop the dashboard and close the trackers."""
         if self.dashboard:
             self.dashboard.live.stop()
         for name, tracker in self.trackers.items():
             try:
                 tracker.close()
             except OSError as error:
-                log.warning("the last rows not written to %s: %s", name, error)
+                log.warning("the last rows were not written to %s: %s", name, error)
 
     @property
     def seconds(self) -> float:
-        """Time spent on this run, over all its starts."""
+        """Training time in seconds, over all starts of the run."""
         return self.earlier_seconds + time.monotonic() - self.began
 
     def advance(self, step: int) -> None:
+        """Move the progress bar to `step`."""
         if self.dashboard:
             self.dashboard.advance(step)
 
     def print(self, text: str) -> None:
-        """A line on the console, above the dashboard if there is one."""
+        """Print a line on the console, above the dashboard."""
         if self.active:
             with suppress(OSError):  # standard output may be a file on a full disk
                 self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def log(self, row: Row) -> None:
-        """Record one row; `step` is its place. What the disk does not take is said, not raised."""
+        """Write and show one row, which must have a `step`. Logs a warning if the disk or a tracker fails."""
         if not self.active:
             return
         row = {**row, "seconds": round(self.seconds, 3)}
@@ -137,7 +143,7 @@ class MetricsLogger:
             try:
                 tracker.add(row["step"], values)
             except OSError as error:
-                log.warning("no more rows to %s until the next start: %s", name, error)
+                log.warning("%s gets no more rows until the next start: %s", name, error)
                 del self.trackers[name]  # TensorBoard's writer does not recover
         self._show(row)
 
@@ -159,7 +165,7 @@ def _clock(seconds: float) -> str:
 
 
 def _append(path: Path, line: str) -> None:
-    """Add the whole line or, where the disk has no room for it, nothing."""
+    """Append a line, or nothing if the disk has no space for all of it."""
     content = line.encode()
     with path.open("ab", buffering=0) as file:
         size = file.tell()
@@ -168,21 +174,20 @@ def _append(path: Path, line: str) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def _keep_rows_until(path: Path, step: int) -> list[Row]:
-    """Drop the rows after `step`, and lines cut short, from the file; returns the others."""
-    kept = [row for row in read_rows(path) if row["step"] <= step]
+def _delete_rows_after(path: Path, step: int) -> list[Row]:
+    """Delete the rows after `step`, and incomplete lines, from the file; returns the remaining rows."""
+    rows = [row for row in read_rows(path) if row["step"] <= step]
     if path.exists():
-        write_atomically(path, "".join(json.dumps(row) + "\n" for row in kept))
-    return kept
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
 
 
 def set_up_logging(rank: int) -> None:
-    """Our own messages to stderr, rank 0's from information on, the others' from warnings on."""
+    """Log the project's messages to stderr: from level INFO on rank 0, from WARNING on the other ranks."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
-    ours = logging.getLogger("trainer")
     for name in ("trainer", "data", "models", "kernels"):
-        ours = logging.getLogger(name)
-        ours.handlers = [handler]
-        ours.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-        ours.propagate = False
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+        logger.propagate = False

@@ -1,4 +1,4 @@
-"""How long each phase of a step takes on each rank, who is slowest, and a trace for a closer look."""
+"""Time per phase of a training step on each rank, detection of stragglers, and profiler traces."""
 
 import os
 import platform
@@ -12,11 +12,11 @@ import torch
 import torch.distributed as dist
 from torch.profiler import profile, record_function, schedule
 
-STRAGGLES = 0.1  # of a step's time that a rank is behind the median one
+STRAGGLER_SHARE = 0.1  # a straggler is behind the median rank by at least this share of a step
 
 
 class PhaseTimes(NamedTuple):
-    """Seconds a step of one phase: mean over ranks, the median rank's, the slowest's, and the latter's number."""
+    """Seconds per step that one phase takes: mean, median and maximum over ranks, and the slowest rank."""
 
     mean: float
     median: float
@@ -25,12 +25,12 @@ class PhaseTimes(NamedTuple):
 
 
 class PhaseTimer:
-    """Adds up the time of phases on the device; on a GPU by events, so that nothing waits for it until `pop`.
+    """Sums the time of each phase, measured on a GPU with events, so that only `pop` waits for the device.
 
     with phases("backward"):
         loss.backward()
 
-    Phases follow each other, none is inside another. A profiler sees them by their names.
+    Phases must not be nested. They appear by name in the profiler's traces.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -40,6 +40,7 @@ class PhaseTimer:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Measure the time of the `with` block."""
         with record_function(name):
             if self.device.type == "cuda":
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -53,16 +54,16 @@ class PhaseTimer:
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     def pop(self) -> dict[str, float]:
-        """This rank's seconds of each phase since the last call, in the order in which they first ran."""
+        """Return this rank's seconds by phase since the last call, in the order in which the phases first ran."""
         for name, start, end in self.events:
             end.synchronize()
             self.seconds[name] = self.seconds.get(name, 0.0) + start.elapsed_time(end) / 1e3
-        taken, self.seconds, self.events = self.seconds, {}, []
-        return taken
+        seconds, self.seconds, self.events = self.seconds, {}, []
+        return seconds
 
 
 def gather_phase_times(seconds: dict[str, float], steps: int) -> dict[str, PhaseTimes]:
-    """What all ranks took for each phase of a step, from each rank's sum over `steps`. Called by all ranks."""
+    """Summarise the phase times of all ranks. Collective. `seconds` are this rank's sums over `steps` steps."""
     mine = torch.tensor(list(seconds.values()), dtype=torch.float64) / steps
     ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(ranks, mine)
@@ -74,29 +75,34 @@ def gather_phase_times(seconds: dict[str, float], steps: int) -> dict[str, Phase
 
 
 def find_straggler(phases: dict[str, PhaseTimes], hosts: list[str]) -> str | None:
-    """Who holds the others up: the rank that is furthest behind the median, if by a tenth of a step. hosts: by rank.
+    """Describe the rank that slows down the others, or return None.
 
-    A rank that waits for a slow one in a collective is late in the collective's phase as all others are, so only
-    the slow one stands out. Not of `save`, in which rank 0 has more to copy than others.
+    The straggler is the rank that is furthest behind the median rank in a phase, by at least STRAGGLER_SHARE of a
+    step. Ranks that wait for it in a collective all take equally long there, so only the straggler stands out. The
+    phase `save` is ignored because rank 0 has more to copy.
+
+    Args:
+        phases: Phase times of all ranks.
+        hosts: Host name of each rank.
     """
     phases = {name: phase for name, phase in phases.items() if name != "save"}
     name = max(phases, key=lambda name: phases[name].slowest - phases[name].median)
-    late, step = phases[name], sum(phase.mean for phase in phases.values())
-    if late.slowest - late.median < STRAGGLES * step:
+    phase, step = phases[name], sum(phase.mean for phase in phases.values())
+    if phase.slowest - phase.median < STRAGGLER_SHARE * step:
         return None
     return (
-        f"rank {late.rank} on {hosts[late.rank]} takes {late.slowest:.3g} s a step for {name}, "
-        f"the median rank {late.median:.3g} s"
+        f"rank {phase.rank} on {hosts[phase.rank]} takes {phase.slowest:.3g} s a step for {name}, "
+        f"the median rank {phase.median:.3g} s"
     )
 
 
 def phase_metrics(phases: dict[str, PhaseTimes]) -> dict[str, Any]:
-    """For a row of metrics: seconds, and the slowest rank's where there are several."""
+    """Return the entry `phases` of a row of metrics.jsonl."""
     return {name: {"seconds": s.mean, "slowest": s.slowest, "rank": s.rank} for name, s in phases.items()}
 
 
 def host_names() -> list[str]:
-    """The machine of each rank. Called by all ranks."""
+    """Return the host name of each rank. Collective."""
     names = [""] * dist.get_world_size()
     dist.all_gather_object(names, platform.node())
     return names
@@ -104,11 +110,14 @@ def host_names() -> list[str]:
 
 @contextmanager
 def trace_steps(path: Path, steps: int) -> Iterator[profile | None]:
-    """Writes a Chrome trace of `steps` steps, from the tenth on, to path; its `step` is to end each. None for 0."""
+    """Write a Chrome trace of `steps` steps, beginning with the tenth, to `path`.
+
+    Yields a profiler, whose `step` must be called after each step, or None if `steps` is 0.
+    """
     if not steps:
         yield None
         return
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # to it a machine without a GPU is an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # Kineto logs an error on machines without a GPU
     plan = schedule(skip_first=8, wait=0, warmup=1, active=steps, repeat=1)
     with profile(schedule=plan, on_trace_ready=lambda tracer: tracer.export_chrome_trace(str(path))) as tracer:
         yield tracer

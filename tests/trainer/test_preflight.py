@@ -1,4 +1,4 @@
-"""Nodes that are compared before a job trains: what is found, and who is blamed."""
+"""The preflight: which faults it finds, and which node it names."""
 
 import os
 import socket
@@ -13,20 +13,20 @@ import torch.distributed as dist
 
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.config_file import dump
-from trainer.ops.preflight import Fault, NodeReport, _Exchange, _problems, _unreachable, find_faults
+from trainer.ops.node_checks import find_problems, node_address
+from trainer.ops.preflight import Fault, NodeExchange, NodeReport, Peer, _choose_peers, _connect, find_faults
 
 ROOT = Path(__file__).parents[2]
 
 
 def node(name: str, **changes: Any) -> NodeReport:
-    fit = NodeReport(
-        name, {"Python": "3.11.7", "package timm": "1.0.31"}, [], 0.0, 100.0, [], {"matmul TFLOP/s": 200.0}
-    )
-    return fit._replace(**changes)
+    versions, speeds = {"Python": "3.11.7", "package timm": "1.0.31"}, {"matmul TFLOP/s": 200.0}
+    connections = {peer: True for peer in ("n1", "n2", "n3") if peer != name}
+    return NodeReport(name, versions, [], 0.0, 100.0, connections, speeds)._replace(**changes)
 
 
 def nodes(**changes: Any) -> list[NodeReport]:
-    """n1, n2 and n3, of which n2 has these."""
+    """Return reports of n1, n2 and n3, where n2 has these changes."""
     return [node("n1"), node("n2", **changes), node("n3")]
 
 
@@ -40,11 +40,11 @@ def test_nodes_that_are_alike() -> None:
     [
         ({"problems": ["data.train: /data does not exist"]}, "data.train: /data does not exist"),
         (
-            {"same": {"Python": "3.11.2"}},
+            {"versions": {"Python": "3.11.2"}},
             "Python 3.11.2, but 3.11.7 on 2 of 3 nodes; package timm absent, but 1.0.31 on 2 of 3 nodes",
         ),
-        ({"clock": -65.0}, "its clock is -65.0 s from the others'"),
-        ({"unreachable": ["n1", "n3"]}, "n2 cannot connect to 2 nodes"),
+        ({"clock": -65.0}, "its clock differs from the others by -65.0 s"),
+        ({"connections": {"n1": False, "n3": False}}, "n2 cannot connect to 2 nodes"),
         ({"speeds": {"matmul TFLOP/s": 60.0}}, "matmul TFLOP/s: 60, the median of the nodes is 200"),
     ],
 )
@@ -53,35 +53,65 @@ def test_the_one_that_is_not_is_named(changes: dict[str, Any], text: str) -> Non
 
 
 def test_one_that_nobody_reaches_is_blamed_and_not_the_others() -> None:
-    faults = find_faults([node("n1", unreachable=["n2"]), node("n2"), node("n3", unreachable=["n2"])])
+    first = node("n1", connections={"n2": False, "n3": True})
+    faults = find_faults([first, node("n2"), node("n3", connections={"n1": True, "n2": False})])
     assert {fault.node for fault in faults} == {"n2", None}
     assert any(fault.text.startswith("2 nodes cannot connect to it; GLOO_SOCKET_IFNAME") for fault in faults)
 
 
 def test_two_that_differ_are_both_shown_and_none_is_blamed() -> None:
-    (fault,) = find_faults([node("n1"), node("n2", same={"Python": "3.11.7", "package timm": "0.1"})])
+    (fault,) = find_faults([node("n1"), node("n2", versions={"Python": "3.11.7", "package timm": "0.1"})])
     assert fault == Fault(None, "package timm 1.0.31 on n1, 0.1 on n2")
 
 
 def test_many_differences_take_one_line() -> None:
-    same = {f"package p{i}": "1" for i in range(40)}
-    (fault,) = find_faults([node("n1", same=same), node("n2", same={}), node("n3", same=same)])
+    versions = {f"package p{i}": "1" for i in range(40)}
+    (fault,) = find_faults([node("n1", versions=versions), node("n2", versions={}), node("n3", versions=versions)])
     assert fault.text.endswith("; and 35 more")
 
 
 def test_a_node_that_says_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trainer.ops.preflight._WAIT", 0.4)
-    exchange = _Exchange(dist.HashStore(), 0, 2, True)
+    monkeypatch.setattr("trainer.ops.preflight._TIMEOUT", 0.4)
+    exchange = NodeExchange(dist.HashStore(), 0, 2, True)
     exchange.names = ["n1", "n2"]
-    with pytest.raises(ValueError, match=r"of 2 nodes these have not told their facts in 0\.2 s: n2"):
-        exchange.all("facts", lambda: 1)
+    with pytest.raises(ValueError, match=r"1 of 2 nodes have not sent their facts within 0\.2 s: n2"):
+        exchange.gather("facts", lambda: 1)
 
 
 def test_nodes_that_cannot_be_reached() -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as there, closing(socket.create_server(("", 0))) as gone:
         closed = gone.getsockname()[1]
         gone.close()
-        assert _unreachable([("n1", "127.0.0.1", there.getsockname()[1]), ("n2", "127.0.0.1", closed)]) == ["n2"]
+        peers = [Peer("n1", "127.0.0.1", there.getsockname()[1]), Peer("n2", "127.0.0.1", closed)]
+        assert _connect(peers) == {"n1": True, "n2": False}
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 1000])
+def test_connections_grow_linearly_with_the_nodes(count: int) -> None:
+    """Each node tests the next one of a ring and a few others, so that every node is tested."""
+    everyone = [Peer(f"n{i}", "", i) for i in range(count)]
+    for i in range(count):
+        chosen = _choose_peers(i, everyone)
+        assert len(set(chosen)) == len(chosen) == min(4, count - 1)
+        assert everyone[i] not in chosen
+        assert count == 1 or everyone[(i + 1) % count] in chosen
+
+
+def test_the_node_without_a_network_is_found_among_many() -> None:
+    """n7 reaches nobody and nobody reaches it; the few others that tried are not at fault."""
+    everyone = [Peer(f"n{i}", "", i) for i in range(200)]
+    reports = []
+    for i, peer in enumerate(everyone):
+        tests = {chosen.name: 7 not in (i, everyone.index(chosen)) for chosen in _choose_peers(i, everyone)}
+        reports.append(node(peer.name, connections=tests))
+    assert {fault.node for fault in find_faults(reports)} == {"n7", None}
+
+
+def test_the_address_of_the_interface_that_gloo_uses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo,eth7")
+    assert node_address() == "127.0.0.1"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none7")
+    assert node_address() == ""
 
 
 @pytest.fixture
@@ -128,10 +158,10 @@ def test_a_gpu_job_that_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     images = write_images(tmp_path / "images", each=8)
     auto, cpu = (small_config(tmp_path / "run", images, run={"device": device}) for device in ("auto", "cpu"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert _problems(auto) == []
+    assert find_problems(auto) == []
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
-    assert _problems(auto) == ["sees 0 GPUs for 2 ranks"]
-    assert _problems(cpu) == []
+    assert find_problems(auto) == ["sees 0 GPUs for 2 ranks"]
+    assert find_problems(cpu) == []
 
 
 def test_config_prints_what_runs(tmp_path: Path) -> None:

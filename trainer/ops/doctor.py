@@ -1,4 +1,4 @@
-"""What this machine has for training, and what a configuration needs and lacks here."""
+"""Checks what this machine has for training, and whether it has what a configuration needs."""
 
 import importlib
 import importlib.metadata
@@ -7,8 +7,9 @@ import shutil
 import subprocess
 import sysconfig
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+import psutil
 import torch
 from rich.console import Console
 from rich.markup import escape
@@ -20,21 +21,22 @@ from trainer.run.files import existing_parent
 
 
 class Check(NamedTuple):
-    """state: ok, absent (training works without it) or missing (it does not)."""
+    """The result of a check: `absent` things are optional, `missing` ones are needed."""
 
     name: str
-    state: str
+    state: Literal["ok", "absent", "missing"]
     detail: str
 
 
 def run_checks(config: Config | None) -> list[Check]:
-    """The machine's checks, then the configuration's if one is given. Changes nothing."""
-    checks = [_cpu(), *_gpus(), _nccl(), *(_package(*p) for p in _PACKAGES), _slurm(), _disk(Path.cwd())]
-    return checks + (_needs(config) if config else [])
+    """Check the machine and, if given, a configuration. Changes nothing."""
+    checks = [_check_cpu(), *_check_gpus(), _check_nccl(), *(_check_package(*p) for p in _PACKAGES), _check_slurm()]
+    checks.append(check_disk(Path.cwd()))
+    return checks + (_check_config(config) if config else [])
 
 
 def print_checks(checks: list[Check]) -> bool:
-    """Print the checks as a table; False if anything needed is missing."""
+    """Print the checks as a table; returns False if anything needed is missing."""
     colors = {"ok": "green", "absent": "dim", "missing": "red"}
     table = Table(box=None, pad_edge=False)
     for column in ("", "state", "detail"):
@@ -53,12 +55,12 @@ _PACKAGES = (
 )
 
 
-def _cpu() -> Check:
-    pages, size = os.sysconf("SC_PHYS_PAGES"), os.sysconf("SC_PAGE_SIZE")
-    return Check("CPU", "ok", f"{len(os.sched_getaffinity(0))} cores, {pages * size / 2**30:.0f} GiB memory")
+def _check_cpu() -> Check:
+    memory = psutil.virtual_memory().total / 2**30
+    return Check("CPU", "ok", f"{len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB memory")
 
 
-def _gpus() -> list[Check]:
+def _check_gpus() -> list[Check]:
     if not torch.cuda.is_available():
         if torch.cuda.device_count():
             return [Check("GPU", "missing", f"the driver is too old for torch {torch.__version__}")]
@@ -73,45 +75,46 @@ def _gpus() -> list[Check]:
     return [*found, Check("compiler", "missing" if problem else "ok", problem or "for Triton")]
 
 
-def _nccl() -> Check:
+def _check_nccl() -> Check:
     if not torch.cuda.is_available() or not torch.distributed.is_nccl_available():
         return Check("NCCL", "absent", "several processes use gloo")
     return Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def _package(name: str, package: str, module: str) -> Check:
+def _check_package(name: str, package: str, module: str) -> Check:
     try:
         importlib.import_module(module)
         return Check(name, "ok", f"{package} {importlib.metadata.version(package)}")
     except (ImportError, OSError, importlib.metadata.PackageNotFoundError) as error:
-        return Check(name, "absent", f"{error}; pip install -r requirements.txt brings {package}")
+        return Check(name, "absent", f"{error}; pip install -r requirements.txt installs {package}")
 
 
 def compiler_problem() -> str | None:
-    """What Triton lacks on this machine to compile its launcher at the first step on a GPU; None if nothing."""
+    """Return what Triton lacks to compile its launcher at the first step on a GPU, or None."""
     if not any(map(shutil.which, (os.environ.get("CC", "gcc"), "gcc", "clang"))):
-        return "no C compiler, which Triton needs: gcc or clang, or CC=…"
+        return "Triton needs a C compiler: install gcc or clang, or set CC"
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "no Python.h, which Triton compiles with: Debian's python3-dev"
+        return "Triton needs Python.h: install Debian's python3-dev or its equivalent"
     return None
 
 
-def _slurm() -> Check:
+def _check_slurm() -> Check:
     if shutil.which("sbatch") is None:
-        return Check("SLURM", "absent", "no sbatch on PATH: start with python -m trainer, or torchrun")
+        return Check("SLURM", "absent", "sbatch is not on PATH: start with python -m trainer, or torchrun")
     version = subprocess.run(["sbatch", "--version"], capture_output=True, text=True, check=False).stdout.strip()
     return Check("SLURM", "ok", version)
 
 
-def _disk(folder: Path) -> Check:
+def check_disk(folder: Path) -> Check:
+    """Check that at least 1 GiB is free in `folder`, which need not exist yet, and that it is writable."""
     folder = existing_parent(folder)
     free = shutil.disk_usage(folder).free / 2**30
     writable = os.access(folder, os.W_OK)
-    detail = f"{free:.1f} GiB free at {folder}" + ("" if writable else ", but it cannot be written")
-    return Check("disk", "ok" if writable and free > 1 else "missing", detail)
+    detail = f"{free:.1f} GiB free at {folder}" + ("" if writable else ", which is not writable")
+    return Check("disk", "ok" if writable and free >= 1 else "missing", detail)
 
 
-def _needs(config: Config) -> list[Check]:
+def _check_config(config: Config) -> list[Check]:
     checks = []
     for name, path in (("data.train", config.data.train), ("data.val", config.data.val)):
         if path is None:
@@ -124,9 +127,9 @@ def _needs(config: Config) -> list[Check]:
     if config.run.device == "cuda" and not torch.cuda.is_available():
         checks.append(Check("run.device", "missing", "cuda, but torch sees no GPU"))
     if config.run.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
-        checks.append(Check("run.precision", "missing", "bf16, which this GPU does not have"))
+        checks.append(Check("run.precision", "missing", "bf16, which this GPU does not support"))
     cores = len(os.sched_getaffinity(0))
     if config.data.workers is not None and config.data.workers > cores:
-        checks.append(Check("data.workers", "absent", f"{config.data.workers} processes a rank for {cores} cores"))
-    checks.append(_disk(Path(config.run.dir))._replace(name="run.dir"))
+        checks.append(Check("data.workers", "absent", f"{config.data.workers} processes per rank for {cores} cores"))
+    checks.append(check_disk(Path(config.run.dir))._replace(name="run.dir"))
     return checks

@@ -1,20 +1,16 @@
-"""The machines of a job, compared before it trains: which one lacks something, differs, is out of reach, or slow.
+"""Preflight: compares the nodes of a job before it trains and names those that lack something, differ, or are slow.
 
-Under torchrun every node tells what it is over the store that torchrun has opened; nothing here hangs where the
-network between nodes does, until each has reached each other by a plain connection. Then they compute and all-reduce.
+Each node reports its versions, free GPU memory, disk and clock through torchrun's store, and tests plain connections to
+a few other nodes. Only if that finds no fault do the nodes form a process group and measure matrix products and
+all-reduces, because a process group would hang on a broken network.
 """
 
-import hashlib
-import importlib.metadata
 import json
 import math
 import os
-import platform
-import re
-import shutil
+import random
 import socket
 import statistics
-import struct
 import tempfile
 import time
 from collections import Counter
@@ -22,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from datetime import timedelta
-from fcntl import ioctl
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,335 +26,296 @@ import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
-from data.sources.open import find_files
 from trainer import distributed
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.ops.doctor import compiler_problem
+from trainer.ops.node_checks import find_problems, find_versions, free_memory, node_address, node_name
 from trainer.ops.watchdog import Watchdog
-from trainer.run.files import existing_parent
 
-CLOCK_SECONDS = 5.0  # that clocks may differ
-SLOW = 3.0  # times slower than the median node is a fault, not noise
-_SHOWN = 5  # differences of a node
-_WAIT = 180.0  # seconds for any step that needs all nodes
-_CONNECT = 10.0  # seconds for a connection
-_REPEATS = 5  # the best counts
-_SIOCGIFADDR = 0x8915  # linux/sockios.h
+MAX_CLOCK_DIFFERENCE = 5.0  # seconds
+SLOW_FACTOR = 3.0  # a node that is slower than the median node by this factor is at fault
+_RANDOM_PEERS = 3  # nodes to which each node connects besides the next one
+_SHOWN_DIFFERENCES = 5  # per node
+_TIMEOUT = 180.0  # seconds for any step that needs all nodes
+_CONNECT_TIMEOUT = 10.0  # seconds
+_REPEATS = 5  # of each measurement; the fastest counts
 
 
 class NodeReport(NamedTuple):
-    """What one machine says of itself. same: what must be equal everywhere. problems: what it lacks.
+    """What a node reports about itself.
 
-    clock: seconds ahead of the first node. memory: free, GiB. unreachable: nodes it cannot connect to. speeds: higher
-    is better.
+    Attributes:
+        name: Name of the node.
+        versions: Values that must be equal on all nodes, by name.
+        problems: What the node lacks, one sentence each.
+        clock: Seconds by which its clock is ahead of the first node's.
+        memory: Free host memory in GiB.
+        connections: Whether it could connect to each of its peers, by their names.
+        speeds: Measurements by name; higher is better.
     """
 
     name: str
-    same: dict[str, str]
+    versions: dict[str, str]
     problems: list[str]
     clock: float
     memory: float
-    unreachable: list[str]
+    connections: dict[str, bool]
     speeds: dict[str, float]
 
 
 class Fault(NamedTuple):
-    """node: whose it is; None where nodes differ and no majority says which is right."""
+    """A finding. `node` is None if nodes differ and no majority shows which one is wrong."""
 
     node: str | None
     text: str
 
 
-def find_faults(nodes: list[NodeReport], slow: float = SLOW) -> list[Fault]:
-    """What is wrong with which node; one that is `slow` times slower than the median is."""
-    faults = [Fault(node.name, text) for node in nodes for text in node.problems]
-    faults += _differences(nodes)
-    middle = statistics.median_low(node.clock for node in nodes)
-    for node in nodes:
-        if abs(node.clock - middle) > CLOCK_SECONDS:
-            faults.append(Fault(node.name, f"its clock is {node.clock - middle:+.1f} s from the others'"))
-    missed = Counter(name for node in nodes for name in node.unreachable)
-    for node in nodes:
-        if node.unreachable:
-            blame = 2 * len(node.unreachable) >= len(nodes)
-            whom = f"{len(node.unreachable)} nodes" if blame else ", ".join(node.unreachable)
-            blamed = blame or not any(2 * missed[name] >= len(nodes) for name in node.unreachable)
-            faults.append(Fault(node.name if blamed else None, f"{node.name} cannot connect to {whom}"))
-        if 2 * missed[node.name] >= len(nodes):
-            hint = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in slurm/env.sh choose the interface"
-            faults.append(Fault(node.name, f"{missed[node.name]} nodes cannot connect to it; {hint}"))
-    for key in sorted({key for node in nodes for key in node.speeds}):
-        median = statistics.median(node.speeds[key] for node in nodes if key in node.speeds)
-        for node in nodes:
-            if (speed := node.speeds.get(key, median)) < median / slow:
-                faults.append(Fault(node.name, f"{key}: {speed:.3g}, the median of the nodes is {median:.3g}"))
-    return faults
+class Peer(NamedTuple):
+    """Where a node listens during the connection test."""
 
-
-def _differences(nodes: list[NodeReport]) -> list[Fault]:
-    """What of `same` is not, one line a node."""
-    unlike: dict[str | None, list[str]] = {}
-    for key in sorted({key for node in nodes for key in node.same}):
-        values = [node.same.get(key, "absent") for node in nodes]
-        usual, count = Counter(values).most_common(1)[0]
-        if 2 * count > len(nodes):
-            for node, value in zip(nodes, values, strict=True):
-                if value != usual:
-                    unlike.setdefault(node.name, []).append(
-                        f"{key} {value}, but {usual} on {count} of {len(nodes)} nodes"
-                    )
-        else:
-            shown = ", ".join(f"{value} on {node.name}" for node, value in zip(nodes, values, strict=True))
-            unlike.setdefault(None, []).append(f"{key} {shown}")
-    more = {name: f"; and {len(texts) - _SHOWN} more" if len(texts) > _SHOWN else "" for name, texts in unlike.items()}
-    return [Fault(name, "; ".join(texts[:_SHOWN]) + more[name]) for name, texts in unlike.items()]
+    name: str
+    address: str
+    port: int
 
 
 def run_preflight(config: Config | None, bad_nodes: Path | None) -> bool:
-    """Run by all ranks under torchrun; prints on the first. False on all of them if anything is wrong.
+    """Compare all nodes and print the result on rank 0. Called by all ranks under torchrun.
 
-    On all, since the torchrun of a node whose ranks were content waits ten minutes for the others, deaf to signals. The
-    names of the nodes at fault, one a line, go to `bad_nodes`.
+    Args:
+        config: Its data, run directory and device are checked as well.
+        bad_nodes: File to which the names of the nodes at fault are written, one per line.
+
+    Returns:
+        Whether there are no faults, equally on all ranks: torchrun on a node whose ranks had succeeded would wait ten
+        minutes for the other nodes without reacting to signals.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    index, local_rank = int(os.environ["GROUP_RANK"]), int(os.environ["LOCAL_RANK"])
-    count = world_size // int(os.environ["LOCAL_WORLD_SIZE"])
+    node, node_count = int(os.environ["GROUP_RANK"]), world_size // int(os.environ["LOCAL_WORLD_SIZE"])
     store, _, _ = next(iter(dist.rendezvous("env://", rank, world_size)))
     with Watchdog(Path(tempfile.gettempdir()), rank) as watchdog:
-        watchdog.expect("hearing from every node", _WAIT)
-        exchange = _Exchange(store, index, count, local_rank == 0)
-        nodes = _introduce(exchange, config)
-        over_all = None
-        if not find_faults(nodes):  # else the group might hang
-            watchdog.expect("joining the group and an all-reduce over all nodes", _WAIT)
+        watchdog.expect("collecting the reports of all nodes", _TIMEOUT)
+        exchange = NodeExchange(store, node, node_count, sends=os.environ["LOCAL_RANK"] == "0")
+        reports = _collect_reports(exchange, config)
+        total = None
+        if not find_faults(reports):
+            watchdog.expect("joining the group and an all-reduce over all nodes", _TIMEOUT)
             with distributed.process_group(config.run.device if config else "auto") as rank_info:
-                speeds, over_all = _speeds(rank_info, index, count)
-            nodes = [node._replace(speeds=speeds[i]) for i, node in enumerate(nodes)]
-        # Cores are shared with other programs, so what they do in a second says little.
-        faults = find_faults(nodes, math.inf if nodes[0].same["GPUs"] == "none" else SLOW)
+                speeds, total = _measure_speeds(rank_info, node, node_count)
+            reports = [report._replace(speeds=speeds[i]) for i, report in enumerate(reports)]
+        # CPU cores are shared with other programs, so a short measurement on them does not reveal a bad node.
+        faults = find_faults(reports, math.inf if reports[0].versions["GPUs"] == "none" else SLOW_FACTOR)
         if rank == 0:
-            _show(nodes, faults, world_size, over_all)
+            _print_reports(reports, faults, world_size, total)
             bad = sorted({fault.node for fault in faults if fault.node is not None})
-            if bad_nodes and 0 < len(bad) < count:  # what all have is not a node's fault
+            if bad_nodes and 0 < len(bad) < node_count:  # a fault of all nodes is not one of a node
                 bad_nodes.write_text("".join(f"{name}\n" for name in bad))
-            store.set("doctor/told", "")
-        store.wait(["doctor/told"], timedelta(seconds=_WAIT / 2))  # the first to exit with 1 ends the others
+            store.set("preflight/printed", "")
+        # The first rank that exits with an error ends all others, so all wait until rank 0 has printed.
+        store.wait(["preflight/printed"], timedelta(seconds=_TIMEOUT / 2))
     return not faults
 
 
-class _Exchange:
-    """What each node says, by its first rank, to all ranks, over the store alone."""
+def find_faults(reports: list[NodeReport], slow_factor: float = SLOW_FACTOR) -> list[Fault]:
+    """Find what is wrong with which node; a node slower than the median by `slow_factor` is at fault."""
+    faults = [Fault(report.name, text) for report in reports for text in report.problems]
+    faults += _find_differences(reports)
+    median_clock = statistics.median_low(report.clock for report in reports)
+    for report in reports:
+        if abs(report.clock - median_clock) > MAX_CLOCK_DIFFERENCE:
+            faults.append(
+                Fault(report.name, f"its clock differs from the others by {report.clock - median_clock:+.1f} s")
+            )
+    faults += _find_unreachable(reports)
+    for key in sorted({key for report in reports for key in report.speeds}):
+        median = statistics.median(report.speeds[key] for report in reports if key in report.speeds)
+        for report in reports:
+            if (speed := report.speeds.get(key, median)) < median / slow_factor:
+                faults.append(Fault(report.name, f"{key}: {speed:.3g}, the median of the nodes is {median:.3g}"))
+    return faults
 
-    def __init__(self, store: dist.Store, index: int, count: int, speaks: bool) -> None:
-        self.store, self.index, self.count, self.speaks = store, index, count, speaks
-        self.names = [f"number {i}" for i in range(count)]  # until they have told them
 
-    def all(self, name: str, say: Callable[[], Any]) -> list[Any]:
-        """The answers of all nodes. Raises ValueError that tells which are missing after the time is up."""
-        keys = [f"doctor/{name}/{i}" for i in range(self.count)]
-        if self.speaks:
-            self.store.set(keys[self.index], json.dumps(say()))
+def _find_differences(reports: list[NodeReport]) -> list[Fault]:
+    """Find the versions in which nodes differ, one fault per node."""
+    differences: dict[str | None, list[str]] = {}
+    for key in sorted({key for report in reports for key in report.versions}):
+        values = [report.versions.get(key, "absent") for report in reports]
+        usual, count = Counter(values).most_common(1)[0]
+        if 2 * count > len(reports):
+            for report, value in zip(reports, values, strict=True):
+                if value != usual:
+                    text = f"{key} {value}, but {usual} on {count} of {len(reports)} nodes"
+                    differences.setdefault(report.name, []).append(text)
+        else:
+            shown = ", ".join(f"{value} on {report.name}" for report, value in zip(reports, values, strict=True))
+            differences.setdefault(None, []).append(f"{key} {shown}")
+    faults = []
+    for name, texts in differences.items():
+        more = len(texts) - _SHOWN_DIFFERENCES
+        faults.append(Fault(name, "; ".join(texts[:_SHOWN_DIFFERENCES]) + (f"; and {more} more" if more > 0 else "")))
+    return faults
+
+
+def _find_unreachable(reports: list[NodeReport]) -> list[Fault]:
+    """Find failed connections. A node is at fault if more than half of the connections from it, or to it, failed."""
+    failed = {report.name: [peer for peer, ok in report.connections.items() if not ok] for report in reports}
+    tests_of = Counter(peer for report in reports for peer in report.connections)
+    failures_of = Counter(peer for peers in failed.values() for peer in peers)
+    isolated = {name for name, failures in failures_of.items() if 2 * failures > tests_of[name]}
+    faults = []
+    for report in reports:
+        if peers := failed[report.name]:
+            most = 2 * len(peers) > len(report.connections)
+            at_fault = most or not isolated.intersection(peers)
+            text = f"{len(peers)} nodes" if most and len(peers) > 1 else ", ".join(peers)
+            faults.append(Fault(report.name if at_fault else None, f"{report.name} cannot connect to {text}"))
+        if report.name in isolated:
+            hint = "GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME in slurm/env.sh choose the interface"
+            faults.append(Fault(report.name, f"{failures_of[report.name]} nodes cannot connect to it; {hint}"))
+    return faults
+
+
+class NodeExchange:
+    """Exchanges values between nodes through torchrun's store; the first rank of each node sends."""
+
+    def __init__(self, store: dist.Store, node: int, node_count: int, sends: bool) -> None:
+        self.store, self.node, self.node_count, self.sends = store, node, node_count, sends
+        self.names = [f"number {i}" for i in range(node_count)]  # replaced once the names are known
+
+    def gather(self, key: str, make_value: Callable[[], Any]) -> list[Any]:
+        """Return the values of all nodes, on all ranks. Raises ValueError naming the nodes that sent none in time."""
+        keys = [f"preflight/{key}/{i}" for i in range(self.node_count)]
+        if self.sends:
+            self.store.set(keys[self.node], json.dumps(make_value()))
         try:
-            self.store.wait(keys, timedelta(seconds=_WAIT / 2))
+            self.store.wait(keys, timedelta(seconds=_TIMEOUT / 2))
         except dist.DistStoreError as error:
-            missing = [who for who, key in zip(self.names, keys, strict=True) if not self.store.check([key])]
-            seconds = f"in {_WAIT / 2:g} s"
+            missing = [name for name, key in zip(self.names, keys, strict=True) if not self.store.check([key])]
             raise ValueError(
-                f"of {self.count} nodes these have not told their {name} {seconds}: {', '.join(missing)}"
+                f"preflight: {len(missing)} of {self.node_count} nodes have not sent their {key} within "
+                f"{_TIMEOUT / 2:g} s: {', '.join(missing)}"
             ) from error
         return [json.loads(value) for value in self.store.multi_get(keys)]
 
 
-def _introduce(exchange: _Exchange, config: Config | None) -> list[NodeReport]:
-    """All nodes, without speeds."""
+def _collect_reports(exchange: NodeExchange, config: Config | None) -> list[NodeReport]:
+    """Return the reports of all nodes, without speeds."""
     with closing(socket.create_server(("", 0), backlog=1024)) as server:
-        names: list[tuple[str, str, int]] = exchange.all(
-            "name", lambda: [_name(), *_address(), server.getsockname()[1]]
-        )
-        taken = Counter(name for name, _, _ in names)
-        names = [(f"{n}#{i}" if taken[n] > 1 else n, address, port) for i, (n, address, port) in enumerate(names)]
-        exchange.names = [n for n, _, _ in names]
-        clocks = exchange.all("clock", time.time)  # all were waiting for the last name
-        facts = exchange.all("facts", lambda: [_same(), _problems(config), _free_memory()])
-        reach = exchange.all("connections", lambda: _unreachable(names))
+        port = server.getsockname()[1]
+        peers = [Peer(*values) for values in exchange.gather("names", lambda: [node_name(), node_address(), port])]
+        count = Counter(peer.name for peer in peers)
+        peers = [p._replace(name=f"{p.name}#{i}") if count[p.name] > 1 else p for i, p in enumerate(peers)]
+        exchange.names = [peer.name for peer in peers]
+        clocks = exchange.gather("clocks", time.time)  # comparable, because all nodes have waited for the last name
+        facts = exchange.gather("facts", lambda: [find_versions(), find_problems(config), free_memory()])
+        connections = exchange.gather("connections", lambda: _connect(_choose_peers(exchange.node, peers)))
     return [
-        NodeReport(name[0], same, problems, clock - clocks[0], memory, unreachable, {})
-        for name, clock, (same, problems, memory), unreachable in zip(names, clocks, facts, reach, strict=True)
+        NodeReport(peer.name, versions, problems, clock - clocks[0], memory, connected, {})
+        for peer, clock, (versions, problems, memory), connected in zip(peers, clocks, facts, connections, strict=True)
     ]
 
 
-def _name() -> str:
-    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+def _choose_peers(node: int, peers: list[Peer]) -> list[Peer]:
+    """Return the next node of the ring and a few random ones, so that the sockets grow linearly with the nodes."""
+    following = (node + 1) % len(peers)
+    others = [i for i in range(len(peers)) if i not in (node, following)]
+    chosen = {following, *random.Random(node).sample(others, min(_RANDOM_PEERS, len(others)))} - {node}
+    return [peers[i] for i in sorted(chosen)]
 
 
-def _address() -> tuple[str]:
-    """IPv4 address that other nodes are told: that of GLOO_SOCKET_IFNAME, or of the host's name, as gloo does."""
-    interface = os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]
-    try:
-        if not interface:
-            return (socket.gethostbyname(socket.gethostname()),)
-        with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-            answer = ioctl(probe, _SIOCGIFADDR, struct.pack("256s", interface.encode()[:15]))
-        return (socket.inet_ntoa(answer[20:24]),)
-    except OSError:
-        return ("",)
+def _connect(peers: list[Peer]) -> dict[str, bool]:
+    """Return whether a TCP connection to each peer succeeds, by name."""
 
-
-def _unreachable(names: list[tuple[str, str, int]]) -> list[str]:
-    def fails(there: tuple[str, str, int]) -> bool:
+    def connects(peer: Peer) -> bool:
         try:
-            socket.create_connection((there[1] or there[0], there[2]), timeout=_CONNECT).close()
+            socket.create_connection((peer.address or peer.name, peer.port), timeout=_CONNECT_TIMEOUT).close()
         except OSError:
-            return True
-        return False
+            return False
+        return True
 
-    with ThreadPoolExecutor(32) as pool:
-        return [name for (name, _, _), failed in zip(names, pool.map(fails, names), strict=True) if failed]
-
-
-def _same() -> dict[str, str]:
-    """What must be equal on all nodes, by name."""
-    packages: dict[str, str] = {}
-    for found in importlib.metadata.distributions():
-        packages.setdefault(f"package {found.metadata['Name']}", found.version)  # the first on the path is imported
-    code = hashlib.sha256()
-    root = Path(__file__).parents[2]
-    for folder in ("trainer", "models", "data", "kernels"):
-        for path in sorted((root / folder).rglob("*.py")):
-            code.update(path.read_bytes())
-    gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-    return {
-        **packages,
-        "code": code.hexdigest()[:12],
-        "Python": platform.python_version(),
-        "GPUs": ", ".join(f"{n} x {name}" for name, n in gpus.items()) or "none",
-        "driver": _driver(),
-        "ranks": os.environ["LOCAL_WORLD_SIZE"],
-    }
+    with ThreadPoolExecutor(1 + _RANDOM_PEERS) as pool:
+        return {peer.name: ok for peer, ok in zip(peers, pool.map(connects, peers), strict=True)}
 
 
-def _driver() -> str:
-    try:
-        found = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        return "none"
-    return found.group() if found else "unknown"
+class AllReduceSpeed(NamedTuple):
+    """Bus bandwidth of an all-reduce over all ranks."""
+
+    gb_per_second: float
+    mib: int
 
 
-def _free_memory() -> float:
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            return int(line.split()[1]) / 2**20
-    return 0.0
+def _measure_speeds(rank_info: RankInfo, node: int, node_count: int) -> tuple[list[dict[str, float]], AllReduceSpeed]:
+    """Measure matrix products and all-reduces. Collective.
 
-
-def _problems(config: Config | None) -> list[str]:
-    """What this node lacks. Looks at the data from the door: listing millions of files is left to the training."""
-    problems = []
-    ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
-    device = config.run.device if config else "auto"
-    expected = gpus or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)  # none seen: a container without --nv
-    if gpus < ranks and (device == "cuda" or (device == "auto" and expected)):
-        problems.append(f"sees {gpus} GPUs for {ranks} ranks")
-    for i in range(min(gpus, ranks)):
-        free, total = torch.cuda.mem_get_info(i)
-        if free < 0.85 * total:
-            problems.append(f"GPU {i}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: another process is on it")
-    if gpus and (problem := compiler_problem()):
-        problems.append(problem)
-    if (shared := shutil.disk_usage("/dev/shm").total / 2**30) < 1:
-        problems.append(f"/dev/shm has {shared:.2f} GiB, through which batches go: docker run --ipc=host")
-    if config is None:
-        return problems
-    for key, given in (("data.train", config.data.train), ("data.val", config.data.val)):
-        try:
-            if given is not None:
-                _touch(Path(given))
-        except (ValueError, OSError) as error:
-            problems.append(f"{key}: {error}")
-    folder = existing_parent(Path(config.run.dir))
-    if (free_gib := shutil.disk_usage(folder).free / 2**30) < 1 or not os.access(folder, os.W_OK):
-        problems.append(f"run.dir: {free_gib:.1f} GiB free at {folder}, writable: {os.access(folder, os.W_OK)}")
-    return problems
-
-
-def _touch(path: Path) -> None:
-    """Read one byte, or list one name, of what data.train or data.val names. Raises ValueError or OSError."""
-    files = find_files(path)
-    if files:
-        with files[0].open("rb") as file:
-            file.read(1)
-    elif next(os.scandir(path), None) is None:
-        raise ValueError(f"{path} is empty")
-
-
-def _speeds(rank_info: RankInfo, index: int, count: int) -> tuple[list[dict[str, float]], tuple[float, int]]:
-    """Of each node the speed of its slowest rank, and GB/s and MiB of the all-reduce over all ranks."""
-    cuda = rank_info.device.type == "cuda"
+    Returns:
+        The speeds of each node, which are those of its slowest rank, and the speed over all ranks.
+    """
+    cuda, local = rank_info.device.type == "cuda", rank_info.local_world_size
     size = 2**28 if cuda else 2**22
     data = torch.ones(size // 4, device=rank_info.device)
 
-    def all_reduce(members: int, group: dist.ProcessGroup | None) -> float:
-        """Bus bandwidth in GB/s, as nccl-tests define it."""
-        seconds = _best(lambda: dist.all_reduce(data, dist.ReduceOp.MAX, group=group), rank_info.device)
-        return 2 * (members - 1) / members * size / seconds / 1e9
+    def all_reduce(ranks: int, group: dist.ProcessGroup | None) -> float:
+        """Return the bus bandwidth in GB/s, as nccl-tests define it."""
+        seconds = _fastest(lambda: dist.all_reduce(data, dist.ReduceOp.MAX, group=group), rank_info.device)
+        return 2 * (ranks - 1) / ranks * size / seconds / 1e9
 
     side = 8192 if cuda else 256
     a = torch.ones(side, side, device=rank_info.device, dtype=torch.bfloat16 if cuda else torch.float32)
-    mine = {"matmul TFLOP/s": 2 * side**3 / _best(lambda: a @ a, rank_info.device) / 1e12}
-    # Each node, then nodes 0 and 1, 2 and 3, … at a time, then 1 and 2, 3 and 4, …; the better neighbour counts. All
-    # ranks make all groups: torch numbers them. One that is not in a group goes on at once.
-    spans = [(i, i) for i in range(count) if rank_info.local_world_size > 1]
-    if count > 2:
-        spans += [(i, i + 1) for first in (0, 1) for i in range(first, count - 1, 2)]
-    groups = []
+    mine = {"matmul TFLOP/s": 2 * side**3 / _fastest(lambda: a @ a, rank_info.device) / 1e12}
+    # First each node alone; then nodes (0, 1), (2, 3), … at the same time, then (1, 2), (3, 4), …. The faster of a
+    # node's two neighbours counts, so that a slow node does not make its neighbours look slow.
+    spans = [(node, node)] if local > 1 else []
+    if node_count > 2:
+        pairs = [(i, i + 1) for i in (node - 1, node) if 0 <= i < node_count - 1]
+        spans += sorted(pairs, key=lambda pair: pair[0] % 2)
     for first, last in spans:
-        ranks = list(range(first * rank_info.local_world_size, (last + 1) * rank_info.local_world_size))
-        group = dist.new_group(ranks)
-        if isinstance(group, dist.ProcessGroup):
-            groups.append((first, last, len(ranks), group))
-    for first, last, members, group in groups:
+        ranks = list(range(first * local, (last + 1) * local))
+        group = dist.new_group(ranks, use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup)
         name = "all-reduce in the node GB/s" if first == last else "all-reduce with a neighbour GB/s"
-        mine[name] = max(mine.get(name, 0.0), all_reduce(members, group))
+        mine[name] = max(mine.get(name, 0.0), all_reduce(len(ranks), group))
     over_all = all_reduce(rank_info.world_size, None) if rank_info.world_size > 1 else 0.0
-    every: list[dict[str, float]] = [{}] * rank_info.world_size
-    dist.all_gather_object(every, mine)
-    of_node = [every[i * rank_info.local_world_size : (i + 1) * rank_info.local_world_size] for i in range(count)]
-    slowest = [{key: min(rank[key] for rank in ranks) for key in ranks[0]} for ranks in of_node]
-    return slowest, (over_all, size // 2**20)
+    of_ranks: list[dict[str, float]] = [{}] * rank_info.world_size
+    dist.all_gather_object(of_ranks, mine)
+    of_nodes = [of_ranks[i * local : (i + 1) * local] for i in range(node_count)]
+    slowest = [{key: min(rank[key] for rank in ranks) for key in ranks[0]} for ranks in of_nodes]
+    return slowest, AllReduceSpeed(over_all, size // 2**20)
 
 
-def _best(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of the fastest of some repeats, after one that does not count."""
-    best = float("inf")
+def _fastest(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of the fastest of several repeats, after a warm-up."""
+    fastest = float("inf")
     for repeat in range(_REPEATS + 1):
         before = time.perf_counter()
         work()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         if repeat:
-            best = min(best, time.perf_counter() - before)
-    return best
+            fastest = min(fastest, time.perf_counter() - before)
+    return fastest
 
 
-def _show(nodes: list[NodeReport], faults: list[Fault], world_size: int, over_all: tuple[float, int] | None) -> None:
+def _print_reports(
+    reports: list[NodeReport], faults: list[Fault], world_size: int, total: AllReduceSpeed | None
+) -> None:
     console = Console(width=None if Console().is_terminal else 120, markup=False, highlight=False)
-    usual = {key: Counter(node.same.get(key, "absent") for node in nodes).most_common(1)[0][0] for key in nodes[0].same}
+    usual = {
+        key: Counter(report.versions.get(key, "absent") for report in reports).most_common(1)[0][0]
+        for key in reports[0].versions
+    }
     console.print(
-        f"{len(nodes)} nodes, {world_size} ranks; GPUs {usual['GPUs']}, driver {usual['driver']}, "
+        f"{len(reports)} nodes, {world_size} ranks; GPUs {usual['GPUs']}, driver {usual['driver']}, "
         f"torch {usual.get('package torch', torch.__version__)}, Python {usual['Python']}, code {usual['code']}"
     )
-    speeds = sorted({key for node in nodes for key in node.speeds})
+    speeds = sorted({key for report in reports for key in report.speeds})
     table = Table(box=None, pad_edge=False)
     for column in ("node", "clock s", "free GiB", *speeds):
         table.add_column(column, justify="left" if column == "node" else "right")
-    for node in nodes:
-        figures = [f"{node.speeds[key]:.3g}" if key in node.speeds else "" for key in speeds]
-        table.add_row(node.name, f"{node.clock:+.2f}", f"{node.memory:.0f}", *figures)
+    for report in reports:
+        cells = [f"{report.speeds[key]:.3g}" if key in report.speeds else "" for key in speeds]
+        table.add_row(report.name, f"{report.clock:+.2f}", f"{report.memory:.0f}", *cells)
     console.print(table)
-    if over_all is not None:
-        console.print(f"all-reduce over all {world_size} ranks, {over_all[1]} MiB: {over_all[0]:.3g} GB/s")
+    if total is not None:
+        console.print(f"all-reduce over all {world_size} ranks, {total.mib} MiB: {total.gb_per_second:.3g} GB/s")
     for fault in faults:
         console.print(f"{fault.node}: {fault.text}" if fault.node else fault.text, soft_wrap=True)
     bad = sorted({fault.node for fault in faults if fault.node})

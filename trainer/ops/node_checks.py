@@ -1,0 +1,106 @@
+"""What a node reports about itself in the preflight: address, versions, free memory, and what it lacks."""
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import socket
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import torch
+
+from data.sources.open import find_files
+from trainer.config import Config
+from trainer.ops.doctor import check_disk, compiler_problem
+
+
+def node_name() -> str:
+    """Return the name that SLURM knows this node by, or its host name."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def node_address() -> str:
+    """Return this node's IPv4 address as gloo chooses it: of GLOO_SOCKET_IFNAME, or of the host name; "" if unknown."""
+    if interface := os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0]:
+        found = psutil.net_if_addrs().get(interface, [])
+        return next((address.address for address in found if address.family == socket.AF_INET), "")
+    try:
+        return socket.gethostbyname(socket.gethostname())
+    except OSError:
+        return ""
+
+
+def find_versions() -> dict[str, str]:
+    """Return what must be equal on all nodes, by name."""
+    packages: dict[str, str] = {}
+    for found in importlib.metadata.distributions():
+        packages.setdefault(f"package {found.metadata['Name']}", found.version)  # Python imports the first on the path
+    code = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for folder in ("trainer", "models", "data", "kernels"):
+        for path in sorted((root / folder).rglob("*.py")):
+            code.update(path.read_bytes())
+    gpus = Counter(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    return {
+        **packages,
+        "code": code.hexdigest()[:12],
+        "Python": platform.python_version(),
+        "GPUs": ", ".join(f"{n} x {name}" for name, n in gpus.items()) or "none",
+        "driver": _driver(),
+        "ranks": os.environ["LOCAL_WORLD_SIZE"],
+    }
+
+
+def _driver() -> str:
+    try:
+        found = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
+    except OSError:
+        return "none"
+    return found.group() if found else "unknown"
+
+
+def free_memory() -> float:
+    """Return the free host memory in GiB."""
+    return float(psutil.virtual_memory().available / 2**30)
+
+
+def find_problems(config: Config | None) -> list[str]:
+    """Return what this node lacks. Only one image is read, because training lists the millions of files itself."""
+    problems = []
+    ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    device = config.run.device if config else "auto"
+    expected = gpus or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)  # a container without --nv sees no GPUs
+    if gpus < ranks and (device == "cuda" or (device == "auto" and expected)):
+        problems.append(f"sees {gpus} GPUs for {ranks} ranks")
+    for i in range(min(gpus, ranks)):
+        free, total = torch.cuda.mem_get_info(i)
+        if free < 0.85 * total:
+            problems.append(f"GPU {i}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: another process is on it")
+    if gpus and (problem := compiler_problem()):
+        problems.append(problem)
+    if (shared := shutil.disk_usage("/dev/shm").total / 2**30) < 1:
+        problems.append(f"/dev/shm has {shared:.2f} GiB, but batches need it: docker run --ipc=host")
+    if config is None:
+        return problems
+    for key, path in (("data.train", config.data.train), ("data.val", config.data.val)):
+        try:
+            if path is not None:
+                _read_one(Path(path))
+        except (ValueError, OSError) as error:
+            problems.append(f"{key}: {error}")
+    disk = check_disk(Path(config.run.dir))
+    return problems if disk.state == "ok" else [*problems, f"run.dir: {disk.detail}"]
+
+
+def _read_one(path: Path) -> None:
+    """Read one byte, or list one name, of a data set. Raises ValueError or OSError."""
+    files = find_files(path)
+    if files:
+        with files[0].open("rb") as file:
+            file.read(1)
+    elif next(os.scandir(path), None) is None:
+        raise ValueError(f"{path} is empty")

@@ -118,8 +118,8 @@ class Pretraining:
 
     def describe_failure(self, error: NotFinite, batch: Batch, step: int) -> str:
         """Dump the step for `python -m trainer replay`."""
-        folder, seed = Path(self.config.run.dir), self._seed(step)
-        return replay.dump(folder, step, self.train_step, self.views, batch.samples, seed, self.rates, error)
+        inputs = replay.StepInputs(self.views, batch.samples, self._seed(step), self.rates)
+        return replay.dump(Path(self.config.run.dir), step, self.train_step, inputs, error)
 
     def state(self, step: int) -> dict[str, Any]:
         """See `trainer.loop.Task.state`."""

@@ -23,10 +23,10 @@ def test_a_run_that_diverges(tmp_path: Path) -> None:
         pretrain(config)
     facts = json.loads((tmp_path / "run/replay/step-00000002.json").read_text())
     first = ", ".join(map(str, facts["samples"][0][:8]))
-    assert f"rank 0 had samples {first}, …; python -m trainer replay {tmp_path}/run " in str(refusal.value)
+    assert f"rank 0 had images {first}, …; python -m trainer replay {tmp_path}/run " in str(refusal.value)
     assert len(facts["samples"][0]) == 12
     text = replay.replay(tmp_path / "run")
-    assert "now: not finite: the loss on rank 0, gradient norm nan; nothing was updated" in text
+    assert "step 2 now: not finite: the loss on rank 0, gradient norm nan; nothing was updated" in text
     assert "not finite: student's output of backbone." in text
     assert not (tmp_path / "run/results.json").exists()
 
@@ -44,21 +44,21 @@ def spoil(folder: Path) -> str:
     rates, samples = Rates(0.05, 3.0, 0.9), torch.arange(8) + 100 * dist.get_rank()
     with pytest.raises(NotFinite) as refusal:
         train_step.step(views, 7, rates)
-    return replay.dump(folder, 2, train_step, views, samples, 7, rates, refusal.value)
+    return replay.dump(folder, 2, train_step, replay.StepInputs(views, samples, 7, rates), refusal.value)
 
 
 def test_on_two_ranks(tmp_path: Path) -> None:
     told = run_ranks(2, spoil, tmp_path)
     # BatchNorm over all ranks spreads it.
     assert told[0] == told[1]
-    assert "rank 1 had samples 100, 101, 102, 103, 104, 105, 106, 107" in told[0]
+    assert "rank 1 had images 100, 101, 102, 103, 104, 105, 106, 107" in told[0]
     launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command = [*launcher, "-m", "trainer", "replay", str(tmp_path)]
     again = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert again.returncode == 0, again.stderr
-    assert "rank 1, samples 100, 101" in again.stdout
+    assert "rank 1, images 100, 101" in again.stdout
     assert f"not finite: {SIDE} values of view 2" in again.stdout
-    with pytest.raises(ValueError, match=r"step 2 was on 2 ranks, got 1"):
+    with pytest.raises(ValueError, match=r"step 2 ran on 2 ranks, got 1"):
         replay.replay(tmp_path)
 
 

@@ -1,13 +1,13 @@
-"""A step whose loss or gradient was not finite, kept so that it can be done again and looked at.
+"""Saves a step whose loss or gradient was not finite, so that it can be repeated and examined.
 
-replay/step-00001234/                 a checkpoint of the state before that step
-replay/batch-00001234-rank-0.safetensors  the views as the networks saw them
-replay/step-00001234.json             samples of each rank, seed, rates, what was not finite
+replay/step-00001234/                       a checkpoint of the state before the step
+replay/batch-00001234-rank-0.safetensors    the views as the networks received them
+replay/step-00001234.json                   images of each rank, seed, rates, and which values were not finite
 """
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from models.encoder import Encoder
 from trainer import distributed
-from trainer.distributed import RankInfo, raise_on_all_ranks
+from trainer.distributed import raise_on_all_ranks
 from trainer.engines.base import NotFinite, named_networks
 from trainer.run import checkpoint
 from trainer.run.directory import read_config
@@ -24,120 +24,133 @@ from trainer.run.files import write_json
 from trainer.run.metrics import set_up_logging
 from trainer.train_step import Rates, TrainStep
 
-_TOLD = 8  # ranks, and samples of each, that a message names; the file has all
+_SHOWN = 8  # ranks, and images of each, in a message; the JSON file has all
 
 
-def dump(
-    folder: Path, step: int, train_step: TrainStep, views: list[Tensor], samples: Tensor, seed: int, rates: Rates,
-    error: NotFinite,
-) -> str:  # fmt: skip
-    """Write what `replay` needs of the step that came to nothing; called by all ranks.
+class StepInputs(NamedTuple):
+    """What a rank passed to `TrainStep.step`, and the indices [B] of its images in the data set."""
 
-    Says which images it was, and what to do, or why nothing could be kept.
+    views: list[Tensor]
+    samples: Tensor
+    seed: int
+    rates: Rates
+
+
+def dump(folder: Path, step: int, train_step: TrainStep, inputs: StepInputs, error: NotFinite) -> str:
+    """Save what `replay` needs to repeat a failed step. Collective.
+
+    Args:
+        folder: The run directory.
+        step: Number of the failed step.
+        train_step: Its state is still that after `step` - 1 steps.
+        inputs: This rank's inputs of the step.
+        error: What was not finite.
+
+    Returns:
+        A message that names the images, and the command that repeats the step or the reason why it could not be saved.
     """
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    of_ranks: list[list[int]] = [[]] * world_size
-    dist.all_gather_object(of_ranks, samples.tolist())
-    listed = "; ".join(f"rank {r} had samples {_some(of_ranks[r])}" for r in (error.ranks or range(world_size))[:_TOLD])
-    kept, failure = folder / "replay", None
-    if not checkpoint.save(kept, step, train_step.state(step - 1), keep=1):
-        failure = "see above"
-    else:
+    samples: list[list[int]] = [[]] * world_size
+    dist.all_gather_object(samples, inputs.samples.tolist())
+    failed_ranks = (error.ranks or range(world_size))[:_SHOWN]
+    images = "; ".join(f"rank {r} had images {_shorten(samples[r])}" for r in failed_ranks)
+    target, failure = folder / "replay", None
+    if checkpoint.save(target, step, train_step.state(step - 1), keep=1):
         try:
-            tensors = {f"view{i}": view.contiguous() for i, view in enumerate(views)}
-            save_file({**tensors, "samples": samples}, _batch(kept, step, rank))
+            tensors = {f"view{i}": view.contiguous() for i, view in enumerate(inputs.views)}
+            save_file({**tensors, "samples": inputs.samples}, _batch_file(target, step, rank))
             if rank == 0:
-                facts = {"step": step, "seed": seed, "rates": rates._asdict(), "error": str(error), "samples": of_ranks}
-                write_json(kept / f"step-{step:08d}.json", facts)
-        except OSError as refusal:
-            failure = str(refusal)
+                facts = {"step": step, "seed": inputs.seed, "rates": inputs.rates._asdict(), "error": str(error)}
+                write_json(target / f"step-{step:08d}.json", {**facts, "samples": samples})
+        except OSError as cause:
+            failure = str(cause)
+    else:
+        failure = "the checkpoint could not be saved, see above"
     failures: list[str | None] = [None] * world_size
     dist.all_gather_object(failures, failure)
     if reasons := [f for f in failures if f]:
-        return f"{listed}; nothing kept to replay it: {reasons[0]}"
-    on = f", on {world_size} ranks as the run (torchrun)," if world_size > 1 else ""
-    return f"{listed}; python -m trainer replay {folder}{on} does this step again"
-
-
-def _some(samples: list[int]) -> str:
-    return ", ".join(map(str, samples[:_TOLD])) + (", …" if len(samples) > _TOLD else "")
+        return f"{images}; the step was not saved for a replay: {reasons[0]}"
+    ranks = f", on {world_size} ranks like the run (torchrun)," if world_size > 1 else ""
+    return f"{images}; python -m trainer replay {folder}{ranks} repeats this step"
 
 
 def replay(run: Path) -> str:
-    """Do the step again that ended the run, on as many ranks; rank 0 gets what there is to say, others nothing.
+    """Repeat the step that ended a run, on as many ranks, and find the modules that first produce non-finite values.
 
-    It names the modules that first give what is not finite.
+    Returns:
+        The report, on rank 0; an empty text on the other ranks.
 
-    Raises ValueError if the run has no such step, or had another number of ranks.
+    Raises:
+        ValueError: The run has no such step or had another number of ranks.
     """
     config = read_config(run)
     with distributed.process_group(config.run.device) as rank_info:
         set_up_logging(rank_info.rank)
         folder = run / "replay"
-        kept = sorted(folder.glob("step-*.json"))
-        raise_on_all_ranks(None if kept else f"{run}: no step to replay: none of this run was not finite")
-        facts = json.loads(kept[-1].read_text(encoding="utf-8"))
-        ranks = len(facts["samples"])
-        raise_on_all_ranks(
-            None
-            if ranks == rank_info.world_size
-            else f"{run}: step {facts['step']} was on {ranks} ranks, got {rank_info.world_size}"
-        )
+        saved = sorted(folder.glob("step-*.json"))
+        raise_on_all_ranks(None if saved else f"{run} has no step to replay: no loss or gradient was non-finite")
+        facts = json.loads(saved[-1].read_text(encoding="utf-8"))
+        step, ranks = facts["step"], len(facts["samples"])
+        if ranks != rank_info.world_size:
+            raise ValueError(f"{run}: step {step} ran on {ranks} ranks, got {rank_info.world_size}")
         train_step = TrainStep(config, rank_info)
-        train_step.load(folder / f"step-{facts['step']:08d}")
-        batch = load_file(_batch(folder, facts["step"], rank_info.rank), device=str(rank_info.device))
+        train_step.load(folder / f"step-{step:08d}")
+        batch = load_file(_batch_file(folder, step, rank_info.rank), device=str(rank_info.device))
         views = [batch[f"view{i}"].contiguous(memory_format=torch.channels_last) for i in range(len(config.data.views))]
-        found = _watch(train_step.method.student, train_step.method.teacher)
-        found += [f"{n} values of view {i}" for i, n in _not_finite(views)]
+        findings = _watch(train_step.method.student, train_step.method.teacher)
+        for i, view in enumerate(views):
+            if count := int((~view.isfinite()).sum()):
+                findings.append(f"{count} values of view {i}")
         try:
             train_step.step(views, facts["seed"], Rates(**facts["rates"]))
-            outcome = "all is finite this time"
+            outcome = "everything is finite this time"
         except NotFinite as error:
             outcome = str(error)
-        return _tell(facts, outcome, found, rank_info)
+        return _report(facts, outcome, findings)
 
 
 def _watch(student: Encoder, teacher: Encoder | None) -> list[str]:
-    """A list that will have the first module of each network whose output, or its gradient, is not finite."""
-    found: list[str] = []
-    seen: set[str] = set()
+    """Hook all leaf modules. Returns a list to which the first non-finite output and gradient are added in the step."""
+    findings: list[str] = []
+    found: set[str] = set()
 
-    def note(kind: str, what: str, x: Tensor) -> None:
-        if kind not in seen and not bool(x.isfinite().all()):
-            seen.add(kind)
-            found.append(f"{kind} of {what}")
+    def check(kind: str, module: str, x: Tensor) -> None:
+        if kind not in found and not bool(x.isfinite().all()):
+            found.add(kind)
+            findings.append(f"{kind} of {module}")
 
     def watch(network: str, name: str, module: nn.Module) -> None:
-        def look(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, Tensor):
-                note(f"{network}'s output", f"{name} ({type(module).__name__})", output.detach())
-                if output.requires_grad:
-                    what = f"{name} ({type(module).__name__})"
-                    output.register_hook(lambda grad: note("gradient of the output", what, grad))
+        label = f"{name} ({type(module).__name__})"
 
-        module.register_forward_hook(look)
+        def check_output(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                check(f"{network}'s output", label, output.detach())
+                if output.requires_grad:
+                    output.register_hook(lambda grad: check("gradient of the output", label, grad))
+
+        module.register_forward_hook(check_output)
 
     for network, modules in named_networks(student, teacher).items():
         for name, module in modules.named_modules():
             if not any(module.children()):
                 watch(network, name, module)
-    return found
+    return findings
 
 
-def _not_finite(views: list[Tensor]) -> list[tuple[int, int]]:
-    counts = [(i, int((~view.isfinite()).sum())) for i, view in enumerate(views)]
-    return [(i, n) for i, n in counts if n]
+def _report(facts: dict[str, Any], outcome: str, findings: list[str]) -> str:
+    """Combine the findings of all ranks. Collective; returns the report on rank 0."""
+    of_ranks: list[list[str]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, findings)
+    lines = [f"step {facts['step']} in the run: {facts['error']}", f"step {facts['step']} now: {outcome}"]
+    for rank, (texts, samples) in enumerate(zip(of_ranks, facts["samples"], strict=True)):
+        lines.append(f"rank {rank}, images {_shorten(samples)}")
+        lines += [f"    not finite: {text}" for text in texts]
+    return "\n".join(lines) if dist.get_rank() == 0 else ""
 
 
-def _tell(facts: dict[str, Any], outcome: str, found: list[str], rank_info: RankInfo) -> str:
-    of_ranks: list[list[str]] = [[]] * rank_info.world_size
-    dist.all_gather_object(of_ranks, found)
-    lines = [f"step {facts['step']} was: {facts['error']}", f"now: {outcome}"]
-    for rank, (first, samples) in enumerate(zip(of_ranks, facts["samples"], strict=True)):
-        lines.append(f"rank {rank}, samples {_some(samples)}")
-        lines += [f"    not finite: {what}" for what in first]
-    return "\n".join(lines) if rank_info.rank == 0 else ""
+def _shorten(samples: list[int]) -> str:
+    return ", ".join(map(str, samples[:_SHOWN])) + (", …" if len(samples) > _SHOWN else "")
 
 
-def _batch(folder: Path, step: int, rank: int) -> Path:
+def _batch_file(folder: Path, step: int, rank: int) -> Path:
     return folder / f"batch-{step:08d}-rank-{rank}.safetensors"

@@ -1,4 +1,4 @@
-"""Checkpoints: what comes back, on other numbers of ranks too, and what happens to damaged and unfinished ones."""
+"""Checkpoints: loading on other numbers of ranks, damaged and unfinished checkpoints, and the full weights."""
 
 import io
 import json
@@ -59,7 +59,7 @@ def load_bank(folder: Path) -> tuple[Tensor, Tensor, Tensor, int]:
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 1), (2, 1), (3, 2), (4, 1), (4, 2), (4, 3)])
-def test_comes_back_on_any_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
+def test_loads_on_any_number_of_ranks(tmp_path: Path, before: int, after: int) -> None:
     assert run_ranks(before, save_bank, tmp_path, 30) == [True] * before
     loaded = run_ranks(after, load_bank, tmp_path)
     whole = torch.arange(ROWS * DIM, dtype=torch.float32).view(ROWS, DIM)
@@ -75,7 +75,7 @@ def save(folder: Path, step: int, keep: int = 2) -> bool:
 
 
 def load(folder: Path) -> float | None:
-    """What the newest good checkpoint holds."""
+    """Return the value in the newest intact checkpoint."""
     path = checkpoint.newest(folder)
     if path is None:
         return None
@@ -171,7 +171,7 @@ def test_leftovers_of_a_killed_save(tmp_path: Path, group: None) -> None:
 
 
 def fill_disk_of_last_rank(folder: Path) -> tuple[list[bool], list[str], Tensor, list[str]]:
-    """Save, save while the last rank's disk is full, look, save again; and what the log got."""
+    """Save, save while the disk of the last rank is full, and save again; returns results, files and log messages."""
     messages = []
 
     def note(record: logging.LogRecord) -> bool:
@@ -217,7 +217,7 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, group: None, caplog: pytes
 
 
 def call(module: str, name: str, argument: str) -> bytes:
-    """A pickle that calls module.name(argument) when it is loaded."""
+    """Return a pickle that calls module.name(argument) when it is loaded."""
 
     def text(value: str) -> bytes:
         return pickle.SHORT_BINUNICODE + bytes([len(value)]) + value.encode()
@@ -233,7 +233,7 @@ def test_a_forged_index_does_not_run(tmp_path: Path, group: None, module: str, n
     ran = tmp_path / "ran"
     forged = call(module, name, f"touch '{ran}'")
     pickle.loads(forged)
-    assert ran.exists()  # it would
+    assert ran.exists()  # unpickling runs the code
     ran.unlink()
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / ".metadata").write_bytes(forged)
@@ -243,7 +243,7 @@ def test_a_forged_index_does_not_run(tmp_path: Path, group: None, module: str, n
 
 
 def test_an_index_may_look_up_memory_formats_and_nothing_else() -> None:
-    """Python 3.11.2, Debian's, writes the member of an enumeration as getattr(enumeration, name); later ones do not."""
+    """Python 3.11.2, Debian's, pickles the member of an enum as getattr(enum, name); later versions do not."""
 
     class Attribute:
         def __init__(self, owner: object, name: str) -> None:
@@ -271,8 +271,8 @@ def test_folders_of_other_names_are_left_alone(tmp_path: Path, group: None) -> N
     assert (tmp_path / "step-00000009-good").is_dir()
 
 
-def save_beside(folder: Path) -> tuple[list[str], list[float], bool]:
-    """Begin to save, change everything at once, and begin the next; files seen, what the first one holds."""
+def save_in_background(folder: Path) -> tuple[list[str], list[float], bool]:
+    """Start a save, change the state at once, and start the next; returns files and values of the first checkpoint."""
     bank = make_bank()
     bank.fill(torch.ones_like(bank.w_KD))
     state = state_of(bank, 1)
@@ -280,7 +280,7 @@ def save_beside(folder: Path) -> tuple[list[str], list[float], bool]:
     saver.start(1, state)
     state["student"]["weight"].fill_(7)
     bank.fill(torch.full_like(bank.w_KD, 7))
-    dist.all_reduce(torch.zeros(1))  # training's collectives go on
+    dist.all_reduce(torch.zeros(1))  # collectives of training continue
     saver.start(2, state)
     done = saver.wait()
     assert saver.wait(), "nothing to wait for"
@@ -294,8 +294,8 @@ def save_beside(folder: Path) -> tuple[list[str], list[float], bool]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_saved_beside_training_is_what_was_at_the_start(tmp_path: Path, world_size: int) -> None:
-    for found, values, done in run_ranks(world_size, save_beside, tmp_path):
+def test_a_checkpoint_holds_the_state_at_the_start_of_the_save(tmp_path: Path, world_size: int) -> None:
+    for found, values, done in run_ranks(world_size, save_in_background, tmp_path):
         assert found == ["step-00000001", "step-00000002"]
         assert values == [1, 1]
         assert done
@@ -316,7 +316,7 @@ def save_weights(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_whole_weights_lie_beside(tmp_path: Path, world_size: int) -> None:
+def test_full_weights(tmp_path: Path, world_size: int) -> None:
     run_ranks(world_size, save_weights, tmp_path)
     weights = load_file(tmp_path / "step-00000003" / checkpoint.WEIGHTS)
     assert weights.keys() == {"student.cut", "student.filter", "teacher.cut"}
@@ -329,7 +329,7 @@ def test_whole_weights_lie_beside(tmp_path: Path, world_size: int) -> None:
 
 
 def save_engine(folder: Path, engine: dict[str, Any]) -> dict[str, Tensor]:
-    """Train a step, save beside training, train on; returns the weights at the time of saving."""
+    """Train a step, start a save, and train another step; returns the weights at the start of the save."""
     config = make_config("resnet", engine=engine)
     train_step = build_train_step(config, make_rank_info(ranks_per_node=2))
     train(train_step, config, 1)
@@ -341,7 +341,7 @@ def save_engine(folder: Path, engine: dict[str, Any]) -> dict[str, Tensor]:
     state = train_step.state(1)
     saver = checkpoint.Saver(folder, keep=1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DTensor, "full_tensor", None)  # training does not wait until ranks have gathered the weights
+        patch.setattr(DTensor, "full_tensor", None)  # the training thread must not gather the weights
         saver.start(1, state)
     train(train_step, config, 1, first=1)
     assert saver.wait()
@@ -358,7 +358,7 @@ def save_engine(folder: Path, engine: dict[str, Any]) -> dict[str, Tensor]:
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )
-def test_whole_weights_of_every_engine(tmp_path: Path, world_size: int, engine: dict[str, Any]) -> None:
+def test_full_weights_of_every_engine(tmp_path: Path, world_size: int, engine: dict[str, Any]) -> None:
     expected, *_ = run_ranks(world_size, save_engine, tmp_path, engine)
     saved = load_file(tmp_path / "step-00000001" / checkpoint.WEIGHTS)
     assert saved.keys() == expected.keys()
@@ -367,7 +367,7 @@ def test_whole_weights_of_every_engine(tmp_path: Path, world_size: int, engine: 
 
 
 def every_damage(folder: Path) -> list[str]:
-    """With each file of the newest checkpoint cut, emptied, changed in turn: which one is found good."""
+    """Truncate, empty and change each file of the newest checkpoint in turn; returns the checkpoint that is chosen."""
     bank = make_bank()
     for step in (1, 2):
         checkpoint.save(folder, step, state_of(bank, step), keep=2)

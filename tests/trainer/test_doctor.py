@@ -1,4 +1,4 @@
-"""What doctor says about this machine and about configurations."""
+"""The checks of doctor, of this machine and of configurations."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_a_configuration_that_fits(tmp_path: Path) -> None:
     assert list(found) == ["data.train", "data.val", "run.dir"]
     assert found["data.train"] == Check("data.train", "ok", f"24 images in 3 classes at {pictures}")
     assert str(tmp_path) in found["run.dir"].detail
-    assert not (tmp_path / "runs").exists()  # it only looks
+    assert not (tmp_path / "runs").exists()  # doctor creates nothing
     assert not list(pictures.glob("*.npz"))
 
 

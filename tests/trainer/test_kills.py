@@ -1,4 +1,4 @@
-"""Runs that are killed again and again, at any moment, also while they save: each goes on by itself, bit for bit."""
+"""Runs that are killed at random moments, also while saving, resume and end bit-identical to undisturbed ones."""
 
 import json
 import multiprocessing
@@ -26,7 +26,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"acssl": {"negatives_from": "queue", "har
 
 
 def start(config: Config, ranks: int) -> list[BaseProcess]:
-    """The processes of one attempt. A fork server imports torch once, so that an attempt takes a second."""
+    """Start the processes of one attempt. A fork server imports torch once, so that an attempt takes a second."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["trainer.pretrain", "timm"])
     with socket.socket() as probe:
@@ -48,12 +48,12 @@ def rank_of(config: Config, rank: int, ranks: int, port: int) -> None:
 
 
 def writing(folder: Path) -> bool:
-    """Whether a checkpoint is half written."""
+    """Return whether a checkpoint is being written."""
     return any((folder / "checkpoints").glob(".step-*"))
 
 
 def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Metrics but for timings, and SHA-256 of all tensors of the last checkpoint."""
+    """Return the metrics without timings, and the SHA-256 of all tensors of the last checkpoint."""
     rows = [{k: v for k, v in row.items() if k not in TIMINGS} for row in read_rows(folder / "metrics.jsonl")]
     manifest = json.loads((folder / "checkpoints/step-00000054/manifest.json").read_text())
     tensors = {name: entry["sha256"] for name, entry in manifest.items() if name.endswith((".distcp", ".safetensors"))}
@@ -111,8 +111,8 @@ def test_killed_at_any_moment(tmp_path: Path, engine: str, ranks: int, times: in
         while all(p.is_alive() for p in processes):
             done = log.read_text().count("\n") if log.exists() else 0
             if done >= go_on:
-                time.sleep(chance.uniform(0, 0.03))  # somewhere in a step, a save, or what is between
-                patience = time.monotonic() + (2 if kills % 2 else 0)  # every other time in a save, if there is one
+                time.sleep(chance.uniform(0, 0.03))  # a random moment in a step, in a save or in between
+                patience = time.monotonic() + (2 if kills % 2 else 0)  # every second kill waits for a save
                 while not (hit := writing(tmp_path / "killed")) and time.monotonic() < patience:
                     pass
                 saving += hit

@@ -1,4 +1,4 @@
-"""What a run tells: averages over ranks, rows in files and on the console, also when the disk is full."""
+"""Metrics: averages over ranks, rows in files and on the console, also when the disk is full."""
 
 import io
 import json
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_written(
 
 
 def fill_disk(folder: Path) -> bool:
-    """Record while no file can grow beyond a few rows, then with room again."""
+    """Log while no file can grow beyond a few rows, then without that limit."""
     logging.getLogger("trainer.run.metrics").disabled = True
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     with MetricsLogger(folder, 0, 100, MonitorSettings(), active=True) as metrics_logger:

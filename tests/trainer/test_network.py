@@ -1,4 +1,4 @@
-"""The network between two machines, which are namespaces here, fails for a while, and then for good."""
+"""A run on two network namespaces survives a short failure of their link, and ends clearly after a permanent one."""
 
 import json
 import os
@@ -27,7 +27,7 @@ def ip(*arguments: str) -> bool:
 
 @pytest.fixture
 def cable() -> Iterator[Callable[[bool], None]]:
-    """Two namespaces joined by a cable; pulls it (False) or puts it back (True)."""
+    """Create two linked namespaces; yields a function that takes the link down (False) or up (True)."""
     if shutil.which("ip") is None:
         pytest.skip("no ip: apt-get install iproute2")
     a, b = NAMES
@@ -50,7 +50,7 @@ def assert_ip(*arguments: str) -> None:
 
 
 def run_ranks(config: Path, log: Path) -> list[subprocess.Popen[bytes]]:
-    """One rank in each namespace."""
+    """Start one rank in each namespace."""
     environment = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500"}
     environment |= {"GLOO_SOCKET_IFNAME": "wire", "OMP_NUM_THREADS": "1"}
     ranks = []
@@ -95,12 +95,12 @@ def test_a_cut_is_survived_or_ends_clearly(tmp_path: Path, cable: Callable[[bool
         time.sleep(4)
         step = newest(run)
         time.sleep(1)
-        assert newest(run) == step, "it trains without a network"
+        assert newest(run) == step, "training must wait for the network"
         cable(True)
-        until(step + 20, run)  # it goes on
+        until(step + 20, run)  # training continues
         cable(False)
         cut = time.monotonic()
-        assert [rank.wait(120) for rank in ranks] == [70, 70]  # the watchdog's
+        assert [rank.wait(120) for rank in ranks] == [70, 70]  # the exit code of the watchdog
         assert time.monotonic() - cut < LONG_TIMEOUT + 30
     finally:
         for process in ranks:

@@ -1,4 +1,4 @@
-"""Time by phase: on the host, by events of a device, over ranks; the straggler; the trace."""
+"""Phase times on the host, by device events and over ranks; stragglers; traces."""
 
 import json
 import time
@@ -36,7 +36,7 @@ def test_phases_add_up_until_they_are_taken() -> None:
 
 
 class Event:
-    """A device's event: its clock runs on by a second at each record."""
+    """A fake CUDA event: the clock advances by a second at each record."""
 
     clock: Iterator[int]
 
@@ -70,10 +70,8 @@ def slow_rank() -> tuple[dict[str, PhaseTimes], str | None, str | None]:
     hosts = host_names()
     rank = dist.get_rank()
     late = {"data": 8.0 if rank == 1 else 2.0, "student": 20.0, "save": 0.0 if rank else 90.0}
-    phases, even = (
-        gather_phase_times(late, steps=10),
-        gather_phase_times({"data": 2.0, "student": 20.0 + rank / 10}, steps=10),
-    )
+    phases = gather_phase_times(late, steps=10)
+    even = gather_phase_times({"data": 2.0, "student": 20.0 + rank / 10}, steps=10)
     return phases, find_straggler(phases, hosts), find_straggler(even, hosts)
 
 

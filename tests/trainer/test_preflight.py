@@ -116,7 +116,7 @@ def test_the_address_of_the_interface_that_gloo_uses(monkeypatch: pytest.MonkeyP
 
 @pytest.fixture
 def hosts(tmp_path: Path) -> dict[str, str]:
-    """An environment with an `ssh` for which every host is this machine; at its end, what it started gets a hangup."""
+    """Return an environment with an `ssh` that runs every command on this machine and hangs it up when it ends."""
     ssh = tmp_path / "bin" / "ssh"
     ssh.parent.mkdir()
     ssh.write_text(

@@ -1,4 +1,4 @@
-"""A step that is not finite: what is said, what is kept, and that doing it again shows the same."""
+"""A step that is not finite: the message, the saved files, and that a replay finds the same."""
 
 import json
 import subprocess
@@ -32,7 +32,7 @@ def test_a_run_that_diverges(tmp_path: Path) -> None:
 
 
 def spoil(folder: Path) -> str:
-    """A step after another, in which rank 1 has a picture that is not finite."""
+    """Train a step, then dump one in which rank 1 has a non-finite image."""
     config = make_config("resnet", run={"dir": str(folder)})
     train_step = build_train_step(config, make_rank_info())
     train(train_step, config, steps=1)
@@ -49,7 +49,7 @@ def spoil(folder: Path) -> str:
 
 def test_on_two_ranks(tmp_path: Path) -> None:
     told = run_ranks(2, spoil, tmp_path)
-    # BatchNorm over all ranks spreads it.
+    # Synchronised BatchNorm spreads the value to all ranks.
     assert told[0] == told[1]
     assert "rank 1 had images 100, 101, 102, 103, 104, 105, 106, 107" in told[0]
     launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

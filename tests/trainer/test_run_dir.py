@@ -1,4 +1,4 @@
-"""Whose folder it is, which images a run opens, and what it writes down about unreadable ones."""
+"""The run directory: its lock and configuration, the images of a run, and the list of unreadable ones."""
 
 import fcntl
 import shutil
@@ -62,7 +62,7 @@ def test_another_configuration_is_refused(tmp_path: Path, rank_info: RankInfo) -
     assert read_config(tmp_path) == make_config(tmp_path)
 
 
-def test_what_changes_nothing_learned_may_change(tmp_path: Path, rank_info: RankInfo) -> None:
+def test_keys_that_do_not_affect_learning_may_change(tmp_path: Path, rank_info: RankInfo) -> None:
     with claim(make_config(tmp_path / "a"), rank_info):
         pass
     shutil.move(tmp_path / "a", tmp_path / "b")
@@ -129,7 +129,7 @@ def claim_a_full_disk(config: Config) -> str:
     return claim_on_all_ranks(config)
 
 
-def test_a_full_disk_is_told_on_all_ranks(tmp_path: Path) -> None:
+def test_a_full_disk_is_an_error_on_all_ranks(tmp_path: Path) -> None:
     assert run_ranks(2, claim_a_full_disk, make_config(tmp_path)) == ["rank 0: [Errno 28] No space left on device"] * 2
 
 
@@ -220,7 +220,7 @@ def test_too_many_unreadable_samples(tmp_path: Path, rank_info: RankInfo) -> Non
             f"11 of {seen:,} images cannot be read, more than data.max_unreadable=0.01 allows; "
             f"they are listed in {tmp_path}/unreadable-*.txt"
         )
-    # What an earlier start met may have been mended since.
+    # Images that were unreadable in an earlier start may have been repaired.
     again = UnreadableImages(tmp_path, rank=0)
     again.check_limit(12, 0)
     again.add([(3, "x.jpg: damaged")])
@@ -230,7 +230,7 @@ def test_too_many_unreadable_samples(tmp_path: Path, rank_info: RankInfo) -> Non
 
 
 def count_together(folder: Path) -> list[str]:
-    """What each check says: ranks meet 4 samples each, 2 of them the same, then one rank 7 more."""
+    """Return the result of each check: each rank has 4 unreadable images, 2 of them in common, then one rank 7 more."""
     rank = dist.get_rank()
     unreadable = UnreadableImages(folder, rank)
     said = []
@@ -246,13 +246,13 @@ def count_together(folder: Path) -> list[str]:
     return said
 
 
-def test_all_ranks_stop_for_what_they_met_together(tmp_path: Path) -> None:
+def test_unreadable_images_of_all_ranks_count_together(tmp_path: Path) -> None:
     for said in run_ranks(2, count_together, tmp_path):
         assert said == ["6 of 500", "", "13 of 500", "13 of 500", "13 of 500", "13 of 500"]
 
 
 def scans(folder: Path) -> int:
-    """How often this rank lists the images."""
+    """Return how often this rank lists the images."""
     scan, count = ImageFolder.scan, []
     pytest.MonkeyPatch().setattr(ImageFolder, "scan", lambda root: (count.append(1), scan(root))[1])  # type: ignore[func-returns-value]
     open_sources(make_config(folder / "run", folder / "pictures").data, folder / "run")

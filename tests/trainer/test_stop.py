@@ -1,4 +1,4 @@
-"""Ending early: every way to ask for it, that all ranks leave after the same step, and what scripts find."""
+"""Stopping early: every kind of request, that all ranks stop after the same step, and the file for scripts."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from trainer.ops.stop import StopHandler, Stopped, deadline
 
 
 def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
-    """Steps that this rank did, and its exception's words; the last rank asks in its step 5."""
+    """Return the steps of this rank and its error message; the last rank requests the stop in step 5."""
     done = 0
     limit = time.time() + 1 if ask == "clock" else None
     with StopHandler(folder, limit, margin=0.5) as end:
@@ -40,7 +40,7 @@ def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
 
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("ask", ["SIGTERM", "SIGUSR1", "SIGINT", "file", "clock"])
-def test_all_ranks_leave_after_the_same_step(tmp_path: Path, ask: str, world_size: int) -> None:
+def test_all_ranks_stop_after_the_same_step(tmp_path: Path, ask: str, world_size: int) -> None:
     ranks = run_ranks(world_size, train, tmp_path, ask)
     assert len(set(ranks)) == 1
     done, words = ranks[0]
@@ -60,7 +60,7 @@ def test_training_to_the_end_leaves_no_mark(tmp_path: Path) -> None:
 
 
 def second_signal(folder: Path) -> str:
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
     with StopHandler(folder):
         os.kill(os.getpid(), signal.SIGINT)
         try:
@@ -85,7 +85,7 @@ def several_signals(folder: Path) -> str:
 
 
 def test_one_request_may_come_as_several_signals(tmp_path: Path) -> None:
-    """SLURM signals the rank, and torchrun hands on what it gets itself."""
+    """SLURM signals the rank, and torchrun forwards the signal that it receives itself."""
     assert run_ranks(1, several_signals, tmp_path) == ["stops"]
 
 

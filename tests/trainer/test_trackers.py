@@ -1,4 +1,4 @@
-"""The log's rows in other people's formats."""
+"""Trackers: rows in the formats of TensorBoard, Weights & Biases and Prometheus."""
 
 import struct
 from collections.abc import Iterator
@@ -45,14 +45,14 @@ def test_prometheus(tmp_path: Path, group: None) -> None:
     assert [each.name for each in tmp_path.glob("run.prom*")] == ["run.prom"]
 
 
-def test_a_monitor_that_fails_is_left(tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_tracker_that_fails_is_dropped(tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture) -> None:
     record(tmp_path, 0, MonitorSettings(prometheus=str(tmp_path / "nowhere" / "run.prom")), 10, 20)
     assert caplog.text.count("Prometheus gets no more rows until the next start") == 1
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10, 20]
 
 
 def records(path: Path) -> Iterator[bytes]:
-    """Of a .wandb file: LevelDB's log format behind a header of seven bytes."""
+    """Read the records of a .wandb file: LevelDB's log format after a header of seven bytes."""
     data, at, record = path.read_bytes(), 7, b""
     while at + 7 <= len(data):
         if (left := -at % 32768) and left < 7:
@@ -61,13 +61,13 @@ def records(path: Path) -> Iterator[bytes]:
         size, kind = struct.unpack("<HB", data[at + 4 : at + 7])
         record += data[at + 7 : at + 7 + size]
         at += 7 + size
-        if kind in (1, 4):  # whole, or its last part
+        if kind in (1, 4):  # a complete record, or the last part of one
             yield record
             record = b""
 
 
 def wandb_rows(folder: Path) -> list[dict[str, str]]:
-    """The history in the files of offline runs."""
+    """Read the history from the files of offline runs."""
     rows = []
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         for data in records(path):

@@ -1,4 +1,4 @@
-"""The watchdog ends a process that hangs, and no other."""
+"""The watchdog ends a process that hangs, and only such a process."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def stuck_in_here():
 with Watchdog(Path(sys.argv[1]), rank=3) as watchdog:
     for step in range(8):
         watchdog.expect(f"step {step + 1}", 1.0)
-        time.sleep(0.3)  # longer than the limit in all, not in any step
+        time.sleep(0.3)  # the sum exceeds the limit, no single step does
     if sys.argv[2] == "hang":
         stuck_in_here()
 time.sleep(1.5)

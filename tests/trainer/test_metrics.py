@@ -156,7 +156,7 @@ def test_a_dashboard_on_a_terminal(tmp_path: Path, group: None, monkeypatch: pyt
         "kNN    0.8125 after epoch 0",
         "speed  1,234 images/s",
         "step   data 100%",
-        "method ",
+        "stats ",
     ):
         assert text in newest
 

@@ -60,7 +60,7 @@ class Dashboard:
             table.add_row("step", ", ".join(shares))
         names = ("pretext_top1", "positive_similarity", "hardest_similarity", "bank_share", "effective_rank")
         if values := ", ".join(f"{name.replace('_', ' ')} {row[name]:.3g}" for name in names if name in row):
-            table.add_row("method", values)
+            table.add_row("stats", values)
         return table
 
 

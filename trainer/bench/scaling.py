@@ -73,11 +73,11 @@ def submit(
     options: list[str],
     arguments: list[str],
 ) -> list[str]:
-    """Start `bench throughput` at each size of which `folder` has no result.
+    """Start `bench throughput` at each size of which `folder` has no result, and return a line for each size.
 
     Args:
-        path: The configuration.
-        overrides: Its changes, as on the command line.
+        path: The configuration, which `overrides` change.
+        overrides: Changes of the configuration, as on the command line.
         folder: Folder of the study.
         sizes: Numbers of nodes, or of processes if `local`.
         kinds: Kinds of scaling.
@@ -85,28 +85,27 @@ def submit(
         options: Options of sbatch.
         arguments: Options of `bench throughput`.
 
-    Returns:
-        A line for each size.
-
     Raises:
         ValueError: A size does not divide the batch, or a job cannot be started.
     """
     config, lines = load(path, overrides), []
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(kind, size, folder / f"{kind}-{size:05d}.json") for kind in kinds for size in sorted(sizes)]
-    missing = [job for job in jobs if not job[2].exists()]
+    measured = [out for _, _, out in jobs if out.exists()]
+    missing = [job for job in jobs if job[2] not in measured]
     for kind, size, out in track(missing, "measuring", disable=not local):
         batch_size = _batch_size(config, kind, size)
         words = [*overrides, f"data.batch_size={batch_size}", *arguments, "--out", str(out.resolve())]
         if local:
             threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(sizes))))
-            _run([*_torchrun(size), "bench", "throughput", str(path), *words], OMP_NUM_THREADS=threads)
+            launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
+            _run([*launcher, "-m", "trainer", "bench", "throughput", str(path), *words], OMP_NUM_THREADS=threads)
             lines.append(f"measured {out}")
         else:
-            command = ["sbatch", "--parsable", f"--nodes={size}", *options, "slurm/scaling_study.sh", *words]
-            job = _run(command, CONFIG=str(path))
+            sbatch = ["sbatch", "--parsable", f"--nodes={size}", *options, "slurm/scaling_study.sh"]
+            job = _run([*sbatch, *words], CONFIG=str(path))
             lines.append(f"job {job.strip()}: {size} nodes, batch {batch_size}, {out}")
-    return lines + [f"{out} exists already" for job in jobs if job not in missing for out in [job[2]]]
+    return lines + [f"{out} exists already" for out in measured]
 
 
 def _batch_size(config: Config, kind: Kind, size: int) -> int:
@@ -114,11 +113,6 @@ def _batch_size(config: Config, kind: Kind, size: int) -> int:
     if kind == "strong" and batch_size % size:
         raise ValueError(f"data.batch_size: {batch_size} images do not divide among {size}")
     return batch_size if kind == "strong" else batch_size * size
-
-
-def _torchrun(ranks: int) -> list[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [sys.executable, *launcher, "-m", "trainer"]
 
 
 def _run(command: list[str], **environment: str) -> str:
@@ -188,11 +182,11 @@ def plot(folder: Path) -> list[Path]:
             linear = [own[0].images_per_second * p.linear for p in own]
             speed.plot(ranks, linear, "--", color=color, alpha=0.5, label="perfect")
             efficiency.plot(ranks, [100 * p.efficiency for p in own], "o-", color=color, label=f"{kind} scaling")
+    ticks = sorted({point.ranks for point in points})
     for axes, label in ((speed, "images/s"), (efficiency, "efficiency, %")):
         axes.set_xscale("log", base=2)
-        axes.set_xticks(sorted({p.ranks for p in points}), labels=[str(r) for r in sorted({p.ranks for p in points})])
-        axes.set_xlabel("ranks")
-        axes.set_ylabel(label)
+        axes.set_xticks(ticks, labels=map(str, ticks))
+        axes.set(xlabel="ranks", ylabel=label)
         axes.grid(alpha=0.3)
         axes.legend(frameon=False)
     speed.set_yscale("log", base=2)

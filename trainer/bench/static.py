@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,28 +76,21 @@ def jobs() -> list[Job]:
 
     `adversary` in bf16 also has jobs with low-precision weights; `hardest` keeps 16 columns.
     """
-    return [
-        Job(kernel, architecture, dim, dtype, weights, velocity, kept=kept)
-        for architecture in ARCHITECTURES
-        for dim in DIMS
-        for dtype in DTYPES
-        for kernel, forms in (
-            ("score", [(None, None, None)]),
-            ("adversary", [(w, v, None) for w, v in (WEIGHTS if dtype == "bfloat16" else WEIGHTS[:1])]),
-            ("hardest", [(None, None, 16)]),
-        )
-        for weights, velocity, kept in forms
-    ]
+    found = []
+    for common in product(ARCHITECTURES, DIMS, DTYPES):
+        found.append(Job("score", *common))
+        found += [Job("adversary", *common, *types) for types in (WEIGHTS if "bfloat16" in common else WEIGHTS[:1])]
+        found.append(Job("hardest", *common, kept=16))
+    return found
 
 
 def run(jobs: list[Job], processes: int = 2) -> list[dict[str, Any]]:
     """Compile the jobs in separate processes.
 
     Returns:
-        One dictionary for each job: its fields; rows, columns, warps and stages of the tile; registers and spilled
-        bytes of a thread; shared bytes of a program; programs and warps_per_processor, which fit on a processor at a
-        time; occupancy, the share of the largest possible number of warps; the count of each of INSTRUCTIONS and of all
-        instructions in the code; the versions of torch and triton.
+        One dictionary for each job: its fields and those of its tile; registers and spilled bytes of a thread; shared
+        bytes of a program; programs and warps that fit on a processor at a time, and their share of the largest
+        possible number (occupancy); the number of each of INSTRUCTIONS and of all; the versions of torch and triton.
     """
     os.environ["TRITON_INTERPRET"] = "0"  # inherited by the processes; the compiler does not run where it is 1
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
@@ -146,13 +140,11 @@ def compile_job(job: Job) -> dict[str, Any]:
     of 16 and of the tiles.
     """
     tile = Tiles(*job.tile) if job.tile else tiles(job.kernel, job.architecture, job.dim, getattr(torch, job.dtype))
-    kernel, types, constants = _arguments(job, tile)
-    names = kernel.arg_names
-    signature = {name: "constexpr" if name in constants else types.get(name, _type_of(name)) for name in names}
+    kernel, signature, constants = _arguments(job, tile)
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(names)
-        if signature[name].startswith("*") or name.startswith("num_")
+        for i, (name, kind) in enumerate(signature.items())
+        if kind.startswith("*") or name.startswith("num_")
     }
     compiled = triton.compile(
         ASTSource(kernel, signature, constants, aligned),
@@ -162,8 +154,10 @@ def compile_job(job: Job) -> dict[str, Any]:
     resources, opcodes = _read(compiled.asm["cubin"])
     shared = compiled.metadata.shared
     programs = _programs(job.architecture, tile.warps, resources["REG"], shared)
+    fields = job._asdict()
+    del fields["tile"]
     return {
-        **{name: value for name, value in job._asdict().items() if name != "tile"},
+        **fields,
         **tile._asdict(),
         "registers": resources["REG"],
         "spilled": resources["STACK"],
@@ -179,44 +173,33 @@ def compile_job(job: Job) -> dict[str, Any]:
 
 
 def _arguments(job: Job, tile: Tiles) -> tuple[Any, dict[str, str], dict[str, Any]]:
-    """Return the kernel, the types of the arguments that `_type_of` does not know, and the compile-time constants."""
+    """Return the kernel, the signature of its arguments and the values of the compile-time constants."""
+    kernel = {"score": score_kernel, "adversary": adversary_kernel, "hardest": hardest_kernel}[job.kernel]
     similarity, weighted, precision = products(
         getattr(torch, job.dtype), 0 if job.kernel == "hardest" else job.dim, interpreted=False
     )
-    rows = "*" + _SHORT[job.dtype]
-    constants: dict[str, Any] = {
-        "D": job.dim,
-        "B": tile.rows,
-        "T": tile.columns,
-        "SIMILARITY": similarity,
-        "WEIGHTED": weighted,
-        "PRECISION": precision,
-    }
-    if job.kernel == "score":
-        constants |= {"HAS_KEYS": True, "HAS_OWN": True, "HAS_NEGATIVES": True, "SIXTH_POWER": True}
-        constants |= {"RAGGED_KEYS": False, "RAGGED_NEGATIVES": False}
-        return score_kernel, {"q_ptr": rows, "k_ptr": rows, "n_ptr": rows, "own_ptr": "*i64"}, constants
-    if job.kernel == "hardest":
-        del constants["WEIGHTED"]
-        constants |= {"P": job.kept, "HAS_OWN": True}
-        return hardest_kernel, {"q_ptr": rows, "c_ptr": rows, "own_ptr": "*i64", "kept_ptr": "*i64"}, constants
-    assert job.kernel == "adversary"
-    assert job.weights is not None
-    types = {"q_ptr": rows, "n_ptr": rows, "w_ptr": "*" + _SHORT[job.weights]}
+    values: dict[str, Any] = {"D": job.dim, "B": tile.rows, "T": tile.columns, "P": job.kept}
+    values |= {"SIMILARITY": similarity, "WEIGHTED": weighted, "PRECISION": precision}
+    values |= {"HAS_KEYS": True, "HAS_OWN": True, "HAS_NEGATIVES": True, "SIXTH_POWER": True}
+    values |= {"RAGGED_KEYS": False, "RAGGED_NEGATIVES": False}
+    types = dict.fromkeys(("q_ptr", "k_ptr", "n_ptr", "c_ptr"), job.dtype)
+    types |= {"own_ptr": "int64", "kept_ptr": "int64", "w_ptr": job.weights or "float32"}
     if job.velocity is None:
-        constants["v_ptr"] = None
+        values["v_ptr"] = None
     else:
-        types["v_ptr"] = "*" + _SHORT[job.velocity]
-    return adversary_kernel, types, constants
+        types["v_ptr"] = job.velocity
+    constants = {name: values[name] for name in kernel.arg_names if name in values}
+    signature = {
+        name: "constexpr" if name in constants else _triton_type(name, types.get(name, "float32"))
+        for name in kernel.arg_names
+    }
+    return kernel, signature, constants
 
 
-_SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-
-
-def _type_of(argument: str) -> str:
-    """Return Triton's type of an argument by its name."""
+def _triton_type(argument: str, dtype: str) -> str:
+    """Return Triton's type of an argument: a pointer to elements of `dtype`, an integer or a float."""
     if argument.endswith("_ptr"):
-        return "*fp32"
+        return "*" + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64"}[dtype]
     return "i32" if argument.startswith("num_") or argument in ("tiles_per_split", "seed", "first") else "fp32"
 
 

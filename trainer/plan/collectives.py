@@ -25,10 +25,10 @@ class Collective(NamedTuple):
 
     Attributes:
         operator: all_gather, reduce_scatter, all_reduce, broadcast or all_to_all.
-        shape: shape of this rank's input.
-        dtype: type of this rank's input.
-        ranks: size of the group.
-        sent: bytes that this rank sends in the ring algorithm, which NCCL uses for large messages. For a broadcast, the
+        shape: Shape of this rank's input.
+        dtype: Type of this rank's input.
+        ranks: Size of the group.
+        sent: Bytes that this rank sends in the ring algorithm, which NCCL uses for large messages. For a broadcast, the
             bytes that every rank but the last passes on. A group of one rank sends nothing.
     """
 
@@ -56,7 +56,7 @@ class CollectiveTrace(TorchDispatchMode):
     backward. On a fake group DDP's own reduction fails (torch 2.14) and needs a communication hook.
 
     Raises:
-        NotImplementedError: the traffic of a collective is unknown here; it would be missing in the sum.
+        NotImplementedError: The traffic of a collective is unknown here; it would be missing in the sum.
     """
 
     def __init__(self) -> None:
@@ -116,9 +116,9 @@ def _kept_bytes(tensors: list[Tensor], splits: list[int] | None, group: dist.Pro
     """Return the bytes that stay on this rank of each input of an all-to-all.
 
     Args:
-        tensors: one tensor for each rank, or one tensor that is split along its rows.
-        splits: rows for each rank in the second case; None or empty for an even split.
-        group: the group.
+        tensors: One tensor for each rank, or one tensor that is split along its rows.
+        splits: Rows for each rank in the second case; None or empty for an even split.
+        group: The group.
     """
     if len(tensors) == group.size() > 1:
         return [x.nbytes if rank == group.rank() else 0 for rank, x in enumerate(tensors)]

@@ -10,13 +10,13 @@ class Gpu(NamedTuple):
     """Peak rates and memory of a GPU.
 
     Attributes:
-        name: the model, which is a part of the name that CUDA reports, and the variant.
-        flops: dense matrix products on tensor cores, in FLOP/s by input type ("bfloat16", "float16" or "tf32").
+        name: The model, which is a part of the name that CUDA reports, and the variant.
+        flops: Dense matrix products on tensor cores, in FLOP/s by input type ("bfloat16", "float16" or "tf32").
         fp32_flops: FLOP/s without tensor cores.
-        exponentials: exponentials per second on the special function units.
-        bandwidth: memory bandwidth in bytes/s.
-        memory: bytes that `torch.cuda.mem_get_info` reports as the total, rounded down.
-        nvlink: bytes/s that one GPU reaches in NCCL's rings within a node.
+        exponentials: Exponentials per second on the special function units.
+        bandwidth: Memory bandwidth in bytes/s.
+        memory: Bytes that `torch.cuda.mem_get_info` reports as the total, rounded down.
+        nvlink: Bytes/s that one GPU reaches in NCCL's rings within a node.
     """
 
     name: str
@@ -84,8 +84,8 @@ class Network(NamedTuple):
     """The network between nodes.
 
     Attributes:
-        gbits: rate of one link in Gb/s.
-        links: links of a node; None means one for each GPU.
+        gbits: Rate of one link in Gb/s.
+        links: Links of a node; None means one for each GPU.
     """
 
     gbits: float
@@ -108,9 +108,9 @@ class Cluster(NamedTuple):
     """Nodes of the same kind.
 
     Attributes:
-        gpu: the GPUs.
-        gpus_per_node: number of GPUs in a node.
-        network: bytes/s that a node reaches in each direction.
+        gpu: The GPUs.
+        gpus_per_node: Number of GPUs in a node.
+        network: Bytes/s that a node reaches in each direction.
     """
 
     gpu: Gpu
@@ -122,12 +122,12 @@ def make_cluster(gpu: str, gpus_per_node: int, net: str) -> Cluster:
     """Look up a cluster's constants.
 
     Args:
-        gpu: a key of GPUS, or "cpu".
-        gpus_per_node: number of GPUs in a node.
-        net: a key of NETWORKS, or a node's Gb/s as a number.
+        gpu: A key of GPUS, or "cpu".
+        gpus_per_node: Number of GPUs in a node.
+        net: A key of NETWORKS, or a node's Gb/s as a number.
 
     Raises:
-        ValueError: a name is unknown, or the rate is not positive.
+        ValueError: A name is unknown, or the rate is not positive.
     """
     if gpu != "cpu" and gpu not in GPUS:
         raise ValueError(f"plan: got --gpu {gpu}, need one of {', '.join(GPUS)}")

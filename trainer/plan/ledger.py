@@ -12,9 +12,9 @@ class MemoryPeak(NamedTuple):
     """The moment at which most bytes were alive.
 
     Attributes:
-        total: bytes.
-        phase: the outermost `record_function` at that moment, or "".
-        parts: bytes by tag; "" for storages without a tag.
+        total: Bytes.
+        phase: The outermost `record_function` at that moment, or "".
+        parts: Bytes by tag; "" for storages without a tag.
     """
 
     total: int
@@ -26,11 +26,11 @@ class TrackedStorage:
     """A storage that is or was alive.
 
     Attributes:
-        created_in: phase in which it was created.
-        size: its present bytes.
-        tag: what it is part of, or "".
-        shape_only: whether its values are undefined (`trainer.plan.shape_only`).
-        end: weak reference whose callback runs when the storage is freed.
+        created_in: Phase in which it was created.
+        size: Its present bytes.
+        tag: What it is part of, or "".
+        shape_only: Whether its values are undefined (`trainer.plan.shape_only`).
+        end: Weak reference whose callback runs when the storage is freed.
     """
 
     __slots__ = ("created_in", "end", "shape_only", "size", "tag")
@@ -44,9 +44,9 @@ class MemoryLedger:
     """Records when storages are created, resized and freed.
 
     Attributes:
-        events: storage, bytes that it grew by, and phase, in order.
-        live: the storages that are alive, by address.
-        phase: the present phase; whoever uses the ledger sets it.
+        events: Storage, bytes that it grew by, and phase, in order.
+        live: The storages that are alive, by address.
+        phase: The present phase; whoever uses the ledger sets it.
     """
 
     def __init__(self) -> None:

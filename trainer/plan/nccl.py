@@ -15,10 +15,10 @@ class Protocol(NamedTuple):
     """Constants of one of NCCL's protocols.
 
     Attributes:
-        base: microseconds once per collective.
-        nvlink_hop: microseconds per hop over NVLink.
-        network_hop: microseconds per hop over the network.
-        bandwidth: share of the bandwidth that the protocol reaches.
+        base: Microseconds once per collective.
+        nvlink_hop: Microseconds per hop over NVLink.
+        network_hop: Microseconds per hop over the network.
+        bandwidth: Share of the bandwidth that the protocol reaches.
     """
 
     base: float
@@ -40,9 +40,9 @@ def collective_seconds(collective: Collective, nodes: int, cluster: Cluster) -> 
     at the same time and share the network, so a group's share of it is that of its GPUs in a node.
 
     Args:
-        collective: the call, with the size of its group.
-        nodes: number of nodes that the group is spread over evenly.
-        cluster: the hardware.
+        collective: The call, with the size of its group.
+        nodes: Number of nodes that the group is spread over evenly.
+        cluster: The hardware.
 
     Returns:
         Seconds.

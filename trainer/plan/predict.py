@@ -25,14 +25,14 @@ class PhaseTime(NamedTuple):
     """The predicted time of one phase of a step.
 
     Attributes:
-        phase: name of the phase.
-        compute: seconds of operators that are limited by arithmetic.
-        memory: seconds of operators that are limited by the memory bandwidth.
-        host: seconds to launch the operators.
-        network: seconds in which the GPU only waits for collectives.
-        hidden: seconds of collectives that arithmetic overlaps.
-        sent: bytes that a rank sends.
-        factor: measured over predicted time, from a calibration.
+        phase: Name of the phase.
+        compute: Seconds of operators that are limited by arithmetic.
+        memory: Seconds of operators that are limited by the memory bandwidth.
+        host: Seconds to launch the operators.
+        network: Seconds in which the GPU only waits for collectives.
+        hidden: Seconds of collectives that arithmetic overlaps.
+        sent: Bytes that a rank sends.
+        factor: Measured over predicted time, from a calibration.
     """
 
     phase: str
@@ -59,9 +59,9 @@ class StepTime(NamedTuple):
     """The predicted time of a step.
 
     Attributes:
-        phases: its phases in order.
-        waiting: seconds of waiting for the slowest rank.
-        data: seconds of waiting for the loader.
+        phases: Its phases in order.
+        waiting: Seconds of waiting for the slowest rank.
+        data: Seconds of waiting for the loader.
     """
 
     phases: list[PhaseTime]
@@ -117,10 +117,10 @@ def phase_time(name: str, events: Iterable[Event], cluster: Cluster, factor: flo
     the phase ends. All other collectives block the operators.
 
     Args:
-        name: the phase.
-        events: its operators and collectives in order.
-        cluster: the hardware.
-        factor: measured over predicted time of the operators.
+        name: The phase.
+        events: Its operators and collectives in order.
+        cluster: The hardware.
+        factor: Measured over predicted time of the operators.
     """
     by_limit = {True: 0.0, False: 0.0}  # seconds by whether the memory limits the operator
     compute_end = network_end = block_start = collectives = 0.0
@@ -159,12 +159,12 @@ def step_time(
     """Predict the time of a step.
 
     Args:
-        events: the operators and collectives of one rank's step in order.
-        cluster: the hardware.
-        ranks: number of ranks.
-        images: images of a node in a step.
-        factors: measured over predicted time by phase, see `calibration_factors`.
-        data_rate: images/s that a node's loader delivers; None if it always keeps up.
+        events: The operators and collectives of one rank's step in order.
+        cluster: The hardware.
+        ranks: Number of ranks.
+        images: Images of a node in a step.
+        factors: Measured over predicted time by phase, see `calibration_factors`.
+        data_rate: Images/s that a node's loader delivers; None if it always keeps up.
     """
     by_phase: dict[str, list[Event]] = {}
     for event in events:

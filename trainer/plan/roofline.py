@@ -56,13 +56,13 @@ def adversary(
     """Return the roofline of `kernels.adversary_step`.
 
     Args:
-        gpu: the GPU.
+        gpu: The GPU.
         queries: N.
         negatives: K.
         dim: D.
-        dtype: of queries and unit negatives.
-        w_bytes: bytes of an element of the weights.
-        v_bytes: bytes of an element of the velocity; 0 if there is none.
+        dtype: Of queries and unit negatives.
+        w_bytes: Bytes of an element of the weights.
+        v_bytes: Bytes of an element of the velocity; 0 if there is none.
     """
     size = BYTES[dtype]
     bank = negatives * dim * 2 * (size + w_bytes + v_bytes)  # read and written

@@ -47,7 +47,7 @@ class ShapeOnlyMode(TorchDispatchMode):
         implementations: Python code to run instead of an operator, by the operator's name such as "adco::score".
 
     Raises:
-        RuntimeError: from torch's fake tensors, where a shape depends on values.
+        RuntimeError: From torch's fake tensors, where a shape depends on values.
     """
 
     def __init__(self, implementations: dict[str, Callable[..., Any]] | None = None) -> None:

@@ -25,12 +25,12 @@ class OperatorEvent(NamedTuple):
     """One operator.
 
     Attributes:
-        phase: phase of the step, "" outside of all phases.
-        name: the operator's name without namespace and overload.
-        dtype: type of its first floating-point tensor.
+        phase: Phase of the step, "" outside of all phases.
+        name: The operator's name without namespace and overload.
+        dtype: Type of its first floating-point tensor.
         flops: FLOPs of matrix products.
-        bytes: bytes that it reads and writes.
-        exponentials: number of exponentials, unless it is an elementwise operator, whose bytes take longer.
+        bytes: Bytes that it reads and writes.
+        exponentials: Number of exponentials, unless it is an elementwise operator, whose bytes take longer.
     """
 
     phase: str
@@ -45,10 +45,10 @@ class CollectiveEvent(NamedTuple):
     """One collective.
 
     Attributes:
-        phase: phase of the step, "" outside of all phases.
-        collective: the call.
-        nodes: number of nodes that its group is spread over.
-        engine: whether DDP, FSDP or ZeRO issued it, and not the method.
+        phase: Phase of the step, "" outside of all phases.
+        collective: The call.
+        nodes: Number of nodes that its group is spread over.
+        engine: Whether DDP, FSDP or ZeRO issued it, and not the method.
     """
 
     phase: str

@@ -1,4 +1,4 @@
-"""Counting what a step computes, against figures from elsewhere."""
+"""FLOPs of a step against published numbers."""
 
 from pathlib import Path
 
@@ -24,11 +24,11 @@ def recipe(name: str, *overrides: str) -> Config:
 def test_networks(backbone: str, gmac: float) -> None:
     config = recipe("adco_r50_200ep", f"model.backbone={backbone}", "data.batch_size=64")
     images, rows = 64, 64
-    # One query with forward and backward, one key; 2 FLOPs a multiplication.
+    # One query with forward and backward, and one key; a multiply-add is 2 FLOPs.
     assert step_flops(config) == pytest.approx(images * 4 * 2e9 * gmac + 6 * rows * 1000 * 128, rel=0.03)
 
 
-def test_what_a_method_asks_for() -> None:
+def test_symmetric_loss_and_crops() -> None:
     single, symmetric = (step_flops(recipe("adco_r50_200ep", f"method.symmetric={s}")) for s in ("false", "true"))
     assert symmetric == pytest.approx(2 * single)
     views = "data.views=[{size: 224}, {size: 224}, {size: 112}]"

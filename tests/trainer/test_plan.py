@@ -1,4 +1,4 @@
-"""The plan: times against what can be worked out by hand, calibration, published figures, tables, bad input."""
+"""The planner: times computed by hand, calibration, published measurements, tables and invalid input."""
 
 import json
 from pathlib import Path
@@ -44,27 +44,27 @@ def collective(operator: str, ranks: int, sent: int) -> Collective:
 @pytest.mark.parametrize(
     ("call", "nodes", "microseconds"),
     [
-        # 100 MB over NVLink: 14 hops of the ring at full speed.
+        # 100 MB over NVLink: 14 hops in a ring at full bandwidth.
         (collective("all_reduce", 8, 175 * MB), 1, 8.4 + 14 * 3.4 + 175e6 / 235e3),
-        # 1 kB: the ring with flags in the data is the quickest, at a quarter of the speed.
+        # 1 kB: the LL protocol (flags in the data) is the fastest, at a quarter of the bandwidth.
         (collective("all_reduce", 8, 1792), 1, 3.6 + 14 * 0.47 + 1792 / 235e3 * 4),
         # 16 nodes, 1 kB: a tree crosses the network 2 log2(16) times, the ring 30 times.
         (collective("all_reduce", 128, 2032), 16, 4.4 + 2 * (7 * 0.52 + 4 * 5.0) + 2048 / 180e3 * 3.8 / 0.9),
-        # Two nodes, of 8 NICs of 25 GB/s, of which nine tenths are reached.
+        # Two nodes, each with 8 NICs of 25 GB/s that reach nine tenths of it.
         (collective("all_gather", 16, 150 * MB), 2, 8.4 + 14 * 3.4 + 9.6 + 150e6 / 180e3),
-        # One GPU of each of two nodes: an eighth of the network.
+        # One GPU of each of two nodes gets an eighth of the network.
         (collective("reduce_scatter", 2, 50 * MB), 2, 8.4 + 9.6 + 50e6 / 22.5e3),
-        # 8 of the 15 others are in the other node; two rounds of eight peers.
+        # 8 of the 15 peers are in the other node; two rounds of eight peers.
         (collective("all_to_all", 16, 15 * MB), 2, 3.6 + 2 * 2.7 + 8e6 / 22.5e3),
         (collective("all_to_all", 8, 7 * MB), 1, 3.6 + 0.47 + 7e6 / 235e3),
         (collective("broadcast", 1, 0), 1, 0.0),
     ],
 )
-def test_alpha_and_beta_by_hand(call: Collective, nodes: int, microseconds: float) -> None:
+def test_collective_seconds(call: Collective, nodes: int, microseconds: float) -> None:
     assert 1e6 * collective_seconds(call, nodes, CLUSTER) == pytest.approx(microseconds)
 
 
-def test_networks() -> None:
+def test_network_bandwidth() -> None:
     assert make_cluster("a100", 4, "ib-hdr").network == pytest.approx(0.9 * 4 * 25e9)
     assert make_cluster("h100", 8, "ethernet-100").network == pytest.approx(0.9 * 12.5e9)
     assert make_cluster("h100", 8, "400").network == pytest.approx(0.9 * 50e9)
@@ -76,12 +76,12 @@ def op(
     return OperatorEvent(phase, name, dtype, flops, bytes, 0.0)
 
 
-def test_what_binds_an_operator() -> None:
+def test_operator_seconds() -> None:
     gpu, v100 = GPUS["a100"], GPUS["v100"]
     product, read = operator_seconds(op(flops=1e12, bytes=1), gpu), operator_seconds(op(flops=1, bytes=10**9), gpu)
     assert [product[0], read[0]] == pytest.approx([1e12 / (312e12 * TENSOR_CORES), 1e9 / (2039e9 * BANDWIDTH)])
     assert [product[1], read[1]] == [False, True]
-    # In fp32 torch convolves with TF32, and multiplies matrices without tensor cores.
+    # In fp32, torch convolves with TF32 and multiplies matrices without tensor cores.
     by_name = [operator_seconds(op(flops=1e12, name=name, dtype="float32"), gpu)[0] for name in ("convolution", "mm")]
     assert by_name == pytest.approx([1e12 / (156e12 * TENSOR_CORES), 1e12 / (19.5e12 * CUDA_CORES)])
     assert operator_seconds(op(flops=1e12, name="convolution", dtype="float32"), v100)[0] == pytest.approx(
@@ -103,18 +103,18 @@ REDUCED = 1e3 * collective_seconds(call("", "all_reduce").collective, 1, CLUSTER
 @pytest.mark.parametrize(
     ("events", "exposed", "hidden"),
     [
-        # A reduction has the rest of the phase to hide in.
+        # The rest of the phase overlaps a reduction.
         ([1, "all_reduce", 1, 1], REDUCED - 2, 2.0),
         ([1, "all_reduce", 9], 0.0, REDUCED),
-        # One follows the other.
+        # Collectives run one after the other.
         ([1, "reduce_scatter", 0.5, "reduce_scatter", 1], 2 * SENT - 1.5, 1.5),
-        # A block's parameters are gathered while the block before runs; the first block has none before it.
+        # A block's parameters are gathered while the previous block runs; the first block waits for its own.
         (["all_gather", 9, "all_gather", 9], SENT, SENT),
         (["all_gather", 1, "all_gather", 1], 2 * SENT - 1, 1.0),
     ],
 )
-def test_what_hides_behind_arithmetic(events: list[float | str], exposed: float, hidden: float) -> None:
-    """Numbers are milliseconds of operators, names collectives of an engine."""
+def test_overlap_of_collectives(events: list[float | str], exposed: float, hidden: float) -> None:
+    """Numbers are milliseconds of operators, names are collectives of an engine."""
     made = [call("backward", x) if isinstance(x, str) else op(bytes=round(x * MS)) for x in events]
     time = phase_time("backward", made, CLUSTER)
     assert [1e3 * time.network, 1e3 * time.hidden] == pytest.approx([exposed, hidden], abs=1e-5)
@@ -122,14 +122,14 @@ def test_what_hides_behind_arithmetic(events: list[float | str], exposed: float,
     assert time.sent == 500 * MB * sum(isinstance(x, str) for x in events)
 
 
-def test_everything_waits_for_the_method() -> None:
-    """And for all that is sent outside of the networks."""
+def test_collectives_without_overlap() -> None:
+    """Those of the method, and those outside of forward and backward."""
     for phase, engine in (("backward", False), ("optimizer", True)):
         time = phase_time(phase, [op(), call(phase, "all_gather", engine), op(bytes=9 * MS)], CLUSTER)
         assert [1e3 * time.network, time.hidden] == pytest.approx([SENT, 0.0])
 
 
-def test_a_step_of_several_phases() -> None:
+def test_step_of_several_phases() -> None:
     gather = call("score", "all_gather", engine=False)
     events: list[Event] = [op("student", flops=1e12), op("student", bytes=MS), gather]
     events += [op("ema")] * 100
@@ -157,7 +157,7 @@ def test_a_step_of_several_phases() -> None:
 
 
 def supervised(batch: int, precision: torch.dtype) -> list[Any]:
-    """A step of a ResNet-50 classifier."""
+    """Return the events of a training step of a ResNet-50 classifier."""
     with ShapeOnlyMode():
         network = timm.create_model("resnet50").to(memory_format=torch.channels_last)
         optimizer = torch.optim.SGD(network.parameters(), lr=0.1, momentum=0.9, foreach=True)
@@ -172,8 +172,8 @@ def supervised(batch: int, precision: torch.dtype) -> list[Any]:
     return trace.events
 
 
-def test_published_images_a_second() -> None:
-    """NVIDIA's ResNet-50 v1.5 for PyTorch (github.com/NVIDIA/DeepLearningExamples), one GPU, 256 images.
+def test_published_throughput() -> None:
+    """NVIDIA's results for ResNet-50 v1.5 in PyTorch (github.com/NVIDIA/DeepLearningExamples), one GPU, 256 images.
 
     TENSOR_CORES is fitted to the first; the others are predictions.
     """
@@ -188,7 +188,7 @@ def test_published_images_a_second() -> None:
 
 
 def small(**sections: dict[str, Any]) -> Config:
-    """A ViT of two blocks."""
+    """Return the configuration of a ViT with two blocks."""
     values: dict[str, dict[str, Any]] = {
         "run": {"device": "auto"},
         "data": {"batch_size": 64, "views": [{"size": 16}] * 2},
@@ -201,7 +201,7 @@ def small(**sections: dict[str, Any]) -> Config:
     return small_config(Path("run"), Path("none"), **values)
 
 
-def test_a_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small()
     plan = make_plan(config, PlanRequest([1, 2, 64], images=10_000, data_rate=1e9, price=2.0))
     assert [(row.gpus, row.batch, row.case.images) for row in plan.rows] == [(8, 64, 8), (16, 64, 4)]
@@ -213,7 +213,7 @@ def test_a_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert {row.case.placement for row in plan.candidates} == {"replicated", "sharded", "node"}
     assert [row.case.images for row in plan.candidates][-3:] == [8, 16, 32]
     assert plan.best
-    assert plan.best.case.images == 32, "a step of so few images is Python's"
+    assert plan.best.case.images == 32, "launching operators takes most of such a small step"
     assert plan.best.step.bottleneck == "host"
     report(plan, config, tmp_path / "out/plan.json")
     written = json.loads((tmp_path / "out/plan.json").read_text())
@@ -226,8 +226,8 @@ def test_a_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "1e+09" not in printed
 
 
-def test_engines_cut_memory() -> None:
-    """Every engine at once; what is cut is cut, and nothing real is allocated."""
+def test_engines_shard_memory() -> None:
+    """FSDP shards the networks, ZeRO-1 the optimizer's state; 64 GPUs, without allocating their memory."""
     plan = make_plan(
         small(engine={"kind": "fsdp"}),
         PlanRequest([8], images_per_gpu=2, images=10_000, all_engines=True, recommend=False),
@@ -238,8 +238,8 @@ def test_engines_cut_memory() -> None:
     assert found["zero1"].optimizer < found["ddp"].optimizer
 
 
-def test_calibrated_by_a_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On the CPU, of which nothing is known but what was measured."""
+def test_calibration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On the CPU, whose times come from the measurement alone."""
     config = small(run={"device": "cpu"}, data={"batch_size": 8})
     result = throughput.run(config, ("synthetic",), steps=3, warmup=1)
     result["modes"]["data"] = {"images_per_second": 1e6}
@@ -263,7 +263,7 @@ def test_calibrated_by_a_measurement(tmp_path: Path, capsys: pytest.CaptureFixtu
         make_plan(config, PlanRequest([1], gpus_per_node=1, calibrate=path))
 
 
-def test_the_cpu_has_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_memory_is_predicted_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
     config = small(run={"device": "cpu"}, data={"batch_size": 8})
     plan = make_plan(config, PlanRequest([1], gpus_per_node=1, images=1000))
     assert not plan.timed
@@ -277,7 +277,7 @@ def test_the_cpu_has_memory_alone(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("text", "numbers"), [("1,2,8", [1, 2, 8]), ("8, 1", [1, 8]), ("1..8", [1, 2, 4, 8]), ("3..13", [3, 6, 12])]
 )
-def test_numbers_of_nodes(text: str, numbers: list[int]) -> None:
+def test_parse_nodes(text: str, numbers: list[int]) -> None:
     assert parse_nodes(text) == numbers
 
 
@@ -299,7 +299,7 @@ def test_numbers_of_nodes(text: str, numbers: list[int]) -> None:
         (["--calibrate", "/no/such/file.json"], "/no/such/file.json"),
     ],
 )
-def test_what_cannot_be_planned(arguments: list[str], message: str) -> None:
+def test_invalid_requests(arguments: list[str], message: str) -> None:
     config = Path(__file__).parents[2] / "configs/adco_r50_200ep.yaml"
     result = CliRunner().invoke(app, ["plan", str(config), *arguments])
     assert isinstance(result.exception, ValueError | OSError)

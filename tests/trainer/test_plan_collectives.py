@@ -1,4 +1,4 @@
-"""Predicted collectives against those of real gloo processes: every call, its type and its bytes, exactly."""
+"""Predicted collectives against those of real gloo processes: each call, its type and its bytes are equal."""
 
 import functools
 import multiprocessing
@@ -20,14 +20,14 @@ from trainer.train_step import Rates
 
 Found = list[tuple[str, Collective, int, bool]]
 
-# By ranks, of which two make a node.
+# By number of ranks; two ranks form a node.
 PLACEMENTS = {1: ("sharded",), 2: ("replicated", "sharded"), 4: ("replicated", "sharded", "node")}
 OTHERS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "compressed": ("ddp", 2, {"engine": {"kind": "ddp", "compress": "bf16"}}),
     "bf16": ("fsdp", 2, {"engine": {"kind": "fsdp"}, "run": {"precision": "bf16"}}),
-    "node by node": ("fsdp", 4, {"engine": {"kind": "fsdp", "placement": "node"}}),
+    "hybrid sharding": ("fsdp", 4, {"engine": {"kind": "fsdp", "placement": "node"}}),
     "kept after forward": ("fsdp", 2, {"engine": {"kind": "fsdp", "reshard_after_forward": False}}),
-    "lars in two parts": (
+    "lars in two micro-batches": (
         "fsdp",
         2,
         {"engine": {"kind": "fsdp"}, "optim": {"name": "lars", "lr": 0.1, "accumulate": 2}},
@@ -40,7 +40,7 @@ OTHERS: dict[str, tuple[str, int, dict[str, Any]]] = {
 
 
 def cases(world_size: int) -> dict[str, Config]:
-    """All engines and placements, and what else changes what is sent."""
+    """Return all engines and placements, and the other settings that change the traffic."""
     configs: dict[str, tuple[str, str, dict[str, Any]]] = {
         f"{e}, {p}": (e, p, {}) for e, p in product(ENGINES, PLACEMENTS[world_size])
     }
@@ -64,7 +64,7 @@ def calls(events: list[Event]) -> Found:
 
 
 def all_real(world_size: int) -> list[Found]:
-    """Of the last of a few real steps on this rank, for each case."""
+    """Return the collectives of this rank's last step in each case, from real training."""
     found = []
     for config in cases(world_size).values():
         train_step = build_train_step(config, make_rank_info(per_node(world_size)))
@@ -84,7 +84,7 @@ def all_predicted(world_size: int) -> list[Found]:
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:
-    """DeepSpeed keeps its groups for the life of a process."""
+    """Run in a new process: DeepSpeed keeps its groups for the life of a process."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
         return pool.submit(function, *args).result()
 
@@ -102,7 +102,7 @@ def predicted(world_size: int) -> dict[str, Found]:
 @pytest.mark.parametrize(
     ("world_size", "case"), [(world_size, case) for world_size in (1, 2, 4) for case in cases(world_size)]
 )
-def test_every_call_is_predicted(world_size: int, case: str) -> None:
+def test_collectives_are_predicted(world_size: int, case: str) -> None:
     found, counted = predicted(world_size)[case], real(world_size)[case]
     assert found == counted
     if world_size > 1:
@@ -110,7 +110,7 @@ def test_every_call_is_predicted(world_size: int, case: str) -> None:
 
 
 def test_nodes_and_issuers() -> None:
-    """Of four ranks on two nodes: what crosses nodes, and what is an engine's."""
+    """On four ranks of two nodes: which collectives cross nodes, and which an engine issues."""
     found = predicted(4)["fsdp, node"]
     assert {(call.ranks, nodes) for phase, call, nodes, _ in found if phase == "score"} == {
         (2, 1),  # queries within a node
@@ -118,7 +118,7 @@ def test_nodes_and_issuers() -> None:
     }
     assert {phase for phase, _, _, engine in found if engine} == {"teacher", "student", "backward", "optimizer"}
     assert {phase for phase, _, _, engine in found if not engine} == {"teacher", "score", "adversary"}
-    by_node = [call for call in predicted(4)["node by node"] if call[0] == "backward"]
-    kinds = {(call.operator, call.ranks, nodes) for _, call, nodes, _ in by_node}
+    hybrid = [call for call in predicted(4)["hybrid sharding"] if call[0] == "backward"]
+    kinds = {(call.operator, call.ranks, nodes) for _, call, nodes, _ in hybrid}
     assert kinds == {("all_gather", 2, 1), ("reduce_scatter", 2, 1), ("all_reduce", 2, 2)}
-    assert all(engine for _, _, _, engine in by_node)
+    assert all(engine for _, _, _, engine in hybrid)

@@ -1,4 +1,4 @@
-"""Predicted memory against what the allocator hands out in real runs, under every engine on 1, 2 and 4 ranks."""
+"""Predicted memory against what the allocator measures in real runs, with every engine on 1, 2 and 4 ranks."""
 
 import functools
 import gc
@@ -17,7 +17,7 @@ from trainer.config import Config
 from trainer.plan.memory import ENGINES, STEPS, Memory, count
 from trainer.train_step import Rates, TrainStep
 
-# Parameters and activations of the same order: what both of them need has to be right.
+# Parameters and activations take about as much memory, so an error in either would show.
 VIT = {"backbone_args": {"depth": 4, "embed_dim": 128, "num_heads": 4, "patch_size": 4, "img_size": 32}, "dim": 32}
 RESNET = {"backbone_args": {"channels": [16, 32, 64, 64], "layers": [1, 1, 1, 1]}, "dim": 32}
 RECIPES: dict[str, dict[str, dict[str, Any]]] = {
@@ -25,11 +25,11 @@ RECIPES: dict[str, dict[str, dict[str, Any]]] = {
     "resnet": {"model": RESNET, "optim": {"name": "lars", "accumulate": 2}, "data": {"views": [{"size": 128}] * 2}},
 }
 NETWORKS = {1: ["vit"], 2: ["vit", "resnet"], 4: ["vit"]}
-BUCKET = {"zero_optimization": {"reduce_bucket_size": 200_000}}  # ours would outweigh such networks
+BUCKET = {"zero_optimization": {"reduce_bucket_size": 200_000}}  # the default would outweigh such small networks
 
 
 def cases(world_size: int) -> dict[tuple[str, str], Config]:
-    """Four images a rank by network and engine."""
+    """Return configurations with four images per rank by network and engine."""
     configs = {}
     for network in NETWORKS[world_size]:
         for name, engine in ENGINES.items():
@@ -46,14 +46,14 @@ def cases(world_size: int) -> dict[tuple[str, str], Config]:
 
 
 def allocated(config: Config) -> int:
-    """The most bytes that torch's allocator had handed out at once on this rank, of its own account."""
+    """Return the peak of the bytes that torch's allocator counts on this rank."""
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         rank_info = make_rank_info()
         train_step = TrainStep(config, rank_info)
         assert train_step.method.bank
         train_step.method.bank.fill(torch.randn_like(train_step.method.bank.w_KD))
-        # Where ranks wait for a core, gloo's threads, which are there by now, would drop what they sent only later.
+        # Let gloo's threads, which exist by now, run first: they hold what they send until they get a core.
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         for step in range(STEPS):
             each, sizes = config.data.batch_size // rank_info.world_size, [view.size for view in config.data.views]
@@ -70,7 +70,7 @@ def allocated(config: Config) -> int:
 def all_allocated(world_size: int) -> list[int]:
     measured = []
     for config in cases(world_size).values():
-        with ThreadPoolExecutor(1) as thread:  # its own, as none may leave SCHED_IDLE again
+        with ThreadPoolExecutor(1) as thread:  # a thread cannot leave SCHED_IDLE again
             measured.append(thread.submit(allocated, config).result())
     return measured
 
@@ -93,15 +93,15 @@ def predicted(world_size: int) -> dict[tuple[str, str], Memory]:
 @pytest.mark.parametrize(
     ("world_size", "network", "engine"), [(world_size, *case) for world_size in NETWORKS for case in cases(world_size)]
 )
-def test_within_a_tenth_of_what_is_allocated(world_size: int, network: str, engine: str) -> None:
+def test_memory_within_a_tenth(world_size: int, network: str, engine: str) -> None:
     memory = predicted(world_size)[network, engine]
-    # The least of up to three runs: on a busy machine gloo's threads may still keep for longer what was sent.
+    # The least of up to three runs: on a busy machine gloo's threads may hold what they sent for longer.
     least = measured(world_size, 0)[network, engine]
     for attempt in (1, 2):
         if memory.peak != pytest.approx(least, rel=0.1):
             least = min(least, measured(world_size, attempt)[network, engine])
     assert memory.peak == pytest.approx(least, rel=0.1)
-    if network == "vit":  # each matters
+    if network == "vit":  # both shares matter
         assert memory.activations > 0.2 * memory.peak
         assert memory.networks + memory.optimizer + memory.gradients > 0.2 * memory.peak
 
@@ -110,5 +110,5 @@ def test_within_a_tenth_of_what_is_allocated(world_size: int, network: str, engi
     ("gib", "gpu"), [(30, "40 GB"), (34, "80 GB"), (69, "80 GB"), (71, "141 GB"), (124, "141 GB"), (125, "")]
 )
 def test_fits(gib: int, gpu: str) -> None:
-    """With a tenth and 2 GiB to spare."""
+    """A tenth and 2 GiB must remain."""
     assert Memory(gib * 2**30, 0, 0, 0, 0, "backward").fits_on == gpu

@@ -1,4 +1,4 @@
-"""Tensors without values: nothing is computed, the memory is counted, and what does not depend on them is real."""
+"""Tensors without values: nothing is computed, memory is counted, and other tensors keep their values."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from trainer.plan.shape_only import ShapeOnlyMode
 MIB = 2**20
 
 
-def test_gibibytes_are_counted_and_not_taken() -> None:
+def test_memory_is_counted_but_not_used() -> None:
     with ShapeOnlyMode() as mode:
-        whole = torch.ones(2**18, 2**10)  # a GiB
+        x = torch.ones(2**18, 2**10)  # a GiB
         for _ in range(3):
-            whole = torch.cat([whole, whole])
-        assert whole.shape == (2**21, 2**10)
-        assert float(whole.sum()) == 0
-    # Of the last cat, its result and the one it was made of.
+            x = torch.cat([x, x])
+        assert x.shape == (2**21, 2**10)
+        assert float(x.sum()) == 0
+    # The result of the last cat (8 GiB) and its input (4 GiB).
     assert mode.ledger.peak().total >> 30 == 12
 
 
@@ -36,8 +36,8 @@ def test_peak_and_parts() -> None:
     assert sum(size for _, size, _ in mode.ledger.events) == MIB
 
 
-def test_the_state_of_a_step() -> None:
-    """Parameters, gradients and two moments, as a real step has."""
+def test_memory_of_an_optimizer_step() -> None:
+    """Parameters, gradients and AdamW's two moments take 4 MiB each."""
     with ShapeOnlyMode() as mode:
         network = nn.Linear(1024, 1024, bias=False)
         optimizer = torch.optim.AdamW(network.parameters())
@@ -48,7 +48,7 @@ def test_the_state_of_a_step() -> None:
     assert 16 * MIB <= live < 17 * MIB
 
 
-def test_what_is_real() -> None:
+def test_tensors_with_values() -> None:
     with ShapeOnlyMode():
         assert torch.randperm(5, generator=torch.Generator().manual_seed(0)).sort().values.tolist() == [0, 1, 2, 3, 4]
         assert torch.linspace(0, 1, 3)[1].item() == 0.5
@@ -61,6 +61,6 @@ def test_what_is_real() -> None:
         assert torch.zeros_like(large, device="meta").device.type == "meta"
 
 
-def test_a_shape_that_depends_on_values() -> None:
+def test_shape_that_depends_on_values() -> None:
     with ShapeOnlyMode(), pytest.raises(RuntimeError, match="nonzero"):
         torch.randn(512, 512).nonzero()

@@ -20,7 +20,7 @@ from models.negatives.queue import Queue
 from models.teacher import make_teacher
 from trainer.config import Config, check_world
 from trainer.distributed import RankInfo
-from trainer.engines.base import Engine, named_networks, unshard
+from trainer.engines.base import Engine, unshard
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -159,9 +159,3 @@ def _key_rows(
     seed = int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
     for batch in train_batches(source, settings, seed, 0, 1, chunks.start, chunks.stop, torch.device("cpu")):
         yield encoder(batch.normalized(device))
-
-
-def weights(method: Method) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint that say what was learned; they share memory with the game."""
-    networks = named_networks(method.student, method.teacher)
-    return {**{name: network.state_dict() for name, network in networks.items()}, **method.state_dict()}

@@ -54,7 +54,7 @@ class Export(NamedTuple):
 
     @property
     def name(self) -> str:
-        """timm's name without the tag of pretrained weights, which is also torchvision's name."""
+        """The name in timm without the tag of pretrained weights, which is also the name in torchvision."""
         return self.config.model.backbone.split(".")[0]
 
     @property

@@ -10,7 +10,8 @@ from torch import nn
 
 from data.normalize import MEAN, STD
 from trainer.config import Config
-from trainer.report.run import format_percent, format_seconds, latest
+from trainer.report.format import format_percent, format_seconds, latest
+from trainer.report.page import render
 from trainer.run.directory import IMPORTED
 from trainer.run.files import read_json
 from trainer.run.results import read_rows
@@ -26,13 +27,9 @@ METHODS = {
 
 def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.Module, size: int, licence: str) -> str:
     """The card, in Markdown, of the `network` of a run after `step` steps."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-    environment = Environment(  # Markdown, not HTML: nothing to escape
-        loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     rows = read_rows(run / "metrics.jsonl")
-    return environment.get_template("model_card.md.j2").render(
+    return render(
+        "model_card.md.j2",
         title=f"{config.model.backbone}, {run.resolve().name}",
         licence=licence,
         imported=read_json(run / IMPORTED),

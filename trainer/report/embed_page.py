@@ -45,7 +45,12 @@ def render_embeddings(
         "separate": len(classes) <= MAX_CLASSES,
     }
     return render_page(
-        "embed.html.j2", title=title, shown=len(samples_P), total=total, dims=x_PD.shape[1], points=points
+        "embed.html.j2",
+        title=title,
+        shown=len(samples_P),
+        total=total,
+        dims=x_PD.shape[1],
+        points=points,
     )
 
 

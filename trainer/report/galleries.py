@@ -69,11 +69,7 @@ def draw_galleries(run: Path, config: Config, rank_info: RankInfo) -> tuple[list
 def find_neighbours(
     student: Encoder, config: Config, rank_info: RankInfo, train: Source, val: Source, chosen: NDArray[np.int64]
 ) -> list[Gallery]:
-    """Returns validation images with the training images whose backbone features are nearest.
-
-    Args:
-        chosen: Indices of the training images to choose from.
-    """
+    """Returns validation images with those of the `chosen` training images whose backbone features are nearest."""
     queries = embed(student, val, _spread(len(val), MAX_QUERIES), rank_info.device, config)
     images = embed(student, train, chosen, rank_info.device, config)
     return [
@@ -85,11 +81,7 @@ def find_neighbours(
 def find_negatives(
     student: Encoder, n_KD: Tensor, config: Config, rank_info: RankInfo, train: Source, chosen: NDArray[np.int64]
 ) -> list[Gallery]:
-    """Returns some of the negatives, unit rows [K, D], with the training images whose embeddings are nearest.
-
-    Args:
-        chosen: Indices of the training images to choose from.
-    """
+    """Returns some of the negatives, unit rows [K, D], with the `chosen` training images of nearest embeddings."""
     images = embed(student, train, chosen, rank_info.device, config, head=True)
     return [
         _nearest(f"negative {k}", None, images.x_ND @ n_KD[k], images.samples_N, train)

@@ -1,4 +1,4 @@
-"""Renders the templates of the trainer: the HTML pages of the reports and the Markdown of the model card.
+"""Renders the trainer's templates: the HTML pages of the reports and the Markdown of the model card.
 
 An HTML page is self-contained. Styles, plotly.js and images (data URLs) are part of the file, and its
 Content-Security-Policy forbids the browser to load anything else.
@@ -23,30 +23,36 @@ CRISP_SIDE = 96  # pixels: the browser enlarges images up to this size without s
 
 
 def render_page(template: str, **values: Any) -> str:
-    """Returns an HTML page made from a template of this package; `values` are the template's variables."""
-    from plotly.offline import get_plotlyjs
-
-    return render_template(
-        f"report/templates/{template}",
-        plotly=Markup(get_plotlyjs()),
-        created=datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
-        command=shlex.join(sys.orig_argv),
-        **values,
-    )
+    """Returns an HTML page made from a template that extends `base.html.j2`, see `render`."""
+    created = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    return render(template, created=created, command=shlex.join(sys.orig_argv), **values)
 
 
-def render_template(path: str, **values: Any) -> str:
-    """Returns the text of a template, given by its path below `trainer/`. Values are escaped in `*.html.j2` only."""
+def render(template: str, **values: Any) -> str:
+    """Returns the text made from a template. Values are escaped in `*.html.j2` only.
+
+    Args:
+        template: The name of a file in `trainer/report/templates`.
+        values: Its variables.
+    """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parents[1]),
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=select_autoescape(("html.j2",)),
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["plotly"] = _plotly
     environment.filters["png"] = image_data_url
     environment.filters["crisp"] = lambda image: max(image.shape[:2]) <= CRISP_SIDE
-    return environment.get_template(path).render(**values)
+    return environment.get_template(template).render(**values)
+
+
+def _plotly() -> Markup:
+    """Returns the source of plotly.js, 4 MB."""
+    from plotly.offline import get_plotlyjs
+
+    return Markup(get_plotlyjs())
 
 
 def image_data_url(image: Image, max_side: int = THUMBNAIL_SIDE, jpeg_if_shrunk: bool = False) -> str:

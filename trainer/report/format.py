@@ -5,6 +5,8 @@ from typing import Any
 
 from trainer.run.results import Row, primary_metric
 
+METRIC_LABELS = {"map": "mAP"}  # metrics that are named beside their value; the others are accuracies
+
 
 def is_number(value: object) -> bool:
     """Whether the value is a number that can be charted; a bool is not."""
@@ -46,4 +48,4 @@ def format_evaluation(results: dict[str, Any]) -> str:
     metric, value = primary_metric(results)
     deviation = results.get(f"{metric}_deviation")
     text = format_percent(value) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
-    return f"mAP {text}" if metric == "map" else text
+    return f"{METRIC_LABELS[metric]} {text}" if metric in METRIC_LABELS else text

@@ -1,6 +1,5 @@
 """Galleries of the report: training images that are nearest to validation images, and to negatives."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,17 +9,13 @@ from torch import Tensor
 
 from data.sources.open import Source
 from models.encoder import Encoder
-from trainer import distributed
 from trainer.build import build_method
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.evaluate import knn
 from trainer.evaluate.features import embed
-from trainer.interop.weights import CheckpointChoice, find_weights, load_encoder, read_encoder, to_device
+from trainer.interop.weights import find_weights, read_encoder
 from trainer.report.page import Image
 from trainer.run import checkpoint
-from trainer.run.directory import read_config
-from trainer.run.metrics import set_up_logging
 from trainer.run.sources import open_sources
 
 MAX_QUERIES, MAX_NEGATIVES = 8, 12  # galleries of each kind
@@ -101,23 +96,3 @@ def _nearest(title: str, query: Image | None, similarity_N: Tensor, samples_N: T
 def _spread(count: int, most: int) -> NDArray[np.int64]:
     """Returns at most `most` indices below `count`, evenly spaced, since folders list their images class by class."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
-
-
-def evaluate_knn(run: Path, overrides: list[str], which: CheckpointChoice) -> None:
-    """Print the kNN accuracy of a checkpoint, or of an imported model, as one JSON line.
-
-    `overrides` are of data.*, eval.* and run.device. Raises ValueError if there is no run, no usable checkpoint, or no
-    validation set.
-    """
-    config = read_config(run, overrides)
-    with distributed.process_group(config.run.device) as rank_info:
-        set_up_logging(rank_info.rank)
-        encoder, step = load_encoder(run, config, which)
-        train, val = open_sources(config.data, run)
-        if val is None:
-            raise ValueError(f"{run}: kNN needs labelled images to test on; give data.val=…")
-        accuracy = knn.evaluate(to_device(encoder, rank_info.device), train, val, rank_info.device, config)
-        if rank_info.rank == 0:
-            print(
-                json.dumps({"knn": accuracy, "k": config.eval.k, "temperature": config.eval.temperature, "step": step})
-            )

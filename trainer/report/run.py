@@ -14,7 +14,7 @@ from trainer.report.page import render_page
 from trainer.run.directory import read_config
 from trainer.run.files import read_json, write_atomically
 from trainer.run.metrics import set_up_logging
-from trainer.run.results import Row, evaluation_rows, read_evaluations, read_rows
+from trainer.run.results import Row, evaluation_rows, primary_metric, read_evaluations, read_rows
 
 # The facts at the top of the page: a key of results.json or metrics.jsonl, its label, and how its value is written.
 FACTS = {
@@ -25,19 +25,18 @@ FACTS = {
     "data_wait": ("waiting for data", format_percent),
 }
 
-# The results of an evaluation that are shown beside its accuracy, and how they are written.
+# How the secondary results of an evaluation are written. Others are written as `key = value`.
 EVALUATION_DETAILS = {
     "protocol": "{}",
     "step": "checkpoint of step {:,}",
     "labels": "{:,} labels",
     "epochs": "{} epochs",
     "lr": "learning rate {:g}",
-    "k": "k = {}",
-    "temperature": "temperature {:g}",
     "top5": "top-5 {:.1%}",
     "map_11_point": "11-point mAP {:.1%}",
     "unreadable": "{} images unreadable",
 }
+HIDDEN_DETAILS = {"network", "images", "seconds", "ranks", "device", "torch"}
 
 
 def write_report(run: Path) -> Path:
@@ -169,16 +168,20 @@ def summarise_phases(rows: list[Row]) -> list[dict[str, str]]:
 
 
 def summarise_evaluations(found: dict[str, dict[str, Any]]) -> list[dict[str, str]]:
-    """Returns name, primary result and details of each evaluation, which `found` holds by the folder's name."""
+    """Returns name, primary metric and details of each evaluation, which `found` holds by the directory's name."""
     return [
-        {
-            "name": name,
-            "result": format_evaluation(results),
-            "detail": ", ".join(
-                write.format(results[key]).replace("%", " %")
-                for key, write in EVALUATION_DETAILS.items()
-                if results.get(key)
-            ),
-        }
+        {"name": name, "result": format_evaluation(results), "detail": ", ".join(_details(results))}
         for name, results in found.items()
     ]
+
+
+def _details(results: dict[str, Any]) -> list[str]:
+    metric, _ = primary_metric(results)
+    hidden = HIDDEN_DETAILS | EVALUATION_DETAILS.keys() | {metric, f"{metric}_deviation"}
+    known = [write.format(results[key]) for key, write in EVALUATION_DETAILS.items() if results.get(key)]
+    others = [
+        f"{key} = {format_value(x)}"
+        for key, x in results.items()
+        if key not in hidden and isinstance(x, str | int | float)
+    ]
+    return [text.replace("%", " %") for text in [*known, *others]]

@@ -1,6 +1,6 @@
-"""What comes in: sample index, order, view parameters, and the backends that turn them into batches.
+"""Training data, from files to batches of views.
 
-`index` lists the samples, `order` shuffles them, `views` draws what happens to each, `cpu` or `dali` makes it happen,
-`loader` cuts it into batches, `watch` tells what is waited for. All randomness is a function of (seed, epoch, sample,
-view), see `random`.
+`sources` list and read images, `order` shuffles them, `views` draws the parameters of each view, and `cpu` or `dali`
+applies them. `batch` and `loader` make batches, and `watch` supervises the workers. `settings` is the configuration.
+All randomness is a function of (seed, epoch, sample, view), see `random`.
 """

@@ -1,12 +1,13 @@
-"""The plain CPU backend: applies `ViewParams` to one picture at a time.
+"""The plain CPU backend: applies `ViewParams` to one image at a time.
 
-A view is: crop, resize, flip, colour matrix, Gaussian blur, solarize. What defines the picture, for other backends
-to agree with (docs/data-backends.md says how far DALI's are):
+A view is: crop, resize, flip, colour matrix, Gaussian blur, solarize. This definition of the pixels holds for all
+backends; docs/data-backends.md has DALI's distance from it.
 
-- resize: bilinear between pixel centres, with a triangle filter as wide as the shrinking along each axis
-  (antialiasing; what Pillow, torchvision and DALI call linear with antialias). It reads only the crop.
+- resize: bilinear between pixel centres, with a triangle filter whose width is the reduction along each axis
+  (antialiasing; Pillow, torchvision and DALI call this linear with antialias). Only pixels of the crop are used.
 - colour: `views.color_matrix` about the mean of the resized crop, rounded and clamped once.
-- blur: window 2 ceil(3 sigma) + 1 (DALI's rule; torchvision's recipes fix 23), border reflected about the edge pixel.
+- blur: window 2 ceil(3 sigma) + 1 (DALI's rule; torchvision's recipes use a fixed 23), border reflected about the edge
+  pixel.
 - solarize: values from 128 on are inverted.
 """
 
@@ -21,25 +22,35 @@ from data.views import ViewParams, color_matrix, crop_box
 
 Image = NDArray[np.uint8]
 
-# Parallelism is over samples, in worker processes; OpenCV's own threads would only fight them.
+# Worker processes work in parallel on different images, and OpenCV's own threads would compete with them.
 cv2.setNumThreads(0)
 
 
 def resize(image: Image, height: int, width: int) -> Image:
-    """`image` (uint8 [H, W, 3]) as [height, width, 3], bilinear, antialiased where it shrinks."""
+    """Resize uint8 [H, W, 3] to uint8 [height, width, 3], bilinear, with antialiasing where it shrinks."""
     if image.shape[0] <= height and image.shape[1] <= width:
-        # Nothing shrinks, nothing to antialias; a torch call alone costs more than this on a small picture.
+        # Without shrinking there is nothing to antialias, and a torch call alone costs more than this for small images.
         return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    # OpenCV does not antialias linear, and its area filter is three times slower than this one at 224 px.
-    # The new axis goes in front before the permutation: only then does torch see channels-last strides, answer in
-    # them, and so give OpenCV an array that it need not copy before each of its operations.
+    # OpenCV's linear filter does not antialias, and its area filter is three times slower than torch's at 224 pixels.
+    # The batch axis is added before the permutation. Only then torch sees channels-last strides and returns an array
+    # with the same strides, which OpenCV need not copy before each operation.
     batch = torch.from_numpy(np.ascontiguousarray(image))[None].permute(0, 3, 1, 2)
     shrunk = torch.nn.functional.interpolate(batch, (height, width), mode="bilinear", antialias=True)
     return shrunk.permute(0, 2, 3, 1)[0].numpy()
 
 
 def render(image: Image, params: ViewParams, i: int, size: int) -> Image:
-    """View i of `params` of `image` (uint8 [H, W, 3] RGB): uint8 [size, size, 3]."""
+    """Make a view of an image.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        params: Parameters of the views of a batch.
+        i: Position of the view in `params`.
+        size: Height and width of the view.
+
+    Returns:
+        uint8 [size, size, 3].
+    """
     y, x, h, w = crop_box(params, i, image.shape[0], image.shape[1])
     view = resize(image[y : y + h, x : x + w], size, size)
     if params.flip[i]:
@@ -56,11 +67,11 @@ def render(image: Image, params: ViewParams, i: int, size: int) -> Image:
 
 
 def render_center(image: Image, size: int) -> Image:
-    """The view of `image` (uint8 [H, W, 3]) that evaluation uses: uint8 [size, size, 3].
+    """Make the central view for evaluations, uint8 [size, size, 3], of an image, uint8 [H, W, 3] RGB.
 
-    The shorter side to size * 256 / 224, then the central square, as torchvision cuts it. A picture whose shorter
-    side is not above `size` is taken to come from a data set of small pictures: that side becomes `size`, so that
-    nothing of a square one is cut off.
+    The shorter side is resized to size * 256 / 224 and the central square is cropped, as in torchvision's recipes. If
+    the shorter side is not above `size`, the data set is assumed to have small images: that side becomes `size`, so
+    that a square image is not cropped.
     """
     height, width = image.shape[:2]
     shorter = size if min(height, width) <= size else round(size * 256 / 224)

@@ -1,7 +1,7 @@
-"""What happens to each view of each sample, as data: drawn here, applied by a backend (`data.cpu`, DALI).
+"""The random parameters of each view of each image: drawn here, applied by a backend (`data.cpu`, `data.dali`).
 
-`draw` is a pure function of (seed, epoch, sample, view), so every backend, rank and worker sees the same
-parameters, and a resumed run repeats them.
+`draw` is a pure function of (seed, epoch, sample, view), so every backend, rank and worker sees the same parameters,
+and a resumed run repeats them.
 
 Colour
 ------
@@ -13,13 +13,13 @@ Brightness, contrast, saturation, hue and grayscale have their *linear* meaning 
     hue t          Y -> Y,                      (I, Q) -> rotated by the angle t, from red to yellow as in HSV
     grayscale      Y -> Y,                      (I, Q) -> 0
 
-Each acts on Y by an affine map that keeps or scales mean(Y), and on chroma by a scaled rotation. Such maps commute,
-so the order of operations, which torchvision draws at random, makes no difference and is not drawn. All of them
-together are one 3x4 matrix per view (`color_matrix`), rounded and clamped to 0..255 once.
+Each acts on Y by an affine map that keeps or scales mean(Y), and on chroma by a scaled rotation. Such maps commute, so
+the order of operations, which torchvision draws at random, does not matter and is not drawn. Together they are one 3x4
+matrix per view (`color_matrix`), rounded and clamped to 0..255 once.
 
-How torchvision's ColorJitter differs: it rounds and clamps after each operation (so the order matters for bright
-pictures), rotates hue in HSV (which does not keep luma), and takes contrast's mean in whole grey levels. Factors
-and angle are drawn from the same distributions.
+torchvision's ColorJitter differs as follows: it rounds and clamps after each operation (so the order matters for bright
+images), rotates hue in HSV (which does not preserve luma), and rounds the mean for contrast to whole grey levels. The
+distributions of factors and angle are the same.
 """
 
 import math
@@ -32,7 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 
 from data.random import VIEWS, uniform
 
-ATTEMPTS = 10  # crops tried before the central one, as torchvision's RandomResizedCrop
+ATTEMPTS = 10  # crops tried before the central one, as in torchvision's RandomResizedCrop
 
 RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
@@ -50,41 +50,51 @@ def _check_range(value: Range, name: str | None) -> Range:
 
 
 class View(BaseModel):
-    """One kind of view: its side in pixels and the crop's share of the picture's area."""
+    """A view of an image: its size and the area of its random crop."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    size: int = Field(ge=8)
-    scale: Range = (0.2, 1.0)
+    size: int = Field(ge=8, description="Height and width of the view in pixels.")
+    scale: Range = Field(
+        (0.2, 1.0), description="Smallest and largest area of the random crop, as shares of the image's area."
+    )
 
     @field_validator("scale")
     @classmethod
     def _scale(cls, value: Range) -> Range:
         if value[1] > 1:
-            raise ValueError(f"scale is {value}; a crop cannot be larger than the picture (1.0)")
+            raise ValueError(f"scale is {value}; a crop cannot be larger than the image (1.0)")
         return _check_range(value, "scale")
 
 
 class Augment(BaseModel):
-    """Distribution of the augmentations; the default is MoCo v2's, which AdCo uses.
-
-    flip, jitter, gray, blur, solarize are probabilities. Brightness, contrast and saturation factors are uniform in
-    [max(0, 1 - x), 1 + x], hue in [-hue, hue] turns, blur_sigma in pixels of the view.
-    """
+    """Distribution of the augmentations; the default is MoCo v2's, which AdCo uses."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    ratio: Range = (3 / 4, 4 / 3)
-    flip: float = Field(0.5, ge=0, le=1)
-    jitter: float = Field(0.8, ge=0, le=1)
-    brightness: float = Field(0.4, ge=0, allow_inf_nan=False)
-    contrast: float = Field(0.4, ge=0, allow_inf_nan=False)
-    saturation: float = Field(0.4, ge=0, allow_inf_nan=False)
-    hue: float = Field(0.1, ge=0, le=0.5)
-    gray: float = Field(0.2, ge=0, le=1)
-    blur: float = Field(0.5, ge=0, le=1)
-    blur_sigma: Range = (0.1, 2.0)
-    solarize: float = Field(0.0, ge=0, le=1)
+    ratio: Range = Field((3 / 4, 4 / 3), description="Smallest and largest width / height of the random crop.")
+    flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    jitter: float = Field(
+        0.8, ge=0, le=1, description="Probability of a change of brightness, contrast, saturation, hue."
+    )
+    brightness: float = Field(
+        0.4, ge=0, allow_inf_nan=False, description="The factor of brightness is uniform in 1 - x to 1 + x, from 0 on."
+    )
+    contrast: float = Field(
+        0.4, ge=0, allow_inf_nan=False, description="The factor of contrast is uniform in 1 - x to 1 + x, from 0 on."
+    )
+    saturation: float = Field(
+        0.4, ge=0, allow_inf_nan=False, description="The factor of saturation is uniform in 1 - x to 1 + x, from 0 on."
+    )
+    hue: float = Field(0.1, ge=0, le=0.5, description="The change of hue is uniform in -x to x turns.")
+    gray: float = Field(0.2, ge=0, le=1, description="Probability of grayscale.")
+    blur: float = Field(0.5, ge=0, le=1, description="Probability of a Gaussian blur.")
+    blur_sigma: Range = Field(
+        (0.1, 2.0), description="Smallest and largest standard deviation of the blur, in pixels of the view."
+    )
+    solarize: float = Field(
+        0.0, ge=0, le=1, description="Probability of solarization, which inverts values from 128 on."
+    )
 
     @field_validator("ratio", "blur_sigma")
     @classmethod
@@ -94,15 +104,15 @@ class Augment(BaseModel):
 
 @dataclass(frozen=True)
 class ViewParams:
-    """Parameters of one view of B samples, one array each.
+    """Parameters of one view of B images, one array each.
 
-    Where jitter does not apply, brightness, contrast and saturation are 1 and hue is 0.
+    Without jitter, brightness, contrast and saturation are 1 and hue is 0.
     """
 
-    crop_height: NDArray[np.float64]  # [B, 10] attempts, in units of sqrt(picture height x width)
+    crop_height: NDArray[np.float64]  # [B, 10] attempts, in units of sqrt(image height x width)
     crop_width: NDArray[np.float64]  # [B, 10] likewise
-    crop_position: NDArray[np.float64]  # [B, 2] (y, x) in [0, 1): which of the places the crop fits in
-    ratio: Range  # allowed width / height, for the central crop
+    crop_position: NDArray[np.float64]  # [B, 2] (y, x) in [0, 1), over all positions where the crop fits
+    ratio: Range  # allowed width / height of the central crop
     flip: NDArray[np.bool_]  # [B]
     brightness: NDArray[np.float64]  # [B] factor
     contrast: NDArray[np.float64]  # [B] factor
@@ -117,13 +127,13 @@ class ViewParams:
 
     @cached_property
     def recolored(self) -> NDArray[np.bool_]:
-        """[B]: whether the colour matrix is other than the identity."""
+        """Whether the colour matrix differs from the identity: [B]."""
         plain = (self.brightness == 1) & (self.contrast == 1) & (self.saturation == 1) & (self.hue == 0)
         return ~plain | self.gray
 
     @cached_property
     def color_linear(self) -> NDArray[np.float64]:
-        """[B, 3, 3]: the part of the colour matrix that does not depend on the picture."""
+        """The part of the colour matrix that does not depend on the image: [B, 3, 3]."""
         chroma = np.where(self.gray, 0.0, self.saturation)
         cos, sin = chroma * np.cos(self.hue), chroma * np.sin(self.hue)
         yiq = np.zeros((len(self), 3, 3))
@@ -135,7 +145,7 @@ class ViewParams:
 
     @cached_property
     def color_offset(self) -> NDArray[np.float64]:
-        """[B]: the colour matrix adds this share of the view's mean luma to each channel."""
+        """The share of the view's mean luma that the colour matrix adds to each channel: [B]."""
         return self.brightness * (1 - self.contrast)
 
 
@@ -147,12 +157,21 @@ def _between(u: NDArray[np.float64], bounds: Range) -> NDArray[np.float64]:
 def draw(
     seed: int, epoch: int, samples: NDArray[np.int64], view_index: int, view: View, augment: Augment
 ) -> ViewParams:
-    """The parameters of view `view_index` of `samples` (int64 [B]) in `epoch`."""
+    """Draw the parameters of one view of a batch.
+
+    Args:
+        seed: Seed of the run.
+        epoch: The epoch.
+        samples: Indices of the images, int64 [B].
+        view_index: Position of the view among the views of an image.
+        view: Size and crop of the view.
+        augment: Distribution of the augmentations.
+    """
     u = uniform(seed, VIEWS, epoch, samples, view_index, draws=2 * ATTEMPTS + 12)
     side = np.sqrt(_between(u[:, :ATTEMPTS], view.scale))
     log_ratio = _between(u[:, ATTEMPTS : 2 * ATTEMPTS], (math.log(augment.ratio[0]), math.log(augment.ratio[1])))
     root_ratio = np.exp(log_ratio / 2)
-    # The columns are fixed, so switching one augmentation off leaves the others as they were.
+    # Each parameter has its own column, so switching off one augmentation does not change the others.
     y, x, flip, jitter, brightness, contrast, saturation, hue, gray, blur, sigma, solarize = u[:, 2 * ATTEMPTS :].T
     jittered = jitter < augment.jitter
 
@@ -177,10 +196,10 @@ def draw(
 
 
 def crop_box(params: ViewParams, i: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """The crop of view i from a picture of `height` x `width`: (y, x, h, w) in pixels, inside the picture.
+    """Return the crop of view i from an image of `height` x `width` as (y, x, h, w) in pixels, inside the image.
 
-    The first attempt that fits; if none does, the largest central crop with an allowed ratio. The same rule as
-    torchvision's RandomResizedCrop. Plain Python: for one picture it is ten times faster than numpy.
+    The first attempt that fits is taken; if none fits, the largest central crop with an allowed ratio, as in
+    torchvision's RandomResizedCrop. Plain Python is ten times faster than numpy for a single image.
     """
     root_area = math.sqrt(height * width)
     for side_y, side_x in zip(params.crop_height[i].tolist(), params.crop_width[i].tolist(), strict=True):
@@ -195,15 +214,21 @@ def crop_box(params: ViewParams, i: int, height: int, width: int) -> tuple[int, 
 
 
 def crop_boxes(params: ViewParams, heights: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """`crop_box` of each of B pictures, int64 [B, 4] of (y, x, h, w)."""
+    """Return `crop_box` of each of B images, int64 [B, 4] of (y, x, h, w)."""
     sizes = zip(heights.tolist(), widths.tolist(), strict=True)
     return np.array([crop_box(params, i, h, w) for i, (h, w) in enumerate(sizes)], np.int64).reshape(-1, 4)
 
 
 def color_matrix(params: ViewParams, i: int, mean_rgb: tuple[float, ...] | NDArray[np.floating]) -> NDArray[np.float32]:
-    """The colour change of view i: float32 [3, 4], `out = m[:, :3] @ rgb + m[:, 3]` with channels in 0..255.
+    """Return the colour change of view i.
 
-    `mean_rgb` is the view's mean colour (of the crop, before any colour change), the point contrast turns about.
+    Args:
+        params: Parameters of the views of a batch.
+        i: Position of the view in `params`.
+        mean_rgb: Mean colour of the crop before the change, which contrast keeps.
+
+    Returns:
+        float32 [3, 4] `m`, such that `m[:, :3] @ rgb + m[:, 3]` is the new colour, with channels in 0..255.
     """
     matrix = np.empty((3, 4), np.float32)
     matrix[:, :3] = params.color_linear[i]

@@ -1,30 +1,24 @@
-"""Hugging Face `datasets` on disk: Arrow files (`save_to_disk`) and Parquet files with a column of encoded images.
+"""Arrow files of Hugging Face `datasets` (`save_to_disk`) with a column of encoded images, read by offset as shards.
 
-The image column is the first with the feature Image, else one called image, img or jpg: a struct with the field
-`bytes`, or binary. The label column is the first with the feature ClassLabel, else one called label.
+The image column is the first with the feature Image, else one named image, img or jpg: a struct with the field `bytes`,
+or binary. The label column is the first with the feature ClassLabel, else one named label.
 Format of the description in the schema: https://huggingface.co/docs/datasets/about_arrow
 """
 
 import json
-import threading
-from collections import OrderedDict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from data.sources.base import SharedArray, Source, UnreadableImage, make_classes
-from data.sources.files import retried
-from data.sources.index import Part
+from data.sources.shards import ShardContents
 
-# pyarrow is imported where it is used: most runs have no such files, and need not wait for it.
-
-CACHE_BYTES = 256 << 20  # of a process, for row groups
+# pyarrow is imported in the functions, because most runs do not need it and would wait for the import.
 
 
 class Columns(NamedTuple):
-    """Names of the columns, and what the labels are called if the file says so."""
+    """Names of the columns, and names of the classes if the schema has them."""
 
     image: str
     label: str | None
@@ -32,7 +26,7 @@ class Columns(NamedTuple):
 
 
 def find_columns(schema: Any, file: Path) -> Columns:
-    """The columns in a pyarrow schema. Raises ValueError if there is no image column."""
+    """Return the columns in a pyarrow schema. Raises ValueError if there is no image column."""
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = (described.get("info") or {}).get("features") or {}
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
@@ -47,7 +41,7 @@ def find_columns(schema: Any, file: Path) -> Columns:
 
 
 def image_bytes(column: Any, file: Path) -> Any:
-    """The (large) binary array of an image column. Raises ValueError if it holds another thing."""
+    """Return the (large) binary array of an image column. Raises ValueError if the column has another type."""
     import pyarrow as pa
 
     if pa.types.is_struct(column.type):
@@ -55,26 +49,22 @@ def image_bytes(column: Any, file: Path) -> Any:
             raise ValueError(f"{file}: the column of images has no field 'bytes'")
         column = column.field("bytes")
     if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
-        raise ValueError(f"{file}: the column of images holds {column.type}, it must hold encoded pictures (binary)")
+        raise ValueError(f"{file}: the column of images holds {column.type}, it must hold encoded images (binary)")
     return column
 
 
-def labels_of(column: Any) -> tuple[list[str], NDArray[np.int64]]:
-    """The distinct labels of an array as text, and for each row which; -1 where there is none (null, or -1)."""
+def encode_labels(column: Any) -> tuple[list[str], NDArray[np.int64]]:
+    """Return the distinct labels of a column as text, and each row's index into them; -1 for null and for label -1."""
     encoded = column.dictionary_encode()
     values = [str(value) for value in encoded.dictionary.to_pylist()]
     labelled = np.array([value != "-1" for value in values] + [False])
-    place = np.where(labelled, labelled.cumsum() - 1, -1)
-    return [value for value in values if value != "-1"], place[
-        encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    ]
+    index = np.where(labelled, labelled.cumsum() - 1, -1)
+    rows = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+    return [value for value in values if value != "-1"], index[rows]
 
 
-def scan_arrow(file: Path) -> Part:
-    """The pictures in an Arrow file, which holds them as they are, so that they can be read by offset as from a tar.
-
-    Raises ValueError if it is damaged or compressed, or has no pictures.
-    """
+def scan_arrow(file: Path) -> ShardContents:
+    """List the images in an Arrow file. Raises ValueError if it is damaged or compressed, or has no images."""
     import pyarrow as pa
 
     keys: list[str] = []
@@ -84,16 +74,16 @@ def scan_arrow(file: Path) -> Part:
         with pa.memory_map(str(file)) as mapped:
             base = mapped.read_buffer().address
             mapped.seek(0)
-            schema, batches = _opened(mapped)
+            schema, batches = _open(mapped)
             columns = find_columns(schema, file)
             for batch in batches:
                 images = image_bytes(batch.column(columns.image), file)
                 if images.null_count:
-                    raise ValueError(f"{file}: {images.null_count} rows have no bytes: save it with the pictures in")
+                    raise ValueError(f"{file}: {images.null_count} rows have no bytes: save the images inside the file")
                 _, offsets, data = images.buffers()
                 if not data:
                     if len(images):
-                        raise ValueError(f"{file}: {len(images)} pictures of no bytes at all")
+                        raise ValueError(f"{file}: all of {len(images)} images are empty")
                     continue
                 width = np.int64 if pa.types.is_large_binary(images.type) else np.int32
                 bounds = np.frombuffer(offsets, width)[images.offset : images.offset + len(images) + 1]
@@ -104,19 +94,18 @@ def scan_arrow(file: Path) -> Part:
                 batch_keys: list[str] = []
                 batch_labels = np.full(len(images), -1)
                 if columns.label:
-                    batch_keys, batch_labels = labels_of(batch.column(columns.label))
+                    batch_keys, batch_labels = encode_labels(batch.column(columns.label))
                 labels.append(np.where(batch_labels < 0, -1, batch_labels + len(keys)))
                 keys += batch_keys
     except (pa.ArrowInvalid, OSError) as error:
         raise ValueError(f"{file} is not an Arrow file, or damaged: {error}") from error
     names = [str(row) for row in range(sum(map(len, starts)))]
-    return Part(
-        names, keys, np.concatenate(labels), np.concatenate(starts), np.concatenate(sizes), classes=columns.classes
-    )
+    arrays = np.concatenate(labels), np.concatenate(starts), np.concatenate(sizes)
+    return ShardContents(names, keys, *arrays, classes=columns.classes)
 
 
-def _opened(mapped: Any) -> tuple[Any, Any]:
-    """Schema and record batches: of the streaming format, which `datasets` writes, or of the file format."""
+def _open(mapped: Any) -> tuple[Any, Any]:
+    """Return schema and record batches of the streaming format, which `datasets` writes, or of the file format."""
     import pyarrow as pa
 
     magic = mapped.read(6)
@@ -126,101 +115,3 @@ def _opened(mapped: Any) -> tuple[Any, Any]:
         return stream.schema, stream
     file = pa.ipc.open_file(mapped)
     return file.schema, map(file.get_batch, range(file.num_record_batches))
-
-
-class ParquetFiles(Source):
-    """Parquet compresses rows in groups, so a picture costs the reading of its group (often 100 to 1000 pictures).
-
-    The last groups are kept, up to CACHE_BYTES in a process: enough for an order in blocks as long as the groups. For
-    a global order the data set is better written into shards first.
-    """
-
-    def __init__(self, root: Path, files: list[Path]) -> None:
-        """Reads the files' footers and labels. Raises ValueError if they are damaged or have no images."""
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        codes: dict[str, int] = {}
-        labels: list[NDArray[np.int64]] = []
-        rows: list[int] = []
-        self._group_of: list[tuple[int, int]] = []  # of each row group: number of the file, number in the file
-        names = None
-        for number, file in enumerate(files):
-            try:
-                with pq.ParquetFile(file) as parquet:
-                    self._column, label, file_names = find_columns(parquet.schema_arrow, file)
-                    kind = parquet.schema_arrow.field(self._column).type
-                    image_bytes(pa.array([], kind), file)
-                    groups = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
-                    keys: list[str] = []
-                    found = np.full(sum(groups), -1)
-                    if label and groups:
-                        keys, found = labels_of(parquet.read([label]).column(0).combine_chunks())
-            except (pa.ArrowInvalid, OSError) as error:
-                raise ValueError(f"{file} is not a Parquet file, or damaged: {error}") from error
-            names = names or file_names
-            code = np.array([codes.setdefault(key, len(codes)) for key in keys] + [-1])
-            labels.append(code[found])
-            rows += groups
-            self._group_of += [(number, g) for g in range(len(groups))]
-        self._files = [str(file) for file in files]
-        self._starts = np.cumsum([0, *rows])  # first row of each group, of all files
-        self.classes, numbers = make_classes(root, codes, np.concatenate(labels), names)
-        self._labels = SharedArray(numbers)
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """int64 [n], indices into `classes`."""
-        return self._labels.array
-
-    def __len__(self) -> int:
-        return len(self._labels.array)
-
-    def name(self, i: int) -> str:
-        """The file, the row group in it, and the row in that."""
-        group = self._group(i)
-        file, number = self._group_of[group]
-        return f"{Path(self._files[file]).name}/{number}/{i - self._starts[group]}"
-
-    def read(self, i: int) -> bytes:
-        """The encoded bytes of sample i. Raises UnreadableImage."""
-        import pyarrow as pa
-
-        group = self._group(i)
-        file, number = self._group_of[group]
-        try:
-            rows = _row_group(self._files[file], number, self._column)
-            stored: bytes | None = rows[int(i - self._starts[group])].as_py()
-            if stored is None:
-                raise ValueError("the row has no bytes")
-            return stored
-        except (ValueError, pa.ArrowException, OSError) as error:
-            raise UnreadableImage(f"{self.name(i)}: {error}") from error
-
-    def _group(self, i: int) -> int:
-        return int(np.searchsorted(self._starts, i, side="right")) - 1
-
-
-_cache: OrderedDict[tuple[str, int], Any] = OrderedDict()  # of this process
-_cache_lock = threading.Lock()
-
-
-def _row_group(file: str, number: int, column: str) -> Any:
-    """The encoded pictures of a row group, a pyarrow binary array. Raises OSError, ValueError or ArrowException."""
-    import pyarrow.parquet as pq
-
-    with _cache_lock:
-        if (file, number) in _cache:
-            _cache.move_to_end((file, number))
-            return _cache[file, number]
-
-    def read() -> Any:
-        with pq.ParquetFile(file) as parquet:
-            return parquet.read_row_group(number, [column]).column(0).combine_chunks()
-
-    images = image_bytes(retried(read), Path(file))
-    with _cache_lock:
-        _cache[file, number] = images
-        while len(_cache) > 1 and sum(kept.nbytes for kept in _cache.values()) > CACHE_BYTES:
-            _cache.popitem(last=False)
-    return images

@@ -1,4 +1,4 @@
-"""Puts Fashion-MNIST (70,000 labelled 28 x 28 pictures, MIT licence) in a folder:
+"""Downloads Fashion-MNIST (70,000 labelled 28 x 28 images, MIT licence) into a folder.
 
     python -m data.sources.fashion_mnist DEST
 
@@ -16,18 +16,16 @@ from pathlib import Path
 PACKAGE = "dataset-fashion-mnist"
 INSTALLED = Path("/usr/share/datasets/fashion-mnist")
 FILES = [f"{part}-{kind}-ubyte.gz" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
-
-
 CLASSES = ("T-shirt", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
 
 def complete(folder: Path) -> bool:
-    """Whether the four files are in `folder`."""
+    """Return whether the four files are in `folder`."""
     return all((folder / name).is_file() for name in FILES)
 
 
 def copy_files(source: Path, dest: Path) -> None:
-    """Copies the four files; each appears in `dest` whole or not at all."""
+    """Copy the four files, each atomically."""
     dest.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         temporary = dest / f".{name}.{os.getpid()}"
@@ -36,14 +34,14 @@ def copy_files(source: Path, dest: Path) -> None:
 
 
 def from_installed(dest: Path) -> None:
-    """From Debian's package, if it is installed."""
+    """Copy the files of Debian's package, if it is installed."""
     copy_files(INSTALLED, dest)
 
 
 def from_apt(dest: Path) -> None:
-    """From Debian's package, downloaded and unpacked without installing it, so without being root."""
+    """Download Debian's package and unpack it, which needs no root rights, unlike an installation."""
     with tempfile.TemporaryDirectory() as temporary:
-        # apt gives up root for the download, and then must be able to write here
+        # For the download, apt drops its root rights, and then it must be able to write here.
         os.chmod(temporary, 0o777)
 
         def run(*command: str) -> None:
@@ -62,7 +60,7 @@ def from_apt(dest: Path) -> None:
 
 
 def from_torchvision(dest: Path) -> None:
-    """From the authors' server, by torchvision."""
+    """Download the files from the authors' server with torchvision."""
     from torchvision.datasets import FashionMNIST
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -72,7 +70,7 @@ def from_torchvision(dest: Path) -> None:
 
 
 def fetch(dest: Path) -> str | None:
-    """Fills `dest` with the four files by the first way that works; returns why not if none does."""
+    """Put the four files into `dest` by the first way that works; return the reasons if none does."""
     if complete(dest):
         return None
     ways: list[Callable[[Path], None]] = [from_installed, from_apt, from_torchvision]
@@ -90,6 +88,7 @@ def fetch(dest: Path) -> str | None:
 
 
 def main() -> int:
+    """Run the command line and return the exit code."""
     if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
         print("usage: python -m data.sources.fashion_mnist DEST", file=sys.stderr)
         return 2

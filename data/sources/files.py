@@ -1,4 +1,4 @@
-"""Reading from files of any size, on storage that may fail for a moment."""
+"""Reading from large files on storage that may fail temporarily."""
 
 import os
 import time
@@ -13,11 +13,12 @@ DELAYS = (0.1, 0.5, 2.0)  # seconds before each further attempt
 PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 
 
-def retried(read: Callable[[], T]) -> T:
-    """`read()`, again after each of DELAYS while it fails for a reason that may pass (network storage, EIO, ESTALE).
+def retry(read: Callable[[], T]) -> T:
+    """Call `read`, and again after each of DELAYS if it fails for a temporary reason (network storage, EIO, ESTALE).
 
-    Raises the last OSError. Not tried again: a file that is missing or forbidden, and errors that are not of the
-    operating system (a library's, without errno).
+    Raises:
+        OSError: The last error. A missing or forbidden file is not tried again, and neither is an error without errno,
+            which is a library's and not the operating system's.
     """
     for delay in DELAYS:
         try:
@@ -32,36 +33,40 @@ def retried(read: Callable[[], T]) -> T:
 
 
 def read_file(path: str | bytes | Path) -> bytes:
-    """The whole file. Raises OSError after `retried` gives up."""
+    """Return the contents of a file. Raises OSError after `retry` gives up."""
 
     def read() -> bytes:
         with open(path, "rb", buffering=0) as file:
             return file.read()
 
-    return retried(read)
+    return retry(read)
 
 
 def read_range(path: str, offset: int, size: int) -> bytes:
-    """`size` bytes of a file from `offset`. Raises OSError after `retried` gives up, EOFError if the file ends before.
+    """Return `size` bytes of a file from `offset`.
 
-    Files stay open: on parallel file systems opening one costs more than reading a picture.
+    Files stay open, because on parallel file systems opening a file costs more than reading an image.
+
+    Raises:
+        OSError: `retry` gave up.
+        EOFError: The file is too short.
     """
 
     def read() -> bytes:
         try:
-            return os.pread(_opened(path).descriptor, size, offset)
+            return os.pread(_open(path).descriptor, size, offset)
         except OSError:
-            _opened.cache_clear()  # a stale handle stays stale
+            _open.cache_clear()  # a stale handle stays stale
             raise
 
-    data = retried(read)
+    data = retry(read)
     if len(data) < size:
-        raise EOFError(f"{path} ends {size - len(data)} bytes before the end of the picture")
+        raise EOFError(f"{path} ends {size - len(data)} bytes before the end of the image")
     return data
 
 
 class _OpenFile:
-    """Closed when the last one who holds it lets go: a thread may still read what another drops from the cache."""
+    """A file that is closed with the last reference: one thread may read it while another drops it from the cache."""
 
     def __init__(self, path: str) -> None:
         self.descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
@@ -71,6 +76,6 @@ class _OpenFile:
             os.close(self.descriptor)
 
 
-@lru_cache(maxsize=128)  # of a process; the usual limit on open files is 1024
-def _opened(path: str) -> _OpenFile:
+@lru_cache(maxsize=128)  # per process; the usual limit on open files is 1024
+def _open(path: str) -> _OpenFile:
     return _OpenFile(path)

@@ -1,4 +1,4 @@
-"""A folder of pictures, root/class/**/image.jpg: the layout of ImageNet and torchvision."""
+"""A folder of images, root/class/**/image.jpg: the layout of ImageNet and torchvision."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -15,35 +15,35 @@ EXTENSIONS = (b".jpg", b".jpeg", b".png", b".webp", b".bmp")
 
 
 class ImageFolder(Listing):
-    """Classes are the sorted names of the root's folders, samples are sorted by path.
+    """The images under a folder, sorted by path. The classes are the sorted names of its subfolders.
 
-    Hidden files and folders are ignored. Pictures directly in the root, without class folders, are one class.
+    Hidden files and folders are ignored. Images directly in the root, without class folders, form one class.
     """
 
     @classmethod
     def scan(cls, root: Path) -> "ImageFolder":
-        """Lists the pictures under `root`. Raises ValueError if there are none, or no clear classes.
+        """List the images under `root`. Raises ValueError if there are none, or no clear classes.
 
-        Holds the paths of one class at a time as objects; the others are bytes in a row.
+        The paths of one class at a time are Python objects; those of the others are bytes in a block.
         """
         top = os.fsencode(root)
         with os.scandir(top) as entries:
             folders = sorted(e.name for e in entries if not e.name.startswith(b".") and e.is_dir())
-        loose = _images(top, b"", recurse=False)
+        loose = _find_images(top, b"", recurse=False)
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            by_class = list(pool.map(lambda folder: _packed(_images(top, folder + b"/")), folders))
+            by_class = list(pool.map(lambda folder: _join(_find_images(top, folder + b"/")), folders))
         if any(len(sizes) for _, sizes in by_class):
             if loose:
                 raise ValueError(
-                    f"{root} has pictures both in class folders and outside them (such as {os.fsdecode(loose[0])}): "
-                    "put every picture in a class folder, or none"
+                    f"{root} has images both in class folders and outside them (such as {os.fsdecode(loose[0])}): "
+                    "put every image in a class folder, or none"
                 )
             classes = [os.fsdecode(folder) for folder in folders]
         elif loose:
-            classes, by_class = [root.resolve().name], [_packed(loose)]
+            classes, by_class = [root.resolve().name], [_join(loose)]
         else:
             raise ValueError(
-                f"{root} has no pictures: it needs class/picture.jpg (or "
+                f"{root} has no images: it needs class/image.jpg (or "
                 f"{', '.join(e.decode() for e in EXTENSIONS[1:])}), or shards (.tar, .arrow, .parquet) inside; for IDX "
                 "data give the path of the *-images-idx3-ubyte[.gz] file"
             )
@@ -54,7 +54,7 @@ class ImageFolder(Listing):
         return cls(root, classes, labels, names, offsets)
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of sample i. Raises UnreadableImage."""
+        """Return the encoded bytes of image i. Raises UnreadableImage."""
         name = self.name(i)
         try:
             return read_file(os.path.join(self.root, name))
@@ -62,13 +62,13 @@ class ImageFolder(Listing):
             raise UnreadableImage(f"{name}: {error.strerror}") from error
 
 
-def _packed(paths: list[bytes]) -> tuple[bytes, NDArray[np.int64]]:
-    """Paths in a row, and the length of each."""
+def _join(paths: list[bytes]) -> tuple[bytes, NDArray[np.int64]]:
+    """Return the paths one after another, and the length of each."""
     return b"".join(paths), np.fromiter(map(len, paths), np.int64, len(paths))
 
 
-def _images(top: bytes, folder: bytes, recurse: bool = True) -> list[bytes]:
-    """Sorted paths, relative to `top`, of the pictures in `folder` (which is empty or ends in a slash) and below."""
+def _find_images(top: bytes, folder: bytes, recurse: bool = True) -> list[bytes]:
+    """Return the sorted paths, relative to `top`, of the images in `folder`, which is empty or ends in a slash."""
     found: list[bytes] = []
     with os.scandir(os.path.join(top, folder)) as entries:
         for entry in entries:
@@ -77,5 +77,5 @@ def _images(top: bytes, folder: bytes, recurse: bool = True) -> list[bytes]:
             if entry.name.lower().endswith(EXTENSIONS) and not entry.is_dir():
                 found.append(folder + entry.name)
             elif recurse and entry.is_dir():
-                found += _images(top, folder + entry.name + b"/")
+                found += _find_images(top, folder + entry.name + b"/")
     return sorted(found)

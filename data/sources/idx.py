@@ -1,4 +1,7 @@
-"""Grey pictures in the IDX format of MNIST and Fashion-MNIST."""
+"""Grey images in the IDX format of MNIST and Fashion-MNIST.
+
+Format: http://yann.lecun.com/exdb/mnist/
+"""
 
 import gzip
 import math
@@ -10,64 +13,57 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from data.sources.base import SharedArray, Source, read_classes
+from data.sources.base import LabelledSource, SharedArray
+from data.sources.classes import read_classes
+
+PATTERN = re.compile(r"(.*)-images-idx3-ubyte(\.gz)?")
 
 
-class IdxImages(Source):
-    """x-images-idx3-ubyte[.gz] beside x-labels-idx1-ubyte[.gz].
+class IdxImages(LabelledSource):
+    """The images of x-images-idx3-ubyte[.gz] with the labels of x-labels-idx1-ubyte[.gz] beside it, in memory.
 
-    Format: http://yann.lecun.com/exdb/mnist/. Everything is read into memory. Classes are called by their numbers, or
-    by the lines of a file classes.txt beside.
+    The names of the classes are their numbers, or the lines of a file classes.txt beside it.
     """
 
-    PATTERN = re.compile(r"(.*)-images-idx3-ubyte(\.gz)?")
-
     def __init__(self, path: Path) -> None:
-        """Reads both files. Raises ValueError if one is missing, damaged or of another kind."""
-        match = self.PATTERN.fullmatch(path.name)
+        """Read both files. Raises ValueError if one is missing, damaged or has another format."""
+        match = PATTERN.fullmatch(path.name)
         if match is None:
             raise ValueError(
                 f"{path} is not named like IDX images: it must be *-images-idx3-ubyte or *-images-idx3-ubyte.gz"
             )
-        beside = [path.with_name(f"{match[1]}-labels-idx1-ubyte{end}") for end in (match[2] or "", "", ".gz")]
-        labels_path = next((p for p in beside if p.is_file()), None)
+        candidates = [path.with_name(f"{match[1]}-labels-idx1-ubyte{end}") for end in (match[2] or "", "", ".gz")]
+        labels_path = next((p for p in candidates if p.is_file()), None)
         if labels_path is None:
-            raise ValueError(f"{path} needs its labels beside it, in {beside[0].name}; there is no such file")
+            raise ValueError(f"{path} needs its labels beside it, in {candidates[0].name}; there is no such file")
         images, labels = _read_idx(path, 3), _read_idx(labels_path, 1).astype(np.int64)
         if len(images) == 0 or len(images) != len(labels):
             raise ValueError(
-                f"{path} has {len(images)} images and {labels_path.name} {len(labels)} labels: give as many, not 0"
+                f"{path} has {len(images)} images and {labels_path.name} {len(labels)} labels: need as many, not 0"
             )
+        names, max_label = path.with_name("classes.txt"), int(labels.max())
+        classes = read_classes(names) or [str(label) for label in range(max_label + 1)]
+        if max_label >= len(classes):
+            raise ValueError(f"{names} has {len(classes)} lines, but {labels_path.name} has label {max_label}")
+        super().__init__(classes, labels)
         self._file = path.name
-        self._images, self._labels = SharedArray(images), SharedArray(labels)
-        self.classes = [str(label) for label in range(labels.max() + 1)]
-        names = path.with_name("classes.txt")
-        if (lines := read_classes(names)) is not None:
-            self.classes = lines
-            if labels.max() >= len(self.classes):
-                raise ValueError(
-                    f"{names} has {len(self.classes)} lines, but {labels_path.name} has label {labels.max()}"
-                )
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """int64 [n], indices into `classes`."""
-        return self._labels.array
-
-    def __len__(self) -> int:
-        return len(self._labels.array)
+        self._images = SharedArray(images)
 
     def name(self, i: int) -> str:
-        """The file and the number in it."""
+        """Return the file and the position of image i in it."""
         return f"{self._file}[{i}]"
 
     def read(self, i: int) -> NDArray[np.uint8]:
-        """Sample i: uint8 [H, W, 3], the grey value in all channels."""
+        """Return image i, uint8 [H, W, 3] with the grey value in all channels."""
         return cv2.cvtColor(self._images.array[i], cv2.COLOR_GRAY2RGB)
 
 
 def _read_idx(path: Path, dims: int) -> NDArray[np.uint8]:
-    """The uint8 array of `dims` dimensions in an IDX file, gzipped or not. Raises ValueError if it is another thing."""
+    """Return the uint8 array of `dims` dimensions in an IDX file, gzipped or not.
+
+    Raises:
+        ValueError: The file is damaged or has another format.
+    """
     try:
         data = path.read_bytes()
         if data.startswith(b"\x1f\x8b"):

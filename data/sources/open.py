@@ -1,14 +1,15 @@
-"""Where the pictures are: what may be given as a data set, and the source that reads it.
+"""Opens a data set given by a path.
 
-folder      class/**/picture.jpg (or .jpeg .png .webp .bmp), see `data.sources.folder`
+folder      class/**/image.jpg (or .jpeg .png .webp .bmp), see `data.sources.folder`
 .tar        shards in WebDataset's layout, see `data.sources.tar`
 .arrow      Hugging Face `save_to_disk`, see `data.sources.arrow`
-.parquet    likewise
+.parquet    likewise, see `data.sources.parquet`
 .bin        CIFAR's binary version, see `data.sources.cifar`
 idx         *-images-idx3-ubyte[.gz], see `data.sources.idx`
 .npz        an index that `python -m trainer data index` wrote
 
-Several files are given as their folder or as a pattern: "train-*.tar", "train-{000..146}.tar".
+Several files are given as their folder or as a pattern: "train-*.tar", "train-{000..146}.tar". A new format is a module
+here and a line in SHARD_FORMATS, if its images can be read by offset, or in OTHER_FORMATS.
 """
 
 import glob
@@ -18,56 +19,70 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.decode import decode
-from data.sources.arrow import ParquetFiles, scan_arrow
+from data.sources.arrow import scan_arrow
 from data.sources.base import Source, UnreadableImage
 from data.sources.cifar import TRAINING, CifarBinary
 from data.sources.folder import EXTENSIONS, ImageFolder
 from data.sources.idx import IdxImages
-from data.sources.index import Listing, Packed, Part, read_index
-from data.sources.tar import scan_shard
+from data.sources.index import Listing, read_index
+from data.sources.parquet import ParquetFiles
+from data.sources.shards import ShardContents, Shards
+from data.sources.tar import scan_tar
 
 __all__ = ["IdxImages", "ImageFolder", "Listing", "Source", "UnreadableImage", "decode", "open_source"]
 
-PACKED: dict[str, Callable[[Path], Part]] = {".tar": scan_shard, ".arrow": scan_arrow}
-SHARDS = {".tar", ".arrow", ".parquet"}
-PICTURES = tuple(extension.decode() for extension in EXTENSIONS)
+# By suffix: the function that lists the images in a file.
+SHARD_FORMATS: dict[str, Callable[[Path], ShardContents]] = {".tar": scan_tar, ".arrow": scan_arrow}
+# By suffix: the function that opens the files that a path stands for.
+OTHER_FORMATS: dict[str, Callable[[Path, list[Path]], Source]] = {
+    ".parquet": ParquetFiles,
+    ".bin": lambda path, files: CifarBinary(files),
+}
+SUFFIXES = {*SHARD_FORMATS, *OTHER_FORMATS}
+IMAGE_SUFFIXES = tuple(extension.decode() for extension in EXTENSIONS)
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
 def open_source(path: str | Path, index: Path | None = None) -> Source:
-    """The data set at `path`, see the module.
+    """Open the data set at `path`.
 
-    For a folder and shards, `index` names a file that keeps the listing: it is written after the first scan and read
-    instead of scanning from then on. Delete it when the data change. Raises ValueError if there is nothing usable.
+    Args:
+        path: A folder, file or pattern of the formats above.
+        index: For a folder and shards, a file that stores their list. It is written after the first scan and replaces
+            later scans, so it has to be deleted when the images change.
+
+    Raises:
+        ValueError: There is no usable data set.
     """
     path = Path(path)
     if path.suffix == ".npz" and path.is_file():
         root, arrays = read_index(path)
-        return (Packed if "files" in arrays else ImageFolder).from_arrays(arrays, root)
+        return (Shards if "files" in arrays else ImageFolder).from_arrays(arrays, root)
     files = find_files(path)
     suffix = files[0].suffix if files else ""
-    if suffix == ".parquet":
-        return ParquetFiles(path, files)
-    if suffix == ".bin":
-        return CifarBinary(files)
-    if suffix not in PACKED and not path.is_dir():
+    if suffix in OTHER_FORMATS:
+        return OTHER_FORMATS[suffix](path, files)
+    if files and suffix not in SHARD_FORMATS:
         return IdxImages(path)
-    kind = Packed if suffix in PACKED else ImageFolder
+    kind = Shards if files else ImageFolder
     listing = kind.load(index, path) if index else None
     if listing is None:
-        listing = Packed.scan(path, files, PACKED[suffix]) if suffix in PACKED else ImageFolder.scan(path)
+        listing = Shards.scan(path, files, SHARD_FORMATS[suffix]) if files else ImageFolder.scan(path)
         if index:
             listing.save(index)
     return listing
 
 
 def find_files(path: Path) -> list[Path]:
-    """The files that `path` stands for, sorted: itself, those of a pattern, or the shards in a folder.
+    """Return the sorted files that `path` stands for: itself, those of a pattern, or the shards in a folder.
 
-    A folder of pictures gives []. Raises ValueError if nothing is there, or different things.
+    The result is empty for a folder of images.
+
+    Raises:
+        ValueError: There are no files, or they have different formats.
     """
     if path.is_dir():
-        return _shards(path)
+        return _files_in(path)
     if path.is_file():
         return [path]
     files: list[Path] = []
@@ -75,18 +90,19 @@ def find_files(path: Path) -> list[Path]:
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] * os.path.exists(pattern)
         if not found:
             raise ValueError(
-                f"{pattern} does not exist: give a folder of class/picture.jpg, shards (.tar, .arrow, .parquet, or a "
+                f"{pattern} does not exist: give a folder of class/image.jpg, shards (.tar, .arrow, .parquet, or a "
                 "pattern such as train-{000..146}.tar), CIFAR's .bin, or a *-images-idx3-ubyte[.gz] file"
             )
         files += map(Path, found)
-    kinds = {file.suffix for file in files}
-    if len(kinds) > 1 or kinds - SHARDS:
-        raise ValueError(f"{path} stands for {', '.join(sorted(kinds))} files: need one of {', '.join(sorted(SHARDS))}")
+    suffixes = {file.suffix for file in files}
+    if len(suffixes) > 1 or suffixes - SUFFIXES:
+        found_suffixes, known = (", ".join(sorted(some)) for some in (suffixes, SUFFIXES))
+        raise ValueError(f"{path} stands for {found_suffixes} files: need one of {known}")
     return files
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The sorted shards in a folder; [] if it has pictures or other folders in it."""
+def _files_in(folder: Path) -> list[Path]:
+    """Return the sorted data files in a folder, or [] if it has images or other folders in it."""
     if (splits := folder / "dataset_dict.json").is_file():
         raise ValueError(f"{folder} holds several data sets ({splits.read_text()[:200]}): give one of them")
     names = []
@@ -94,11 +110,9 @@ def _shards(folder: Path) -> list[Path]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.name.lower().endswith(PICTURES) or entry.is_dir():
+            if entry.name.lower().endswith(IMAGE_SUFFIXES) or entry.is_dir():
                 return []
-            ending = os.path.splitext(entry.name)[1]
-            # datasets keeps its caches as cache-*.arrow beside the data.
-            if (ending in SHARDS and not entry.name.startswith("cache-")) or TRAINING.fullmatch(entry.name):
+            if _is_training_data(entry.name):
                 names.append(entry.name)
     kinds = sorted({re.sub(r"\d+", "*", name) for name in names})
     if len(kinds) > 1:
@@ -106,8 +120,15 @@ def _shards(folder: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
+def _is_training_data(name: str) -> bool:
+    suffix = os.path.splitext(name)[1]
+    if suffix == ".bin":
+        return bool(TRAINING.fullmatch(name))
+    return suffix in SUFFIXES and not name.startswith("cache-")  # `datasets` stores its caches as cache-*.arrow
+
+
 def _expand(pattern: str) -> list[str]:
-    """a-{08..10} as a-08, a-09, a-10."""
+    """Expand a-{08..10} to a-08, a-09, a-10."""
     match = RANGE.search(pattern)
     if match is None:
         return [pattern]

@@ -1,4 +1,4 @@
-"""Part of a data set: chosen by a list of names, or by lot with as many of each class."""
+"""A part of a data set: named images, or a random part with as many images of each class."""
 
 import os
 from pathlib import Path
@@ -11,7 +11,7 @@ from data.sources.base import SharedArray, Source
 
 
 class Subset(Source):
-    """Some samples of another source, with all its classes; sample i is its sample `samples[i]`."""
+    """Some images of another source, with all of its classes."""
 
     def __init__(self, source: Source, samples: NDArray[np.int64]) -> None:
         self.source, self.classes = source, source.classes
@@ -19,69 +19,88 @@ class Subset(Source):
 
     @property
     def samples(self) -> NDArray[np.int64]:
-        """int64 [n], numbers in the whole source."""
+        """The index of each image in the other source: int64 [n]."""
         return self._samples.array
 
     @property
     def labels(self) -> NDArray[np.int64]:
-        """int64 [n], indices into `classes`."""
+        """The label of each image, an index into `classes`: int64 [n]."""
         return self.source.labels[self.samples]
 
     def __len__(self) -> int:
         return len(self.samples)
 
     def name(self, i: int) -> str:
+        """Return the name of image i for messages."""
         return self.source.name(int(self.samples[i]))
 
     def read(self, i: int) -> bytes | NDArray[np.uint8]:
+        """Return image i as it is stored. Raises UnreadableImage."""
         return self.source.read(int(self.samples[i]))
 
 
-def balanced(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
-    """The sorted numbers of round(fraction * n) of n samples, int64, as equally many of each class as can be.
+def draw_balanced(labels: NDArray[np.int64], fraction: float, seed: int) -> NDArray[np.int64]:
+    """Draw images with as equal numbers per class as possible.
 
-    Drawn by a hash of (seed, sample): the first of each class, then the second of each, and so on; where the last round
-    does not reach all classes it goes by a hash of the class, and a class that has no more gives way to the others. So
-    a smaller share is part of a larger one of the same seed.
+    Images are ordered by a hash of (seed, image). The first of each class is drawn, then the second of each, and so on.
+    If the last round cannot include all classes, a hash of the class decides; classes without further images are
+    skipped. So a smaller fraction is part of a larger one with the same seed.
+
+    Args:
+        labels: Label of each image, int64 [n].
+        fraction: Share of the images to draw.
+        seed: Seed of the hashes.
+
+    Returns:
+        Sorted indices, int64 [round(fraction * n)].
     """
-    numbers = np.arange(len(labels))
-    shuffled = np.argsort(hash_counters(seed, SUBSET, 0, numbers))
-    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]  # within a class as shuffled
+    samples = np.arange(len(labels))
+    shuffled = np.argsort(hash_counters(seed, SUBSET, 0, samples))
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]  # in shuffled order within a class
     sizes = np.bincount(labels)
-    turn = np.empty(len(labels), np.int64)
-    turn[by_class] = numbers - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    order = np.lexsort((hash_counters(seed, SUBSET, 1, np.arange(len(sizes)))[labels], turn))
+    drawn_in = np.empty(len(labels), np.int64)  # the round in which an image is drawn
+    drawn_in[by_class] = samples - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    order = np.lexsort((hash_counters(seed, SUBSET, 1, np.arange(len(sizes)))[labels], drawn_in))
     return np.sort(order[: round(fraction * len(labels))]).astype(np.int64)
 
 
-def named(source: Source, names: list[str], origin: Path) -> NDArray[np.int64]:
-    """The sorted numbers of the samples that are called so, int64: by the whole name or its last part (n0_1.JPEG).
+def find_named(source: Source, names: list[str], origin: Path) -> NDArray[np.int64]:
+    """Find images by their whole name or its last part, such as n0_1.JPEG.
 
-    Raises ValueError, naming `origin`, where a name is not there, is there twice, or stands for several samples.
+    Args:
+        source: The images.
+        names: The names to find.
+        origin: The file that lists the names, for messages.
+
+    Returns:
+        Sorted indices, int64.
+
+    Raises:
+        ValueError: A name is missing in the source, occurs twice in the list, or matches several images.
     """
-    places: dict[str, int] = {}
-    twice = set()
+    index: dict[str, int] = {}
+    ambiguous = set()
     for i in range(len(source)):
         name = source.name(i)
         for key in {name, os.path.basename(name)}:
-            if key in places:
-                twice.add(key)
-            places[key] = i
-    missing = [name for name in names if name not in places]
+            if key in index:
+                ambiguous.add(key)
+            index[key] = i
+    missing = [name for name in names if name not in index]
     if missing:
         raise ValueError(
             f"{origin}: {len(missing):,} of {len(names):,} names are not in the data, such as {missing[0]}"
         )
-    if several := [name for name in names if name in twice]:
-        raise ValueError(f"{origin}: {several[0]} stands for several pictures: give names with their folders")
-    numbers = np.array(sorted({places[name] for name in names}), np.int64)
-    if len(numbers) < len(names):
-        raise ValueError(f"{origin}: {len(names) - len(numbers)} of its {len(names)} lines are there twice")
-    return numbers
+    if several := [name for name in names if name in ambiguous]:
+        raise ValueError(f"{origin}: {several[0]} is the name of several images: give names with their folders")
+    samples = np.array(sorted({index[name] for name in names}), np.int64)
+    if len(samples) < len(names):
+        raise ValueError(f"{origin}: {len(names) - len(samples)} of its {len(names)} lines are repetitions")
+    return samples
 
 
 def read_names(path: Path) -> list[str]:
-    """The lines of a list of names. Raises ValueError if it is empty."""
+    """Return the lines of a list of names. Raises ValueError if it is empty."""
     lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
     names = [line.rstrip("\r") for line in lines if line.strip()]
     if not names:

@@ -1,8 +1,8 @@
-"""Tar shards in WebDataset's layout: listed once, then read by offset.
+"""Tar shards in WebDataset's layout.
 
-Members with the same key (the path up to the first dot of the file's name) belong together: 000123.jpg, 000123.cls.
-Every picture is a sample. Its label is the first that there is of: the text of the .cls member, "label" in the .json
-member, the folder in the key. Layout: https://github.com/webdataset/webdataset
+Members with the same key (the path up to the first dot of the file name) belong together: 000123.jpg, 000123.cls. Every
+image is a sample. Its label is the first that exists of the text of the .cls member, "label" in the .json member, and
+the folder in the key. Layout: https://github.com/webdataset/webdataset
 """
 
 import json
@@ -13,27 +13,27 @@ from pathlib import Path
 import numpy as np
 
 from data.sources.folder import EXTENSIONS
-from data.sources.index import Part
+from data.sources.shards import ShardContents
 
 MAX_LABEL_BYTES = 1 << 20
 
 
-def scan_shard(file: Path) -> Part:
-    """The pictures in a shard. Raises ValueError if it is damaged or compressed."""
+def scan_tar(file: Path) -> ShardContents:
+    """List the images in a tar file. Raises ValueError if it is damaged or compressed."""
     names: list[str] = []
-    places: list[tuple[int, int]] = []
+    ranges: list[tuple[int, int]] = []
     stored: dict[str, str] = {}  # label of a key, from .cls or .json
     try:
         with tarfile.open(file, "r:", errorlevel=2) as tar:
             while (member := tar.next()) is not None:
-                tar.members.clear()  # type: ignore[attr-defined]  # it would keep them all
+                tar.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
                 name = member.name.removeprefix("./")
                 ending = os.path.splitext(name)[1].lower()
                 if not member.isreg() or os.path.basename(name).startswith("."):
                     continue
                 if os.fsencode(ending) in EXTENSIONS:
                     names.append(name)
-                    places.append((member.offset_data, member.size))
+                    ranges.append((member.offset_data, member.size))
                 elif ending in (".cls", ".json"):
                     label = _label(tar, member, ending)
                     if label is not None and (ending == ".cls" or _key(name) not in stored):
@@ -50,8 +50,8 @@ def scan_shard(file: Path) -> Part:
         key = _key(name)
         label = stored.get(key) or os.path.basename(os.path.dirname(key))
         labels.append(keys.setdefault(label, len(keys)) if label else -1)
-    starts, sizes = np.array(places, np.int64).reshape(-1, 2).T
-    return Part(names, list(keys), np.array(labels, np.int64), starts, sizes)
+    starts, sizes = np.array(ranges, np.int64).reshape(-1, 2).T
+    return ShardContents(names, list(keys), np.array(labels, np.int64), starts, sizes)
 
 
 def _key(name: str) -> str:
@@ -60,7 +60,7 @@ def _key(name: str) -> str:
 
 
 def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> str | None:
-    """The label in a .cls or .json member, None if it has none, or -1. Raises TarError if it is no such thing."""
+    """Return the label in a .cls or .json member; None if it has none, or -1. Raises TarError if it is damaged."""
     if member.size > MAX_LABEL_BYTES:
         return None
     assert tar.fileobj is not None
@@ -75,7 +75,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, ending: str) -> str | 
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise TarError unless the archive ends where tarfile stopped: it takes a damaged header for the end."""
+    """Raise TarError unless the archive ends where tarfile stopped: tarfile takes a damaged header for the end."""
     assert tar.fileobj is not None
     tar.fileobj.seek(tar.offset)
     if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):

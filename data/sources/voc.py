@@ -1,7 +1,7 @@
-"""PASCAL VOC's classification task: pictures that may show several classes, listed as the development kit has them.
+"""PASCAL VOC's classification task: images that may show several classes, in the layout of the development kit.
 
-VOC2007/ImageSets/Main/test.txt            identifiers of a split, one a line
-VOC2007/ImageSets/Main/cat_test.txt        the same with 1: shows a cat, -1: does not, 0: only ones that are difficult
+VOC2007/ImageSets/Main/test.txt            identifiers of a split, one per line
+VOC2007/ImageSets/Main/cat_test.txt        the same with 1: a cat, -1: no cat, 0: only cats that are difficult to see
 VOC2007/JPEGImages/000001.jpg
 """
 
@@ -15,9 +15,17 @@ from data.sources.folder import ImageFolder
 
 
 def read_split(root: Path, split: str) -> tuple[ImageFolder, list[str], NDArray[np.int64]]:
-    """The pictures of a split, the sorted classes, and int64 [n, classes] of 1, -1 and 0 (difficult).
+    """Read the lists of a split.
 
-    Raises ValueError where files are missing or do not fit one another.
+    Args:
+        root: The folder VOC2007.
+        split: Name of the split, such as test.
+
+    Returns:
+        The images, the sorted classes, and int64 [n, classes] of 1, -1 and 0 (difficult).
+
+    Raises:
+        ValueError: Files are missing or do not agree.
     """
     lists = root / "ImageSets" / "Main"
     ids = _lines(lists / f"{split}.txt")
@@ -34,9 +42,9 @@ def read_split(root: Path, split: str) -> tuple[ImageFolder, list[str], NDArray[
         columns.append([int(row[1]) for row in rows])
     encoded = [os.fsencode(name) for name in names]
     offsets = np.concatenate([[0], np.cumsum([len(name) for name in encoded])])
-    packed = np.frombuffer(bytearray(b"".join(encoded)), np.uint8)
+    joined = np.frombuffer(bytearray(b"".join(encoded)), np.uint8)
     unlabelled = np.zeros(len(names), np.int64)
-    images = ImageFolder(root / "JPEGImages", [root.resolve().name], unlabelled, packed, offsets)
+    images = ImageFolder(root / "JPEGImages", [root.resolve().name], unlabelled, joined, offsets)
     return images, classes, np.array(columns, np.int64).T.copy()
 
 

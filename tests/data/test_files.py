@@ -36,20 +36,20 @@ def failing(times: int, number: int) -> Callable[[], bytes]:
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM])
 @pytest.mark.parametrize("times", [0, 1, 3])
 def test_a_moment_of_trouble(slept: list[float], number: int, times: int) -> None:
-    assert files.retried(failing(times, number)) == b"data"
+    assert files.retry(failing(times, number)) == b"data"
     assert slept == [0.1, 0.5, 2.0][:times]
 
 
 def test_lasting_trouble(slept: list[float]) -> None:
     with pytest.raises(OSError, match="Input/output error"):
-        files.retried(failing(99, errno.EIO))
+        files.retry(failing(99, errno.EIO))
     assert slept == [0.1, 0.5, 2.0]
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR])
 def test_what_waiting_does_not_mend(slept: list[float], number: int) -> None:
     with pytest.raises(OSError, match=os.strerror(number)):
-        files.retried(failing(1, number))
+        files.retry(failing(1, number))
     assert slept == []
 
 
@@ -58,14 +58,14 @@ def test_a_librarys_error_is_not_tried_again(slept: list[float]) -> None:
         raise OSError("Corrupt snappy compressed data")
 
     with pytest.raises(OSError, match="snappy"):
-        files.retried(read)
+        files.retry(read)
     assert slept == []
 
 
-def test_a_stale_handle_is_opened_again(tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_handle_is_open_again(tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
     assert files.read_range(str(tmp_path / "x"), 2, 3) == b"234"
-    stale, pread = files._opened(str(tmp_path / "x")).descriptor, os.pread
+    stale, pread = files._open(str(tmp_path / "x")).descriptor, os.pread
 
     def fails_on_the_stale(descriptor: int, size: int, offset: int) -> bytes:
         if descriptor == stale and not slept:

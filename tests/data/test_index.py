@@ -101,10 +101,10 @@ def test_linked_folders_and_files_are_followed(tmp_path: Path) -> None:
 def test_nothing_usable(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="missing does not exist"):
         open_source(tmp_path / "missing")
-    with pytest.raises(ValueError, match="has no pictures"):
+    with pytest.raises(ValueError, match="has no images"):
         open_source(tmp_path)
     touch(tmp_path / "a" / "notes.txt")
-    with pytest.raises(ValueError, match="has no pictures"):
+    with pytest.raises(ValueError, match="has no images"):
         open_source(tmp_path)
     with pytest.raises(ValueError, match="not named like IDX images"):
         open_source(tmp_path / "a" / "notes.txt")

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.sources import files
-from data.sources.arrow import ParquetFiles
-from data.sources.index import Packed
 from data.sources.open import ImageFolder, Source, UnreadableImage, decode, open_source
+from data.sources.parquet import ParquetFiles
+from data.sources.shards import Shards
 from tests.data.pictures import photograph, write_folder
 
 
@@ -82,7 +82,7 @@ def test_classes_over_shards_and_their_names(tmp_path: Path) -> None:
     assert source.classes == ["cat", "dog", "bird of prey"]
     check(source, [png(0), png(1)], ["bird of prey", "cat"])
     (tmp_path / "classes.txt").write_text("cat\ndog\n")
-    with pytest.raises(ValueError, match="has a label 2, but names of 2 classes only"):
+    with pytest.raises(ValueError, match="has a label 2, but only 2 class names"):
         open_source(tmp_path)
 
 
@@ -108,7 +108,7 @@ def test_links_and_folders_in_a_shard_are_passed_over(tmp_path: Path) -> None:
 
 def test_some_labels_only(tmp_path: Path) -> None:
     write_tar(tmp_path / "x.tar", {"0.png": png(0), "0.cls": b"2", "1.png": png(1), "2.png": png(2)})
-    with pytest.raises(ValueError, match=r"x\.tar: 2 of 3 pictures have no label: label all, or none"):
+    with pytest.raises(ValueError, match=r"x\.tar: 2 of 3 images have no label: label all, or none"):
         open_source(tmp_path / "x.tar")
 
 
@@ -164,7 +164,7 @@ def test_pictures_that_are_gone_when_they_are_read(tmp_path: Path, monkeypatch: 
         file.truncate(path.read_bytes().index(png(3)) + 9)
     with pytest.raises(UnreadableImage, match=r"^x\.tar/c/3\.png: .*ends \d+ bytes before"):
         source.image(3)
-    files._opened.cache_clear()
+    files._open.cache_clear()
     path.unlink()
     with pytest.raises(UnreadableImage, match=r"^x\.tar/c/0\.png: No such file"):
         source.image(0)
@@ -175,7 +175,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.
         write_tar(tmp_path / f"{k:03d}.tar", {f"{k}.png": png(k % 5)})
     source = open_source(tmp_path)
     check(source, [png(k % 5) for k in range(150)], [tmp_path.name] * 150)
-    assert files._opened.cache_info().currsize <= 128
+    assert files._open.cache_info().currsize <= 128
 
 
 # What a path stands for
@@ -218,7 +218,7 @@ def test_index_of_shards(tmp_path: Path) -> None:
     first = open_source(shards, index)
     write_tar(shards / "3.tar", {"c/3.png": png(3)})  # not in the index
     for again in (open_source(shards, index), open_source(index)):
-        assert isinstance(again, Packed)
+        assert isinstance(again, Shards)
         check(again, [png(0), png(0), png(1), png(1), png(2), png(2)], ["a", "b"] * 3)
         assert [again.name(i) for i in range(6)] == [first.name(i) for i in range(6)]
         left = again.without([1, 4])
@@ -322,7 +322,7 @@ def test_hugging_face_without_labels(tmp_path: Path, kind: str) -> None:
     path = WRITERS[kind](tmp_path / f"x.{kind}", table(labels=(-1, -1, None, -1, -1)))
     assert open_source(path).classes == [f"x.{kind}"]
     WRITERS[kind](path, table(labels=(0, -1, 1, None, 1)))
-    with pytest.raises(ValueError, match="2 of 5 pictures have no label"):
+    with pytest.raises(ValueError, match="2 of 5 images have no label"):
         open_source(path)
 
 
@@ -331,7 +331,7 @@ def test_hugging_face_refusals(tmp_path: Path, kind: str) -> None:
     path = tmp_path / f"x.{kind}"
     for data, message in (
         (pa.table({"text": ["a"]}), "no column of images, only text"),
-        (pa.table({"image": [[1, 2]]}), "holds list<.*int64>, it must hold encoded pictures"),
+        (pa.table({"image": [[1, 2]]}), "holds list<.*int64>, it must hold encoded images"),
         (pa.table({"image": [{"path": "x"}]}), "has no field 'bytes'"),
     ):
         WRITERS[kind](path, data)
@@ -396,14 +396,14 @@ def test_damaged_row_groups_are_unreadable_samples(tmp_path: Path) -> None:
 
 
 def test_kept_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data.sources import arrow
+    from data.sources import parquet
 
     source = open_source(write_parquet(tmp_path / "x.parquet", table()))
-    arrow._cache.clear()
-    monkeypatch.setattr(arrow, "CACHE_BYTES", 1)
+    parquet._cache.clear()
+    monkeypatch.setattr(parquet, "CACHE_BYTES", 1)
     for i in (0, 2, 4, 1):
         assert source.read(i) == png(i)
-        assert len(arrow._cache) == 1
+        assert len(parquet._cache) == 1
 
 
 # CIFAR

@@ -6,26 +6,26 @@ import numpy as np
 import pytest
 
 from data.sources.open import ImageFolder
-from data.sources.subset import Subset, balanced, named, read_names
+from data.sources.subset import Subset, draw_balanced, find_named, read_names
 from tests.data.pictures import write_folder
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_as_many_of_each_class(seed: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 100))
-    chosen = balanced(labels, 0.01, seed)
+    chosen = draw_balanced(labels, 0.01, seed)
     assert np.bincount(labels[chosen]).tolist() == [1] * 7
-    few = balanced(labels, 10 / 700, seed)  # three classes have one more
+    few = draw_balanced(labels, 10 / 700, seed)  # three classes have one more
     assert sorted(np.bincount(labels[few]).tolist()) == [1] * 4 + [2] * 3
-    assert set(chosen) <= set(few) <= set(balanced(labels, 0.1, seed))
+    assert set(chosen) <= set(few) <= set(draw_balanced(labels, 0.1, seed))
     assert (np.diff(few) > 0).all()
 
 
 def test_the_seed_decides() -> None:
     """The numbers of one seed are written down here: a list that was drawn must stay what it is."""
     labels = np.arange(40) % 4
-    assert balanced(labels, 0.2, 0).tolist() == FIRST
-    assert balanced(labels, 0.2, 1).tolist() != FIRST
+    assert draw_balanced(labels, 0.2, 0).tolist() == FIRST
+    assert draw_balanced(labels, 0.2, 1).tolist() != FIRST
 
 
 FIRST = [8, 10, 11, 17, 21, 27, 32, 34]
@@ -33,9 +33,9 @@ FIRST = [8, 10, 11, 17, 21, 27, 32, 34]
 
 def test_small_classes_give_way() -> None:
     labels = np.array([0] * 2 + [1] * 50 + [2] * 48)
-    counts = np.bincount(labels[balanced(labels, 0.2, 3)])
+    counts = np.bincount(labels[draw_balanced(labels, 0.2, 3)])
     assert counts.tolist() == [2, 9, 9]
-    assert balanced(labels, 1.0, 3).tolist() == list(range(100))
+    assert draw_balanced(labels, 1.0, 3).tolist() == list(range(100))
 
 
 @pytest.fixture
@@ -60,16 +60,16 @@ def test_names_choose(source: ImageFolder, tmp_path: Path) -> None:
     names = tmp_path / "names.txt"
     names.write_bytes(b"c0/2.png\r\n\nn0_7.png\n")
     assert read_names(names) == ["c0/2.png", "n0_7.png"]
-    chosen = named(source, read_names(names), names)
+    chosen = find_named(source, read_names(names), names)
     assert [source.name(i) for i in chosen.tolist()] == ["c0/2.png", "c0/n0_7.png"]
 
 
 def test_names_that_do_not_fit(source: ImageFolder, tmp_path: Path) -> None:
     origin = tmp_path / "names.txt"
     with pytest.raises(ValueError, match=r"names\.txt: 1 of 2 names are not in the data, such as nowhere\.jpg"):
-        named(source, [source.name(0), "nowhere.jpg"], origin)
-    with pytest.raises(ValueError, match="1 of its 2 lines are there twice"):
-        named(source, [source.name(0), source.name(0)], origin)
+        find_named(source, [source.name(0), "nowhere.jpg"], origin)
+    with pytest.raises(ValueError, match="1 of its 2 lines are repetitions"):
+        find_named(source, [source.name(0), source.name(0)], origin)
     origin.write_text("\n")
     with pytest.raises(ValueError, match="has no names in it"):
         read_names(origin)
@@ -80,6 +80,6 @@ def test_a_name_of_several_pictures(tmp_path: Path) -> None:
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1.jpg").write_bytes(b"")
     source = ImageFolder.scan(tmp_path)
-    with pytest.raises(ValueError, match=r"1\.jpg stands for several pictures"):
-        named(source, ["1.jpg"], tmp_path / "list")
-    assert named(source, ["b/1.jpg"], tmp_path / "list").tolist() == [1]
+    with pytest.raises(ValueError, match=r"1\.jpg is the name of several images"):
+        find_named(source, ["1.jpg"], tmp_path / "list")
+    assert find_named(source, ["b/1.jpg"], tmp_path / "list").tolist() == [1]

@@ -338,7 +338,7 @@ def test_color_changes_together_are_near_torchvisions(hue: float, bound: float) 
         (View, {"size": 4}, "greater than or equal to 8"),
         (View, {"size": 32, "scale": (0, 1)}, "scale is"),
         (View, {"size": 32, "scale": (0.5, 0.2)}, "scale is"),
-        (View, {"size": 32, "scale": (0.5, 1.2)}, "larger than the picture"),
+        (View, {"size": 32, "scale": (0.5, 1.2)}, "larger than the image"),
         (View, {"size": 32, "crop": 1}, "Extra inputs"),
         (Augment, {"flip": 1.1}, "less than or equal to 1"),
         (Augment, {"hue": 0.6}, "less than or equal to 0.5"),

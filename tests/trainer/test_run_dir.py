@@ -151,8 +151,8 @@ def test_images_that_cannot_be_used(tmp_path: Path, rank_info: RankInfo) -> None
     (tmp_path / "file").touch()
     for config, index, words in (
         (make_config(run, tmp_path / "nowhere"), run, r"data: .*nowhere does not exist"),
-        (make_config(run, tmp_path / "empty"), run, r"data: .*empty has no pictures"),
-        (make_config(run, pictures, tmp_path / "empty"), run, r"data: .*empty has no pictures"),
+        (make_config(run, tmp_path / "empty"), run, r"data: .*empty has no images"),
+        (make_config(run, pictures, tmp_path / "empty"), run, r"data: .*empty has no images"),
         (make_config(run, pictures, more), run, r"data\.val: .*more has classes that .*pictures does not have: c3"),
         (make_config(run, pictures), tmp_path / "file", "data: .*(Not a directory|File exists)"),
     ):

@@ -26,7 +26,7 @@ from timm.optim import param_groups_layer_decay
 
 from data.order import steps_per_epoch
 from data.sources.open import Source
-from data.sources.subset import Subset, balanced, named, read_names
+from data.sources.subset import Subset, draw_balanced, find_named, read_names
 from models.batchnorm import synchronise_bn
 from trainer.config import Config, Finetune
 from trainer.engines.optim import cosine, scaled_lr
@@ -99,8 +99,8 @@ def checksum(names: list[str] | None) -> str | None:
 def labelled(source: Source, finetune: Finetune) -> NDArray[np.int64]:
     """The numbers of the samples whose labels are used, int64, sorted."""
     if names := names_of(finetune):
-        return named(source, names, Path(str(finetune.subset_list)))
-    return balanced(source.labels, finetune.labels, finetune.subset_seed)
+        return find_named(source, names, Path(str(finetune.subset_list)))
+    return draw_balanced(source.labels, finetune.labels, finetune.subset_seed)
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data.batch import Crops
 from data.order import samples_between, steps_per_epoch
 from data.sources.open import Source
-from data.sources.subset import balanced
+from data.sources.subset import draw_balanced
 from data.views import Augment, View
 from models.encoder import Encoder
 from trainer.config import Fast
@@ -134,7 +134,7 @@ def _standardise(x_ND: Tensor) -> tuple[Tensor, float]:
 def select(features: Cache, source: Source, fast: Fast, seed: int, rank_info: RankInfo) -> list[Choice]:
     """Every learning rate with every weight decay, trained on a part and tried on the held-out rest; best first."""
     labels = source.labels[features.readable]
-    held_out = balanced(labels, fast.holdout, seed)
+    held_out = draw_balanced(labels, fast.holdout, seed)
     if not 0 < len(held_out) < len(labels):
         raise ValueError(f"fast.holdout: {fast.holdout:g} of {len(labels)} images leaves none for one of two parts")
     rest = features.readable[np.setdiff1d(np.arange(len(labels)), held_out)]

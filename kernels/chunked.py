@@ -1,9 +1,11 @@
-"""The kernels tiled over the columns in plain PyTorch: the fast path on a CPU.
+"""The kernels in plain PyTorch, tiled over the columns: the fast path on a CPU.
 
-A tile of N x _TILE similarities is made in one buffer that stays in the processor's cache, is
-used up and overwritten; nothing of size N x K exists. Results equal `reference` up to rounding.
-N queries, M keys, K negatives, C columns (keys or negatives), D dimensions, T columns of a tile; in `hardest` m best
-columns, E elements of a tile that are better, B blocks of W columns, F of them looked at, X best and better.
+Each tile of N x T similarities is computed in one buffer that stays in the processor's cache and is overwritten by the
+next tile, so no N x K tensor exists. Results equal those of `kernels.reference` up to rounding.
+
+Shape suffixes: N queries, M keys, K negatives, C columns (keys or negatives), D dimensions, T columns of a tile. In
+`hardest` also m best columns, E elements of a tile that are better, B blocks of W columns, F blocks with a better
+element, X best and better columns together.
 """
 
 import math
@@ -12,17 +14,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.contract import AdversaryStats, Hardest, Score, check_adversary, check_hardest, check_score
+from kernels.contract import (
+    AdversaryParams,
+    AdversaryStats,
+    Hardest,
+    Score,
+    check_adversary,
+    check_hardest,
+    check_score,
+)
 from kernels.rounding import random_bits, round_to_bf16
 
-# Negatives per tile. Measured on 2 cores at N = 1024, D = 128 (docs/bench/README.md): smaller tiles pay
-# for starting operations, wider ones fall out of the cache.
+# Columns of a tile. Measured on 2 cores at N = 1024, D = 128 (docs/bench/README.md): smaller tiles pay for starting
+# operations, wider ones do not fit into the cache.
 _TILE = 1024
 
-# Columns of a tile whose largest similarity tells whether `hardest` looks at each of them.
+# `hardest` looks at single elements only in blocks of this many columns whose maximum is large enough.
 _BLOCK = 64
 
-# e^x as 2^(x log2 e): torch.exp2 takes a third of torch.exp's time on a CPU, and the factor costs nothing.
+# Computes e^x as 2^(x log2 e): torch.exp2 takes a third of torch.exp's time on a CPU, and the factor costs nothing.
 _LOG2_E = math.log2(math.e)
 
 
@@ -34,7 +44,7 @@ def score(
     temperature: float,
     adversary_temperature: float,
 ) -> Score:
-    """As `reference.score`, for one floating type at least as wide as fp32 on the way."""
+    """Compute `reference.score`, in fp32 or the input's dtype if that is wider."""
     check_score(q_ND, k_MD, own_N, n_KD)
     num_queries, dim = q_ND.shape
     wide = torch.promote_types(q_ND.dtype, torch.float32)
@@ -42,7 +52,7 @@ def score(
     z_N = q_ND.new_zeros(num_queries, dtype=wide)
     o_ND = q_ND.new_zeros(num_queries, dim, dtype=wide)
     za_N = torch.zeros_like(z_N)
-    top_N = torch.zeros_like(z_N)  # of the exponentials; its logarithm is taken at the end
+    top_N = torch.zeros_like(z_N)  # maximum of the exponentials; the logarithm is taken at the end
     ratio = temperature / adversary_temperature
     buffer = q_ND.new_empty(num_queries * _TILE, dtype=wide)
 
@@ -58,7 +68,7 @@ def score(
             columns_T = torch.arange(len(c_TD), device=c_TD.device)
             rival_NT = e_NT.masked_fill(own_N[:, None] == columns_T, 0)
         torch.maximum(top_N, rival_NT.amax(1), out=top_N)
-        if ratio == 1:  # of a queue, which has no adversary
+        if ratio == 1:  # negatives without an adversary
             za_N.add_(sum_N)
         elif abs(ratio - 6) < 1e-6:  # the published pair .12 and .02: the sixth power is cheaper than an exponential
             za_N.add_(torch.linalg.vector_norm(e_NT.pow_(3), dim=1).square_())
@@ -78,23 +88,20 @@ def adversary_step(
     n_KD: Tensor,
     w_KD: Tensor,
     v_KD: Tensor | None,
-    *,
-    temperature: float,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
+    params: AdversaryParams,
     seed: int = 0,
     first: int = 0,
 ) -> AdversaryStats:
-    """As `reference.adversary_step`; the gradient exists for one tile of negatives at a time."""
+    """Take the step of `reference.adversary_step`; the gradient exists for one tile of negatives at a time."""
     check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD)
+    temperature, lr, momentum, weight_decay = params
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     q_ND = q_ND.to(wide)
     scaled_ND = q_ND * (_LOG2_E / temperature)
-    log_coef_1N = coef_N.to(wide).log2()[None]  # inside the exponential it costs no extra pass
+    log_coef_1N = coef_N.to(wide).log2()[None]  # costs no extra pass inside the exponential
     mass_K = q_ND.new_empty(len(w_KD))
     grad_K = torch.empty_like(mass_K)
-    # Made once: memory given back after every tile would come anew from the system, page by page.
+    # Allocated once: memory that is freed after every tile would come back from the system page by page.
     similarities = q_ND.new_empty(_TILE, len(q_ND))
     gradients = q_ND.new_empty(_TILE, q_ND.shape[1])
     products = torch.empty_like(gradients)
@@ -102,13 +109,13 @@ def adversary_step(
         tile = slice(start, start + _TILE)
         n_TD, stored_w_TD = n_KD[tile], w_KD[tile]
         size = len(n_TD)
-        w_TD = stored_w_TD.to(wide)  # the stored weights themselves, if they are of this type; then written in place
+        w_TD = stored_w_TD.to(wide)  # no copy if the stored weights have this dtype: they are then updated in place
         p_TN = torch.addmm(log_coef_1N, n_TD.to(wide), scaled_ND.T, out=similarities[:size]).exp2_()
         g_TD = torch.mm(p_TN, q_ND, out=gradients[:size])
-        length_T1 = torch.linalg.vector_norm(w_TD, dim=1, keepdim=True)
-        # The part of G along W, (G . W) W / |W|^2, is that along the unit row.
-        radial_T1 = torch.mul(g_TD, w_TD, out=products[:size]).sum(1, keepdim=True).div_(length_T1.square())
-        grad_TD = g_TD.addcmul_(radial_T1, w_TD, value=-1).div_(temperature * length_T1)
+        norm_T1 = torch.linalg.vector_norm(w_TD, dim=1, keepdim=True)
+        # G's component along W, (G . W) W / |W|^2, equals its component along the unit row.
+        radial_T1 = torch.mul(g_TD, w_TD, out=products[:size]).sum(1, keepdim=True).div_(norm_T1.square())
+        grad_TD = g_TD.addcmul_(radial_T1, w_TD, value=-1).div_(temperature * norm_T1)
         mass_K[tile] = p_TN.sum(1)
         grad_K[tile] = torch.linalg.vector_norm(grad_TD, dim=1)
         bits_TD = None
@@ -130,16 +137,16 @@ def adversary_step(
     return AdversaryStats(mass_K=mass_K, grad_K=grad_K)
 
 
-def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf")) -> Hardest:
-    """As `reference.hardest`. Columns that beat none of the best so far cost little more than their product.
+def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float | None = None) -> Hardest:
+    """Compute `reference.hardest`. Columns that are worse than the best so far cost little more than their product.
 
-    The best are merged by stable sorts with the lower columns in front, which settles ties as the reference does.
+    The best are merged by stable sorts with the lower columns in front, which breaks ties as the reference does.
     """
     check_hardest(q_ND, c_CD, own_N, m)
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     q_ND = q_ND.to(wide)
-    num_queries, nothing = len(q_ND), float("-inf")
-    best_Nm = q_ND.new_full((num_queries, m), nothing)
+    num_queries, minus_inf = len(q_ND), float("-inf")
+    best_Nm = q_ND.new_full((num_queries, m), minus_inf)
     column_Nm = torch.full_like(best_Nm, -1, dtype=torch.int64)
     buffer = q_ND.new_empty(num_queries * -(-_TILE // _BLOCK) * _BLOCK)
     for start in range(0, len(c_CD), _TILE):
@@ -147,36 +154,40 @@ def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: flo
         width = -(-len(c_TD) // _BLOCK) * _BLOCK
         s_NT = buffer[: num_queries * width].view(num_queries, width)
         torch.mm(q_ND, c_TD.T, out=s_NT[:, : len(c_TD)])
-        s_NT[:, len(c_TD) :] = nothing
-        if below < float("inf"):
-            s_NT.masked_fill_(s_NT >= below, nothing)
+        s_NT[:, len(c_TD) :] = minus_inf
+        if below is not None:
+            s_NT.masked_fill_(s_NT >= below, minus_inf)
         if own_N is not None:
             (row_O,) = ((own_N >= start) & (own_N < start + len(c_TD))).nonzero(as_tuple=True)
-            s_NT[row_O, own_N[row_O] - start] = nothing
+            s_NT[row_O, own_N[row_O] - start] = minus_inf
 
-        # Later columns must be better than the last of the best; of the first tile they may be equal to its m-th.
+        # Later columns must be better than the last of the best; those of the first tile may equal its m-th.
         bound_N1 = best_Nm[:, -1:]
         if start == 0 and m <= width:
             bound_N1 = s_NT.topk(m).values[:, -1:]
-            bound_N1 = torch.nextafter(bound_N1, torch.full_like(bound_N1, nothing))
+            bound_N1 = torch.nextafter(bound_N1, torch.full_like(bound_N1, minus_inf))
         row_E, tile_column_E = _better(s_NT, bound_N1)
         if len(row_E) == 0:
             continue
         count_N = row_E.bincount(minlength=num_queries)
-        place_E = m + torch.arange(len(row_E), device=row_E.device) - (count_N.cumsum(0) - count_N)[row_E]
+        slot_E = m + torch.arange(len(row_E), device=row_E.device) - (count_N.cumsum(0) - count_N)[row_E]
         added = int(count_N.max())
-        merged_NX = F.pad(best_Nm, (0, added), value=nothing)
+        merged_NX = F.pad(best_Nm, (0, added), value=minus_inf)
         merged_column_NX = F.pad(column_Nm, (0, added), value=-1)
-        merged_NX[row_E, place_E] = s_NT[row_E, tile_column_E]
-        merged_column_NX[row_E, place_E] = start + tile_column_E
+        merged_NX[row_E, slot_E] = s_NT[row_E, tile_column_E]
+        merged_column_NX[row_E, slot_E] = start + tile_column_E
         sorted_NX, order_NX = merged_NX.sort(dim=1, descending=True, stable=True)
         best_Nm, column_Nm = sorted_NX[:, :m], merged_column_NX.gather(1, order_NX[:, :m])
     return Hardest(best_Nm.contiguous(), column_Nm)
 
 
 def _better(s_NT: Tensor, bound_N1: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows and columns of the E elements above their row's bound, row by row, T a multiple of _BLOCK."""
+    """Find the E elements above their row's bound, row by row; T is a multiple of _BLOCK.
+
+    Returns:
+        Row and column indices of the elements, both int64 [E].
+    """
     s_NBW = s_NT.view(len(s_NT), s_NT.shape[1] // _BLOCK, _BLOCK)
     row_F, block_F = (s_NBW.amax(2) > bound_N1).nonzero(as_tuple=True)
-    of_F_E, within_E = (s_NBW[row_F, block_F] > bound_N1[row_F]).nonzero(as_tuple=True)
-    return row_F[of_F_E], block_F[of_F_E] * _BLOCK + within_E
+    index_E, within_E = (s_NBW[row_F, block_F] > bound_N1[row_F]).nonzero(as_tuple=True)
+    return row_F[index_E], block_F[index_E] * _BLOCK + within_E

@@ -1,6 +1,6 @@
-"""What every implementation of the kernels gives and refuses: result types and the checks of what users hand in.
+"""What all implementations of the kernels share: result types, constants and the checks of arguments.
 
-N queries, M keys, K negatives, C columns (keys or negatives), D dimensions.
+Shape suffixes: N queries, M keys, K negatives, C columns (keys or negatives), D dimensions.
 """
 
 import math
@@ -10,19 +10,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# exp(88.7) overflows fp32 and exp(-87.3) is the smallest normal number.
+# exp(88.7) overflows fp32, and exp(-87.3) is the smallest normal number.
 _MAX_EXPONENT = 85.0
 
-_UNIT_TOLERANCE = 1e-2  # of a row's length: a row rounded to bf16 is off by up to 0.004
+_UNIT_TOLERANCE = 1e-2  # on a row's norm: rounding a row to bf16 changes its norm by up to 0.004
 
 
 class Score(NamedTuple):
-    """What one pass over the similarities s_ij = q_i . c_j of N queries to all columns, M keys and K negatives, gives.
+    """Result of one pass over the similarities s_ij = q_i . c_j of N queries to C columns (M keys and K negatives).
 
-    z_N: sum_j exp(s_ij / T), fp32 (or the input's type if wider), as all fields.
-    o_ND: sum_j exp(s_ij / T) c_j.
-    za_N: sum_j exp(s_ij / T_a), T_a the adversary's temperature.
-    top_N: the largest s_ij over all columns but the own key; -inf where there is none.
+    All fields are fp32, or the input's dtype if that is wider.
+
+    Attributes:
+        z_N: sum_j exp(s_ij / T).
+        o_ND: sum_j exp(s_ij / T) c_j.
+        za_N: sum_j exp(s_ij / T_a), where T_a is the adversary's temperature.
+        top_N: The largest s_ij over all columns except the own key; -inf if there is none.
     """
 
     z_N: Tensor
@@ -31,11 +34,21 @@ class Score(NamedTuple):
     top_N: Tensor
 
 
-class AdversaryStats(NamedTuple):
-    """Per negative, fp32 (or the queries' type if wider) [K]: what the adversary's step saw.
+class AdversaryParams(NamedTuple):
+    """The constants of the adversary's step: T_a, learning rate, momentum and weight decay (AdCo, eq. 7)."""
 
-    mass_K: sum_i w_i p_ik, the share of the batch's probability that this negative carries.
-    grad_K: length of the gradient dL/dW_k.
+    temperature: float
+    lr: float
+    momentum: float
+    weight_decay: float
+
+
+class AdversaryStats(NamedTuple):
+    """Statistics of the adversary's step for each negative, fp32 (or the queries' dtype if that is wider).
+
+    Attributes:
+        mass_K: sum_i w_i p_ik, the negative's share of the batch's probability.
+        grad_K: Norm of the gradient dL/dW_k.
     """
 
     mass_K: Tensor
@@ -43,10 +56,11 @@ class AdversaryStats(NamedTuple):
 
 
 class Hardest(NamedTuple):
-    """The m columns most similar to each query, most similar first; of equal ones, the lower column first.
+    """The m columns most similar to each query, most similar first; equal ones in the order of their indices.
 
-    similarity_Nm: fp32 (or the input's type if wider), -inf where there are fewer than m.
-    column_Nm: int64, -1 where there are fewer than m.
+    Attributes:
+        similarity_Nm: fp32 (or the input's dtype if that is wider), filled up with -inf.
+        column_Nm: int64 column indices, filled up with -1.
     """
 
     similarity_Nm: Tensor
@@ -54,7 +68,7 @@ class Hardest(NamedTuple):
 
 
 def check_temperature(temperature: float, columns: int) -> None:
-    """Raise ValueError where the unshifted sum of `columns` terms exp(s/T), |s| <= 1, leaves fp32's range."""
+    """Raise ValueError if a sum of `columns` terms exp(s / temperature), |s| <= 1, can overflow fp32."""
     if temperature <= 0 or 1 / temperature + math.log(max(columns, 1)) > _MAX_EXPONENT:
         least = 1 / (_MAX_EXPONENT - math.log(max(columns, 1)))
         raise ValueError(
@@ -80,7 +94,7 @@ def check_hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int) -> N
 
 
 def check_adversary(q_ND: Tensor, coef_N: Tensor, n_KD: Tensor, w_KD: Tensor, v_KD: Tensor | None) -> None:
-    """Raise ValueError unless the arguments of `adversary_step` fit together and can be written in place."""
+    """Raise ValueError unless the arguments of `adversary_step` fit together and can be updated in place."""
     name = "adversary_step"
     _check_rows(name, {"queries": q_ND, "negatives": n_KD})
     if len(n_KD) == 0:
@@ -102,25 +116,25 @@ def check_adversary(q_ND: Tensor, coef_N: Tensor, n_KD: Tensor, w_KD: Tensor, v_
 
 
 def _check_rows(name: str, tensors: dict[str, Tensor]) -> None:
-    """Contiguous rows of one dimension, floating type and device; in debug mode of unit length, too."""
-    given = "queries", next(iter(tensors.values()))
+    """Check that all are contiguous rows of one dimension, dtype and device; in debug mode also of unit length."""
+    first_role, first = next(iter(tensors.items()))
     for role, x in tensors.items():
         if x.ndim != 2 or not x.is_floating_point():
             raise ValueError(f"{name}: {role} are {x.dtype} of shape {list(x.shape)}, need floating rows [., D]")
         if not x.is_contiguous():
             raise ValueError(f"{name}: {role} have strides {x.stride()}, need contiguous rows")
-        for what, theirs, ours in (
-            ("dimension", x.shape[1], given[1].shape[1]),
-            ("type", x.dtype, given[1].dtype),
-            ("device", x.device, given[1].device),
+        for attribute, value, needed in (
+            ("dimension", x.shape[1], first.shape[1]),
+            ("type", x.dtype, first.dtype),
+            ("device", x.device, first.device),
         ):
-            if theirs != ours:
-                raise ValueError(f"{name}: {role} have {what} {theirs}, need that of the {given[0]}, {ours}")
+            if value != needed:
+                raise ValueError(f"{name}: {role} have {attribute} {value}, need that of the {first_role}, {needed}")
         if os.environ.get("TRAINER_DEBUG") and len(x):
-            lengths = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
-            worst = (lengths - 1).abs().nan_to_num(torch.inf).argmax()
-            if not abs(float(lengths[worst]) - 1) <= _UNIT_TOLERANCE:
-                raise ValueError(f"{name}: row {worst} of the {role} has length {lengths[worst]:g}, need unit rows")
+            norms = torch.linalg.vector_norm(x, dim=1, dtype=torch.promote_types(x.dtype, torch.float32))
+            worst = (norms - 1).abs().nan_to_num(torch.inf).argmax()
+            if not abs(float(norms[worst]) - 1) <= _UNIT_TOLERANCE:
+                raise ValueError(f"{name}: row {worst} of the {role} has norm {norms[worst]:g}, need unit rows")
 
 
 def _check_own(name: str, q_ND: Tensor, own_N: Tensor | None) -> None:

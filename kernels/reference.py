@@ -1,13 +1,21 @@
-"""The specification of the kernels: plain PyTorch, any floating type, everything materialised.
+"""The specification of the kernels: plain PyTorch for any floating dtype, with every tensor materialised.
 
-Half types are widened to fp32 first, in which exp(1/T_a) fits. N queries, M keys, K negatives, C columns, D
-dimensions. See `kernels.contract` for what the results mean.
+Half-precision inputs are widened to fp32 first, in which exp(1 / T_a) fits. `kernels.contract` documents the results.
+Shape suffixes: N queries, M keys, K negatives, C columns, D dimensions.
 """
 
 import torch
 from torch import Tensor
 
-from kernels.contract import AdversaryStats, Hardest, Score, check_adversary, check_hardest, check_score
+from kernels.contract import (
+    AdversaryParams,
+    AdversaryStats,
+    Hardest,
+    Score,
+    check_adversary,
+    check_hardest,
+    check_score,
+)
 from kernels.rounding import random_bits, round_to_bf16
 
 
@@ -19,12 +27,19 @@ def score(
     temperature: float,
     adversary_temperature: float,
 ) -> Score:
-    """Partition sums of every query over all keys and negatives (AdCo, eq. 2 and 6).
+    """Compute the partition sums of every query over all keys and negatives (AdCo, eq. 2 and 6).
 
-    q_ND, k_MD, n_KD: unit rows of one floating type; M may be 0.
-    own_N: int64, the column of k_MD that is the query's own key, -1 if it is not among them;
-        None if no query has its key here. The own key is a term of the sums, but not of `top`.
-    Raises ValueError where shapes, types or memory layout do not fit.
+    Args:
+        q_ND: Unit queries. Keys and negatives have the same floating dtype.
+        k_MD: Unit keys; M may be 0.
+        own_N: int64 index in k_MD of each query's own key, -1 if it is not among them; None if no query's key is.
+            The own key counts in the sums but not in `top_N`.
+        n_KD: Unit negatives; K may be 0 if there are keys.
+        temperature: T.
+        adversary_temperature: T_a.
+
+    Raises:
+        ValueError: If shapes, dtypes or memory layouts do not fit.
     """
     check_score(q_ND, k_MD, own_N, n_KD)
     wide = torch.promote_types(q_ND.dtype, torch.float32)
@@ -45,36 +60,40 @@ def adversary_step(
     n_KD: Tensor,
     w_KD: Tensor,
     v_KD: Tensor | None,
-    *,
-    temperature: float,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
+    params: AdversaryParams,
     seed: int = 0,
     first: int = 0,
 ) -> AdversaryStats:
-    """One step of gradient ascent on the contrastive loss, in place in W, v and n (AdCo, eq. 7).
+    """Take one step of gradient ascent on the contrastive loss, in place in W, v and n (AdCo, eq. 7).
 
-    With p_ik = w_i exp(q_i . n_k / T_a) / Z^a_i, G_k = sum_i p_ik q_i and u_k = W_k / |W_k|,
+    With p_ik = w_i exp(q_i . n_k / T_a) / Z^a_i, G_k = sum_i p_ik q_i and u_k = W_k / |W_k|:
+
         dL/dW_k = (G_k - (G_k . u_k) u_k) / (T_a |W_k|)
-        v <- m v - dL/dW + lambda W;   W <- W - lr v;   n <- W / |W|.
+        v <- momentum v - dL/dW + weight_decay W;   W <- W - lr v;   n <- W / |W|
 
-    q_ND: unit queries of all ranks, views and micro-batches: gradients accumulate by handing in more rows, which
-        takes N x D numbers and one pass over the bank, where adding up gradients would take K x D and a pass each.
-    coef_N: w_i / Z^a_i. n_KD: unit negatives, of the queries' type. temperature: T_a.
-    w_KD, v_KD: weights and velocity, of the type all is computed in (fp32, or fp64 for fp64 queries), or of bf16,
-        rounded at random (`kernels.rounding`) by `seed` and the numbers of the rows, which begin at `first`.
-        v_KD None: no velocity, m counts as 0.
-    Raises ValueError where shapes, types or memory layout do not fit.
+    Args:
+        q_ND: Unit queries of all ranks, views and micro-batches. More rows accumulate gradients: they take N x D
+            numbers and one pass over the bank, while summed gradients would take K x D numbers and a pass each.
+        coef_N: w_i / Z^a_i.
+        n_KD: Unit negatives, of the queries' dtype.
+        w_KD: Weights, fp32 (fp64 for fp64 queries) or bf16. bf16 is rounded at random (`kernels.rounding`).
+        v_KD: Velocity, with the same choice of dtypes; None for none, which counts as momentum 0.
+        params: The step's constants.
+        seed: Seed of the random rounding.
+        first: Index of the first row in the whole bank, which the random rounding depends on.
+
+    Raises:
+        ValueError: If shapes, dtypes or memory layouts do not fit.
     """
     check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD)
+    temperature, lr, momentum, weight_decay = params
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     q_ND, old_w_KD = q_ND.to(wide), w_KD.to(wide)
     p_NK = coef_N[:, None].to(wide) * torch.exp(q_ND @ n_KD.to(wide).T / temperature)
     g_KD = p_NK.T @ q_ND
-    length_K1 = old_w_KD.norm(dim=1, keepdim=True)
-    unit_KD = old_w_KD / length_K1
-    grad_KD = (g_KD - (g_KD * unit_KD).sum(1, keepdim=True) * unit_KD) / (temperature * length_K1)
+    norm_K1 = old_w_KD.norm(dim=1, keepdim=True)
+    unit_KD = old_w_KD / norm_K1
+    grad_KD = (g_KD - (g_KD * unit_KD).sum(1, keepdim=True) * unit_KD) / (temperature * norm_K1)
     new_v_KD = weight_decay * old_w_KD - grad_KD
     if v_KD is not None:
         new_v_KD += momentum * v_KD.to(wide)
@@ -85,16 +104,24 @@ def adversary_step(
     return AdversaryStats(mass_K=p_NK.sum(0), grad_K=grad_KD.norm(dim=1))
 
 
-def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf")) -> Hardest:
-    """The m columns most similar to each query, without its own, of those less similar than `below`.
+def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float | None = None) -> Hardest:
+    """Find the m columns most similar to each query.
 
-    q_ND, c_CD: unit rows of one floating type. own_N: int64, the column to leave out, -1 or None: none.
-    Raises ValueError where shapes, types or memory layout do not fit.
+    Args:
+        q_ND: Unit queries.
+        c_CD: Unit columns of the same floating dtype.
+        own_N: int64 index of the column to leave out for each query, -1 for none; None for none at all.
+        m: Number of columns to find.
+        below: Only columns less similar than this count; None for all.
+
+    Raises:
+        ValueError: If shapes, dtypes or memory layouts do not fit.
     """
     check_hardest(q_ND, c_CD, own_N, m)
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     s_NC = _without_own(q_ND.to(wide) @ c_CD.to(wide).T, own_N)
-    s_NC = s_NC.masked_fill(s_NC >= below, float("-inf"))
+    if below is not None:
+        s_NC = s_NC.masked_fill(s_NC >= below, float("-inf"))
     s_NC = torch.nn.functional.pad(s_NC, (0, max(0, m - s_NC.shape[1])), value=float("-inf"))
     sorted_NC, column_NC = s_NC.sort(dim=1, descending=True, stable=True)
     similarity_Nm, column_Nm = sorted_NC[:, :m].contiguous(), column_NC[:, :m]
@@ -109,7 +136,7 @@ def _without_own(s_NC: Tensor, own_N: Tensor | None) -> Tensor:
 
 
 def _write(out_KD: Tensor, x_KD: Tensor, seed: int, first: int, shift: int) -> None:
-    """x into a tensor of its type, or into one of bf16 by the random bits from `shift` on."""
+    """Copy x into `out`; into a bf16 tensor with random rounding, by the random bits from bit `shift` on."""
     if out_KD.dtype == torch.bfloat16:
         bits_KD = random_bits(seed, first, len(x_KD), x_KD.shape[1], x_KD.device)
         x_KD = round_to_bf16(x_KD.float(), bits_KD >> shift)

@@ -1,34 +1,36 @@
-"""Stochastic rounding to bf16: up or down at random so that the expected value is the number itself.
+"""Stochastic rounding to bf16: rounds up or down at random so that the expected value is the number itself.
 
-A bf16 number has 8 significant bits, so a step smaller than a 256th part of a weight would always be rounded away; at
-random it is taken in its share of the cases. The random bits are a function of a seed, the number of the row in the
-whole bank and the column: the same for any placement, tile size and implementation.
+A bf16 number has 8 significant bits, so rounding to nearest would always discard a step smaller than 1/256 of the
+weight. Stochastic rounding takes such a step in the matching share of cases. The random bits are a function of the
+seed, the row's index in the whole bank and the column, so they are the same for any placement, tile size and
+implementation.
 
-Hash: lowbias32 by Chris Wellons, public domain (https://nullprogram.com/blog/2018/07/31/). K rows, D columns.
+The hash is lowbias32 by Chris Wellons, public domain (https://nullprogram.com/blog/2018/07/31/).
+Shape suffixes: K rows, D columns.
 """
 
 import torch
 from torch import Tensor
 
-_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed 32-bit numbers, of which torch has all operations
-COLUMN_STEP = 0x9E3779B9  # 2^32 over the golden ratio: spreads the columns' numbers over all bits
+_MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed numbers: torch has few operations on unsigned ones
+COLUMN_STEP = 0x9E3779B9  # 2^32 divided by the golden ratio: spreads the column indices over all bits
 
 
 def random_bits(seed: int, first: int, rows: int, dim: int, device: torch.device) -> Tensor:
-    """int32 [rows, dim]: 32 random bits for each element of the rows from number `first` on."""
-    number_K1 = torch.arange(first, first + rows, device=device).to(torch.int32)[:, None]
+    """Return 32 random bits, int32 [rows, dim], for each element of the rows from index `first` on."""
+    index_K1 = torch.arange(first, first + rows, device=device).to(torch.int32)[:, None]
     column_D = (torch.arange(dim, device=device) * COLUMN_STEP).to(torch.int32)
-    return _hash(_hash(number_K1 ^ _signed(seed32(seed))) + column_D)
+    return _hash(_hash(index_K1 ^ _signed(seed32(seed))) + column_D)
 
 
 def round_to_bf16(x_KD: Tensor, bits_KD: Tensor) -> Tensor:
-    """fp32 [K, D] as bf16, by the lower 16 of the random bits."""
+    """Round fp32 [K, D] to bf16 by the lower 16 of the random bits."""
     exact_KD = ((x_KD.view(torch.int32) + (bits_KD & 0xFFFF)) & -0x10000).view(torch.float32)
     return exact_KD.to(torch.bfloat16)
 
 
 def seed32(seed: int) -> int:
-    """An unsigned 32-bit number that all bits of `seed` go into."""
+    """Fold all bits of `seed` into an unsigned 32-bit number."""
     return (seed ^ seed >> 32) & 0xFFFFFFFF
 
 
@@ -37,7 +39,7 @@ def _signed(x: int) -> int:
 
 
 def _hash(x: Tensor) -> Tensor:
-    """int32; the shifts of the hash are those of unsigned numbers, hence the masks."""
+    """Hash int32 numbers. The masks make the arithmetic shifts equal to the hash's unsigned ones."""
     x = x ^ (x >> 16 & 0xFFFF)
     x.mul_(_MULTIPLIERS[0])
     x ^= x >> 15 & 0x1FFFF

@@ -1,12 +1,13 @@
 """Adversarial contrastive student-teacher learning (arXiv 2202.13072): mined hard negatives in a triplet-like loss.
 
-A student with projector and predictor, a teacher that follows it, several views, symmetric. Of the paper only the
-abstract was at hand; docs/methods.md says which choices are ours and where each comes from.
+A student with projector and predictor, a teacher that is its moving average, several views, symmetric. Only the paper's
+abstract was available; docs/methods.md lists the choices that are ours and their sources.
 
-B images of this rank, N queries of a key view, m mined columns, D dimensions.
+Shape suffixes: B images of this rank, N queries of a key view, m mined columns, D dimensions.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -18,112 +19,150 @@ from models import method
 from models.encoder import Encoder
 from models.method import Method, StepOutput, Views, queries_for_key
 from models.negatives.bank import Bank, BankUpdate
+from models.negatives.base import BankSettings, Negatives
 from models.negatives.contrast import contrast
 from models.negatives.mining import mine
-from models.negatives.queue import Queue
+from models.negatives.queue import Queue, check_queue
 
-_MOST = 128  # columns that the kernels keep of a query
+_MAX_COLUMNS = 128  # that the Triton kernel keeps of a query
 
 
 class Settings(method.Settings):
-    """negatives_from: where hard negatives are mined: all ranks' teacher keys of this step, and besides a queue of
-    earlier ones, or AdCo's learned negatives (section `bank`, both).
-    hardest: m, mined for each query; 0: none, only pairs. guard: columns at least so similar are taken for the same
-    class and left out; guard_top: then this share of all columns, the most similar ones. 1 and 0: all count.
-    form: soft is log(1 + sum_j exp((s_j - s+ + margin) / temperature)), margin the mean of max(0, s_j - s+ + margin).
-    pair_weight: of 2 - 2 s+; triplet_weight: of the mined term.
-    """
+    """Settings of the adversarial contrastive student-teacher method."""
 
-    name: Literal["acssl"] = "acssl"
-    negatives_from: Literal["keys", "queue", "bank"] = "keys"
-    hardest: int = Field(16, ge=0)
-    guard: float = Field(1.0, gt=-1, le=1)
-    guard_top: float = Field(0.0, ge=0, lt=1)
-    form: Literal["soft", "margin"] = "soft"
-    margin: float = Field(0.0, ge=-2, le=2)
-    temperature: float = Field(0.2, gt=0)
-    pair_weight: float = Field(1.0, ge=0)
-    triplet_weight: float = Field(1.0, ge=0)
-    teacher_momentum: float = Field(0.99, ge=0, le=1)
-    teacher_momentum_final: float | None = Field(1.0, ge=0, le=1)
+    papers: ClassVar[tuple[str, ...]] = ("2202.13072",)
+
+    name: Literal["acssl"] = Field(
+        "acssl", description="Adversarial contrastive student-teacher learning (after arXiv 2202.13072)."
+    )
+    negatives_from: Literal["keys", "queue", "bank"] = Field(
+        "keys",
+        description=(
+            "Where hard negatives are mined: the keys of all ranks in this step, or these and a queue of earlier keys, "
+            "or these and AdCo's learned negatives."
+        ),
+    )
+    hardest: int = Field(16, ge=0, description="Number of negatives mined for each query; 0 uses pairs only.")
+    guard: float = Field(
+        1.0, gt=-1, le=1, description="Columns of at least this similarity are taken for the same class and left out."
+    )
+    guard_top: float = Field(
+        0.0, ge=0, lt=1, description="Share of all columns, the most similar ones, that is left out after `guard`."
+    )
+    form: Literal["soft", "margin"] = Field(
+        "soft",
+        description=(
+            "Triplet-like loss: soft is log(1 + sum_j exp((s_j - s+ + margin) / temperature)), "
+            "margin is the mean of max(0, s_j - s+ + margin)."
+        ),
+    )
+    margin: float = Field(0.0, ge=-2, le=2, description="Margin between positive and negative similarities.")
+    temperature: float = Field(0.2, gt=0, description="Temperature of the soft form.")
+    pair_weight: float = Field(1.0, ge=0, description="Weight of the pairs' term 2 - 2 s+.")
+    triplet_weight: float = Field(1.0, ge=0, description="Weight of the triplet-like term.")
+    teacher_momentum: float = Field(
+        0.99, ge=0, le=1, description="Momentum of the teacher's moving average at the first step."
+    )
+    teacher_momentum_final: float | None = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Teacher momentum at the last step, reached along a cosine; null keeps it constant.",
+    )
 
     @property
-    def negatives(self) -> Literal["bank", "queue", "none"]:
-        return "none" if self.negatives_from == "keys" else self.negatives_from
+    def negatives_class(self) -> type[Negatives] | None:
+        """A bank, a queue or None, as `negatives_from` says."""
+        return {"keys": None, "queue": Queue, "bank": Bank}[self.negatives_from]
 
-    def skipped(self, columns: int) -> int:
-        """How many of the most similar columns are left out."""
+    def num_skipped(self, columns: int) -> int:
+        """Return how many of the most similar columns `guard_top` leaves out."""
         return int(self.guard_top * columns)
 
-    def check(self, batch_size: int, views: int, negatives: int, bank_temperature: float) -> None:
-        columns = batch_size - 1 + (0 if self.negatives_from == "keys" else negatives)
-        kept = self.hardest + self.skipped(columns)
-        if kept > _MOST:
+    def check(self, batch_size: int, num_views: int, bank: BankSettings) -> None:
+        """Check the number of mined columns, the queue's length and the sums of exponentials."""
+        columns = batch_size - 1 + self.num_negatives(bank)
+        kept = self.hardest + self.num_skipped(columns)
+        if kept > _MAX_COLUMNS:
             raise ValueError(
-                f"method.hardest: {self.hardest} after {self.skipped(columns)} left out (method.guard_top) are "
-                f"{kept} columns, at most {_MOST} can be kept; method.guard has no such limit"
+                f"method.hardest: {self.hardest} after {self.num_skipped(columns)} left out (method.guard_top) are "
+                f"{kept} columns, at most {_MAX_COLUMNS} can be kept; method.guard has no such limit"
             )
         if self.negatives_from == "queue":
-            method.check_queue(negatives, 2 * batch_size)
-        if self.negatives_from == "bank":  # as the temperature of AdCo's loss, which weighs what the bank is played
-            method.check("method.temperature", self.temperature, negatives + batch_size)
-            method.check("bank.temperature", bank_temperature, negatives + batch_size)
+            check_queue(bank, 2 * batch_size)
+        if self.negatives_from == "bank":  # the temperatures of AdCo's loss, which weighs the bank's queries
+            method.check_temperature("method.temperature", self.temperature, bank.size + batch_size)
+            method.check_temperature("bank.temperature", bank.temperature, bank.size + batch_size)
 
-    def make(self, student: Encoder, negatives: Bank | Queue | None, kernels: str) -> "ACSSL":
-        return ACSSL(student, negatives, self, kernels)
+    def make(self, student: Encoder, negatives: Negatives | None) -> "ACSSL":
+        """Build the method."""
+        return ACSSL(student, self, negatives)
 
 
 class ACSSL(Method):
-    """w_pair (2 - 2 s+) + w_triplet triplet(s+, mined s-), the mean over all pairs of a query and a key of its image.
+    """The loss pair_weight (2 - 2 s+) + triplet_weight triplet(s+, mined s-) over all pairs of a query and its key.
 
-    A queue takes in the keys after the step; a bank makes AdCo's step against the queries.
+    A queue takes in the keys after the step. A bank takes AdCo's step against the queries.
     """
 
-    def __init__(self, student: Encoder, negatives: Bank | Queue | None, settings: Settings, kernels: str) -> None:
-        super().__init__(student, settings, negatives)
-        self.settings, self.kernels = settings, kernels
+    settings: Settings
 
     def loss(self, queries: Views, keys: Views) -> StepOutput:
-        results = [self._direction(queries_for_key(queries, j), k_BD) for j, k_BD in keys.items()]
-        positive_N, mined_Nm = (torch.cat(x) for x in zip(*results, strict=True))
+        """Compute the mean loss over all pairs of a query and a key of its image."""
         settings = self.settings
+        results = [self._similarities(queries_for_key(queries, j), k_BD) for j, k_BD in keys.items()]
+        positive_N, mined_Nm = (torch.cat(x) for x in zip(*results, strict=True))
         loss = settings.pair_weight * (2 - 2 * positive_N).mean()
         metrics = {"positive_similarity": positive_N.detach().mean()}
         if settings.hardest:
             triplet_N = triplet(positive_N, mined_Nm, settings.form, settings.margin, settings.temperature)
             loss = loss + settings.triplet_weight * triplet_N.mean()
-            # -1 where all columns are left out: what the log averages has to be finite
-            metrics = method.similarities(loss, positive_N.detach(), mined_Nm.detach()[:, 0].clamp(min=-1))
+            # -1 replaces -inf where all columns are left out, because logged averages must be finite.
+            hardest_N = mined_Nm.detach()[:, 0].clamp(min=-1)
+            metrics = method.similarity_metrics(loss, positive_N.detach(), hardest_N)
             metrics["mined"] = (mined_Nm > -torch.inf).float().sum(1).mean()
-        left: list[Any] = list(keys.values()) if self.queue else []
-        if self.bank:
-            left = [self._rows(queries_for_key(queries, j), k_BD, self.bank, len(keys)) for j, k_BD in keys.items()]
-        return StepOutput(loss, {**metrics, "loss": loss.detach()}, left)
+        return StepOutput(loss, {**metrics, "loss": loss.detach()}, self._negatives_update(queries, keys))
 
-    def _direction(self, q_ND: Tensor, k_BD: Tensor) -> tuple[Tensor, Tensor]:
-        """Similarity of queries to their own key [N], and to the mined columns [N, m]."""
+    def _similarities(self, q_ND: Tensor, k_BD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the similarities of queries to their own key [N] and to the mined columns [N, m]."""
         positive_N = (q_ND * k_BD.repeat(len(q_ND) // len(k_BD), 1)).sum(1)
         if not self.settings.hardest:
             return positive_N, positive_N.new_empty(len(q_ND), 0)
-        negatives = self.queue or self.bank
+        negatives, guard = self.negatives, self.settings.guard
         columns = len(k_BD) * dist.get_world_size() - 1 + (negatives.size if negatives else 0)
-        skip, guard = self.settings.skipped(columns), self.settings.guard
-        below = guard if guard < 1 else torch.inf
-        mined_Nm, _ = mine(q_ND, k_BD, negatives, self.settings.hardest, skip=skip, below=below, kernels=self.kernels)
+        skip, below = self.settings.num_skipped(columns), guard if guard < 1 else None
+        mined_Nm, _ = mine(q_ND, k_BD, negatives, self.settings.hardest, skip=skip, below=below)
         return positive_N, mined_Nm
 
     @torch.no_grad()
-    def _rows(self, q_ND: Tensor, k_BD: Tensor, bank: Bank, directions: int) -> BankUpdate:
-        weight = 1 / directions / len(q_ND) / dist.get_world_size()
-        return contrast(q_ND, k_BD, bank, self.settings.temperature, True).rows(weight)
+    def _negatives_update(self, queries: Views, keys: Views) -> Sequence[Any]:
+        if self.settings.negatives_from == "queue":
+            return list(keys.values())
+        updates: list[BankUpdate] = []
+        if self.settings.negatives_from == "bank":
+            assert self.negatives
+            for j, k_BD in keys.items():
+                q_ND = queries_for_key(queries, j)
+                weight = 1 / len(keys) / len(q_ND) / dist.get_world_size()
+                result = contrast(q_ND, k_BD, self.negatives, self.settings.temperature, batch_keys=True)
+                updates.append(result.bank_update(weight))
+        return updates
 
 
 def triplet(positive_N: Tensor, negative_Nm: Tensor, form: str, margin: float, temperature: float) -> Tensor:
-    """Each query's triplet-like loss [N] from similarities to its key and to m negatives; -inf counts as none.
+    """Compute each query's triplet-like loss from its similarities to its key and to m negatives.
 
-    margin: the mean over the negatives there are of max(0, s- - s+ + margin) (FaceNet, arXiv 1503.03832, eq. 2).
-    soft: log(1 + sum exp((s- - s+ + margin) / temperature)), its smooth form for several negatives (Hermans et al.,
-    arXiv 1703.07737, sec. 2, for one; the multi-class N-pair loss, NeurIPS 2016, eq. 7, for several).
+    Args:
+        positive_N: Similarity to the own key.
+        negative_Nm: Similarities to negatives; -inf marks a missing one.
+        form: `margin` is the mean over the negatives of max(0, s- - s+ + margin) (FaceNet, arXiv 1503.03832, eq. 2).
+            `soft` is log(1 + sum exp((s- - s+ + margin) / temperature)), its smooth form (Hermans et al., arXiv
+            1703.07737, sec. 2, for one negative; multi-class N-pair loss, NeurIPS 2016, eq. 7, for several).
+        margin: Margin between the similarities.
+        temperature: Temperature of the soft form.
+
+    Returns:
+        Loss [N].
     """
     violation_Nm = negative_Nm - positive_N[:, None] + margin
     if form == "soft":

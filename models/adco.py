@@ -1,12 +1,11 @@
-"""AdCo (arXiv 2011.08435): an encoder and a bank of learned negatives play a min-max game.
+"""AdCo (arXiv 2011.08435): contrastive learning against a bank of learned negatives.
 
-The student's queries are contrasted with the teacher's keys and the bank; the student descends on the loss, the bank
-ascends on it, and the teacher follows the student. With a predictor on the student, queries are predictions.
-
-B images of this rank, D dimensions.
+The student's queries are contrasted with the teacher's keys and the bank. The student descends on the loss, the bank
+ascends on it, and the teacher is a moving average of the student. With a predictor on the student, queries are
+predictions.
 """
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,59 +15,68 @@ from models import method
 from models.encoder import Encoder
 from models.method import Method, StepOutput, Views, queries_for_key
 from models.negatives.bank import Bank
+from models.negatives.base import BankSettings, Negatives
 from models.negatives.contrast import contrast
-from models.negatives.queue import Queue
 
 
 class Settings(method.Settings):
-    """temperature: of the encoder's loss (the adversary's is the bank's). symmetric: views 0 and 1 both give keys,
-    and the two directions count one half each; else view 0 is the key of all others. batch_keys: the denominator has
-    every rank's keys (the published code) or the own one (the paper). crops: sum or mean of the losses of the queries
-    of one key.
-    """
+    """Settings of AdCo; section `bank` configures the learned negatives."""
 
-    name: Literal["adco"] = "adco"
-    temperature: float = Field(0.12, gt=0)
-    symmetric: bool = False
-    batch_keys: bool = True
-    crops: Literal["sum", "mean"] = "sum"
+    papers: ClassVar[tuple[str, ...]] = ("2011.08435",)
+
+    name: Literal["adco"] = Field("adco", description="AdCo (arXiv 2011.08435).")
+    temperature: float = Field(
+        0.12, gt=0, description="Temperature of the encoder's loss; bank.temperature is the adversary's."
+    )
+    symmetric: bool = Field(
+        False, description="Whether views 0 and 1 both give keys, with half the loss each, or view 0 only."
+    )
+    batch_keys: bool = Field(
+        True,
+        description="Whether the denominator has all ranks' keys (AdCo's code) or the own key only (AdCo, eq. 2).",
+    )
+    crops: Literal["sum", "mean"] = Field(
+        "sum", description="How the losses of several queries of one key are combined."
+    )
 
     @property
-    def negatives(self) -> Literal["bank", "queue", "none"]:
-        return "bank"
+    def negatives_class(self) -> type[Negatives]:
+        """A bank."""
+        return Bank
 
     @property
     def key_views(self) -> tuple[int, ...]:
+        """View 0, or views 0 and 1 if symmetric."""
         return (0, 1) if self.symmetric else (0,)
 
-    def check(self, batch_size: int, views: int, negatives: int, bank_temperature: float) -> None:
-        columns = negatives + (batch_size if self.batch_keys else 1)
-        method.check("method.temperature", self.temperature, columns)
-        method.check("bank.temperature", bank_temperature, columns)
+    def check(self, batch_size: int, num_views: int, bank: BankSettings) -> None:
+        """Check that the sums of exponentials at both temperatures fit fp32."""
+        columns = bank.size + (batch_size if self.batch_keys else 1)
+        method.check_temperature("method.temperature", self.temperature, columns)
+        method.check_temperature("bank.temperature", bank.temperature, columns)
 
-    def make(self, student: Encoder, negatives: Bank | Queue | None, kernels: str) -> "AdCo":
-        assert isinstance(negatives, Bank)
-        return AdCo(student, negatives, self)
+    def make(self, student: Encoder, negatives: Negatives | None) -> "AdCo":
+        """Build AdCo."""
+        return AdCo(student, self, negatives)
 
 
 class AdCo(Method):
-    """The game; `bank` steps by itself, from the queries of the step."""
+    """The contrastive loss of all pairs of a query and a key view of its image."""
 
-    def __init__(self, student: Encoder, bank: Bank, settings: Settings) -> None:
-        super().__init__(student, settings, bank)
-        self.settings = settings
+    settings: Settings
 
     def loss(self, queries: Views, keys: Views) -> StepOutput:
-        assert self.bank
-        settings = self.settings
-        losses, rows, positives, hardest = [], [], [], []
+        """Compute AdCo, eq. 2, averaged over key views."""
+        settings, negatives = self.settings, self.negatives
+        assert negatives
+        losses, updates, positives, hardest = [], [], [], []
         for j, k_BD in keys.items():
             q_ND = queries_for_key(queries, j)
             weight = 1 / len(keys) / (len(q_ND) if settings.crops == "mean" else len(k_BD))
-            result = contrast(q_ND, k_BD, self.bank, settings.temperature, settings.batch_keys)
+            result = contrast(q_ND, k_BD, negatives, settings.temperature, settings.batch_keys)
             losses.append(result.loss_N.sum() * weight)
-            rows.append(result.rows(weight / dist.get_world_size()))
+            updates.append(result.bank_update(weight / dist.get_world_size()))
             positives.append(result.positive_N)
             hardest.append(result.hardest_N)
         loss = torch.stack(losses).sum()
-        return StepOutput(loss, method.similarities(loss, torch.cat(positives), torch.cat(hardest)), rows)
+        return StepOutput(loss, method.similarity_metrics(loss, torch.cat(positives), torch.cat(hardest)), updates)

@@ -1,9 +1,9 @@
-"""What keeps BatchNorm from leaking which key belongs to which query (MoCo, arXiv 1911.05722, sec. 3.3).
+"""BatchNorm across ranks: the shuffle of images for the teacher, and statistics of the global batch.
 
-A teacher that normalises over the same images as the student gives the answer away. `shuffle`
-sends each image to a rank chosen by a permutation of the global batch, so that a key is made among
-other batch mates. The reference implementation all-gathers the whole batch to every rank and picks
-its share; the all-to-all here moves only the images a rank will use, which is R times less.
+A teacher that normalises over the same images as the student leaks which key belongs to which query (MoCo, arXiv
+1911.05722, sec. 3.3). `shuffle` sends each image to the rank that a permutation of the global batch chooses, so a key
+is computed among other images than its query. MoCo's code all-gathers the whole batch on every rank and selects a part;
+the all-to-all here sends only the images that a rank uses, which is R times less for R ranks.
 """
 
 from typing import Any, NamedTuple
@@ -16,10 +16,12 @@ from torch.distributed import ProcessGroup
 
 
 class Shuffle(NamedTuple):
-    """How one rank's share of a global batch travels, from `plan`; all on the host.
+    """How one rank's images of a global batch are exchanged, from `plan_shuffle`; all on the host.
 
-    send_B: int64, this rank's samples in the order they leave. sends, receives: how many go to and
-    come from each rank.
+    Attributes:
+        send_B: int64 indices of this rank's images in the order of sending.
+        sends: Number of images that go to each rank.
+        receives: Number of images that come from each rank.
     """
 
     send_B: Tensor
@@ -27,10 +29,14 @@ class Shuffle(NamedTuple):
     receives: list[int]
 
 
-def plan(local_batch: int, rank: int, world_size: int, seed: int) -> Shuffle:
-    """A random exchange of samples, the same permutation on every rank for the same seed.
+def plan_shuffle(local_batch: int, rank: int, world_size: int, seed: int) -> Shuffle:
+    """Draw a random permutation of the global batch, cut into equal parts, one for each rank.
 
-    The permuted global batch is cut into equal parts, one a rank, as in the reference.
+    Args:
+        local_batch: Images of each rank.
+        rank: This rank.
+        world_size: Number of ranks.
+        seed: Seed of the permutation, the same on all ranks.
     """
     generator = torch.Generator().manual_seed(seed)
     wanted_RB = torch.randperm(world_size * local_batch, generator=generator).view(world_size, local_batch)
@@ -42,9 +48,9 @@ def plan(local_batch: int, rank: int, world_size: int, seed: int) -> Shuffle:
 
 
 def shuffle(images_BCHW: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
-    """Exchange images over ranks: those that this rank's teacher will see, same shape and type, channels_last."""
-    rows_BHWC = images_BCHW.permute(0, 2, 3, 1)  # the order of the bytes in channels_last: nothing is copied
-    # non_blocking, here and below: else the host waits until the device has done all that it was given before.
+    """Exchange images over ranks. Returns the images for this rank's teacher, of the same shape, in channels_last."""
+    rows_BHWC = images_BCHW.permute(0, 2, 3, 1)  # the memory order of channels_last, so nothing is copied
+    # non_blocking, here and below: otherwise the host waits for all work that the device has been given before.
     sent_BHWC = rows_BHWC[route.send_B.to(rows_BHWC.device, non_blocking=True)].contiguous()
     received_BHWC = torch.empty_like(sent_BHWC)
     dist.all_to_all_single(received_BHWC, sent_BHWC, route.receives, route.sends, group=group)
@@ -52,7 +58,7 @@ def shuffle(images_BCHW: Tensor, route: Shuffle, group: ProcessGroup | None = No
 
 
 def unshuffle(x_BD: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
-    """Send the rows made from shuffled images back to where those came from, in the original order."""
+    """Send rows computed from shuffled images back to the images' ranks, in the original order."""
     returned_BD = torch.empty_like(x_BD, memory_format=torch.contiguous_format)
     dist.all_to_all_single(returned_BD, x_BD.contiguous(), route.sends, route.receives, group=group)
     restored_BD = torch.empty_like(returned_BD)
@@ -61,9 +67,9 @@ def unshuffle(x_BD: Tensor, route: Shuffle, group: ProcessGroup | None = None) -
 
 
 def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
-    """Every BatchNorm of the model normalises over the global batch.
+    """Make every BatchNorm of the model normalise over the global batch.
 
-    On a GPU by torch's SyncBatchNorm, which does not run on a CPU; there by `_SyncBatchNormCPU`.
+    A GPU uses torch's SyncBatchNorm, which does not run on a CPU; a CPU uses `_SyncBatchNormCPU`.
     """
     if device.type == "cuda":
         return timm.layers.convert_sync_batchnorm(model)
@@ -81,7 +87,7 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks whose gradient is the sum over ranks."""
+    """Sums over ranks; the gradient is summed over ranks, too."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -97,12 +103,10 @@ class _AllReduceSum(torch.autograd.Function):
 
 
 class _SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm of rows [N, C] or images [N, C, H, W] over all ranks' batches, by two sums per channel in fp32.
+    """BatchNorm of rows [N, C] or images [N, C, H, W] over the batches of all ranks, which must have equal sizes.
 
-    All ranks hold equally many rows.
-
-    The variance is that around the mean, a second sum: as E[x^2] - E[x]^2 it would lose most of its digits
-    where the mean is large against it.
+    Sums are in fp32. The variance is a second sum, around the mean: E[x^2] - E[x]^2 would lose most of its digits where
+    the mean is large compared with the standard deviation.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -127,4 +131,4 @@ class _SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
         return (centred * scale.view(channels) + self.bias.view(channels)).to(dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
-        """Any shape."""
+        """Accept any shape."""

@@ -1,9 +1,6 @@
-"""BYOL (arXiv 2006.07733): the student predicts the teacher's embedding of another view; there are no negatives.
+"""BYOL (arXiv 2006.07733): the student predicts the teacher's embedding of another view; there are no negatives."""
 
-B images of this rank, D dimensions.
-"""
-
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,28 +8,44 @@ from pydantic import Field
 from models import method
 from models.encoder import Encoder
 from models.method import Method, StepOutput, Views, queries_for_key
-from models.negatives.bank import Bank
-from models.negatives.queue import Queue
+from models.negatives.base import Negatives
 
 
 class Settings(method.Settings):
-    """teacher_momentum to 1 along a cosine (sec. 3.2). The student needs a predictor: model.predictor."""
+    """Settings of BYOL. The student needs a predictor: model.predictor."""
 
-    name: Literal["byol"] = "byol"
-    teacher_momentum: float = Field(0.996, ge=0, le=1)
-    teacher_momentum_final: float | None = Field(1.0, ge=0, le=1)
-    bn: Literal["shuffle", "sync", "local"] = "sync"
+    papers: ClassVar[tuple[str, ...]] = ("2006.07733",)
 
-    def make(self, student: Encoder, negatives: Bank | Queue | None, kernels: str) -> "BYOL":
+    name: Literal["byol"] = Field("byol", description="BYOL (arXiv 2006.07733).")
+    teacher_momentum: float = Field(
+        0.996, ge=0, le=1, description="Momentum of the teacher's moving average at the first step (BYOL, sec. 3.2)."
+    )
+    teacher_momentum_final: float | None = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Teacher momentum at the last step, reached along a cosine (BYOL, sec. 3.2); null: constant.",
+    )
+    bn: Literal["shuffle", "sync", "local"] = Field(
+        "sync",
+        description=(
+            "BatchNorm statistics: shuffle moves images between ranks for the teacher (MoCo, sec. 3.3), "
+            "sync uses the global batch, local the images of each rank."
+        ),
+    )
+
+    def make(self, student: Encoder, negatives: Negatives | None) -> "BYOL":
+        """Build BYOL. Raises ValueError if the student has no predictor."""
         if student.predictor is None:
-            raise ValueError("model.predictor: byol needs one; give the width of its hidden layer (published: 4096)")
+            raise ValueError("model.predictor: byol needs one; set the width of its hidden layer (BYOL: 4096)")
         return BYOL(student, self)
 
 
 class BYOL(Method):
-    """2 - 2 q . k (eq. 2) of both directions; of several queries of a key the mean."""
+    """The squared distance of predictions to the keys of the other views."""
 
     def loss(self, queries: Views, keys: Views) -> StepOutput:
+        """Compute 2 - 2 q . k (BYOL, eq. 2): the mean over the queries of a key view, summed over both key views."""
         positives = []
         for j, k_BD in keys.items():
             q_ND = queries_for_key(queries, j)

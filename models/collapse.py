@@ -1,6 +1,6 @@
-"""Whether a run collapses: how far the embeddings spread over the sphere, and over how many directions.
+"""Signs of a collapsed run: how far embeddings spread over the sphere, and over how many directions.
 
-N embeddings of D dimensions, unit rows.
+Shape suffixes: N embeddings (unit rows) of D dimensions.
 """
 
 import math
@@ -9,18 +9,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-# Below either the embeddings say nothing of the images: see docs/methods.md for what was seen.
-LEAST_STD = 0.05
-LEAST_RANK = 1.5
+# Below either, embeddings carry no information about the images; docs/methods.md reports observed values.
+MIN_STD = 0.05
+MIN_RANK = 1.5
 
 
 @torch.no_grad()
-def spread(z_ND: Tensor) -> dict[str, float]:
-    """Of all ranks' rows; called by all ranks, waits for the device.
+def embedding_spread(z_ND: Tensor) -> dict[str, float]:
+    """Measure the spread of the rows of all ranks. Waits for the device; called by all ranks.
 
-    feature_std: standard deviation of an element times sqrt(D), 1 where rows are spread evenly over the sphere and 0
-    where all are one (SimSiam, arXiv 2011.10566, fig. 2). effective_rank: exp of the entropy of the singular values,
-    taken as shares of their sum, from 1 to D (Roy and Vetterli 2007; RankMe, arXiv 2210.02885, eq. 1).
+    Returns:
+        A dictionary: feature_std, the standard deviation of an element times sqrt(D), is 1 for rows spread evenly over
+        the sphere and 0 for equal rows (SimSiam, arXiv 2011.10566, fig. 2). effective_rank, from 1 to D, is exp of the
+        entropy of the singular values divided by their sum (Roy and Vetterli 2007; RankMe, arXiv 2210.02885, eq. 1).
     """
     z_ND = z_ND.double()
     sums = torch.cat([z_ND.T @ z_ND, z_ND.sum(0)[None]])
@@ -36,11 +37,11 @@ def spread(z_ND: Tensor) -> dict[str, float]:
     }
 
 
-def collapse(row: dict[str, float]) -> str | None:
-    """What says that the run of this row of metrics has collapsed, None if nothing does."""
+def describe_collapse(row: dict[str, float]) -> str | None:
+    """Return why a run with these metrics has collapsed, or None if it has not."""
     std, rank = row["feature_std"], row["effective_rank"]
-    if std < LEAST_STD:
-        return f"collapsed: all images have nearly the same embedding (feature_std {std:.3g}, below {LEAST_STD:g})"
-    if rank < LEAST_RANK:
-        return f"collapsed: embeddings vary in one direction only (effective_rank {rank:.3g}, below {LEAST_RANK:g})"
+    if std < MIN_STD:
+        return f"collapsed: all images have nearly the same embedding (feature_std {std:.3g}, below {MIN_STD:g})"
+    if rank < MIN_RANK:
+        return f"collapsed: embeddings vary in one direction only (effective_rank {rank:.3g}, below {MIN_RANK:g})"
     return None

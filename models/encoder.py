@@ -7,19 +7,7 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """Images to unit embeddings.
-
-    backbone: any name `timm.create_model` knows; backbone_args go to it as they are.
-    dim: length of an embedding. hidden: width of the head's hidden layer, the backbone's own if None.
-    head_norm: BatchNorm in the head's hidden layer, as SimCLR and BYOL have it and MoCo and AdCo have not.
-    predictor: width of the hidden layer of a second such head on top of the first, with BatchNorm (BYOL, arXiv
-        2006.07733, sec. 3.3); None: there is none.
-    small_images: for images of about 32 pixels. A ResNet gets a 3 x 3 stem of stride `stem_stride` and no max
-        pooling (1: as in the CIFAR experiments of SimCLR, app. B.9; 2: a quarter of the work), a ViT gets patches
-        of 4 pixels.
-    Raises ValueError for an unknown backbone, for arguments it does not take, and for one that has no
-    known stem for small images.
-    """
+    """Maps images to unit embeddings: a backbone, a projection head and, for some methods, a predictor."""
 
     def __init__(
         self,
@@ -33,11 +21,29 @@ class Encoder(nn.Module):
         stem_stride: int = 1,
         backbone_args: dict | None = None,
     ) -> None:
+        """Build an encoder with random weights.
+
+        Args:
+            backbone: Any name that `timm.create_model` knows.
+            dim: Dimensions of an embedding.
+            hidden: Width of the head's hidden layer; None for the number of the backbone's features.
+            head_norm: Whether the head's hidden layer has BatchNorm, as in SimCLR and BYOL but not in MoCo and AdCo.
+            predictor: Width of the hidden layer of a predictor, a second head with BatchNorm on top of the first (BYOL,
+                arXiv 2006.07733, sec. 3.3); None for no predictor.
+            small_images: Adapts the stem to images of about 32 pixels. A ResNet gets a 3 x 3 convolution and no max
+                pooling, a ViT gets patches of 4 pixels.
+            stem_stride: Stride of that convolution: 1 as in SimCLR's CIFAR experiments (app. B.9), 2 for a quarter of
+                work.
+            backbone_args: Further arguments of `timm.create_model`.
+
+        Raises:
+            ValueError: If the backbone is unknown, does not take the arguments or has no stem for small images.
+        """
         super().__init__()
         arguments = dict(backbone_args or {})
         is_vit = backbone.startswith(("vit_", "deit"))
         if is_vit:
-            arguments.setdefault("dynamic_img_size", True)  # crops of several sizes
+            arguments.setdefault("dynamic_img_size", True)  # for crops of several sizes
             if small_images:
                 arguments.setdefault("patch_size", 4)
         try:
@@ -48,19 +54,18 @@ class Encoder(nn.Module):
             raise ValueError(f"model.backbone_args: {backbone} does not take {arguments} ({error})") from error
         if small_images and not is_vit:
             _shrink_stem(self.backbone, backbone, stem_stride)
-        # Some models (MobileNetV3) widen their features once more after pooling.
+        # Some models (MobileNetV3) have a further layer after pooling.
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.head = _two_layers(features, hidden or features, dim, head_norm)
         self.predictor = _two_layers(dim, predictor, dim, True) if predictor else None
 
     def forward(self, views: list[Tensor]) -> Tensor:
-        """Embed views one after the other: V tensors [B, 3, S_v, S_v] to unit rows [V * B, D], fp32.
+        """Embed V views [B, 3, S_v, S_v] one after the other: unit rows [V * B, D], fp32.
 
-        With a predictor they are predictions.
-
-        One call for all views, so that a wrapper such as DDP sees one forward for one backward.
+        With a predictor, the rows are predictions. All views come in one call, so that a wrapper such as DDP sees one
+        forward for each backward.
         """
-        # Apart on purpose: each view is its own batch to BatchNorm, as in the reference implementation.
+        # Each view is its own batch to BatchNorm, as in AdCo's code.
         z_ND = torch.cat([self._embed(view) for view in views])
         return F.normalize(z_ND.float(), dim=1)
 
@@ -71,7 +76,7 @@ class Encoder(nn.Module):
 
 def _two_layers(inputs: int, hidden: int, outputs: int, norm: bool) -> nn.Sequential:
     between: list[nn.Module] = [nn.BatchNorm1d(hidden)] if norm else []
-    # No bias in front of BatchNorm, which takes the mean away.
+    # A bias before BatchNorm has no effect, since BatchNorm subtracts the mean.
     return nn.Sequential(
         nn.Linear(inputs, hidden, bias=not norm), *between, nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
     )

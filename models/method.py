@@ -1,74 +1,105 @@
-"""The contract of a method: what learns, what follows it, what is remembered, and what a step gives.
+"""The base classes of a method: its settings, its state and one training step.
 
 A method is one file with two classes: `Settings`, the keys of the configuration's section `method`, and a subclass of
-`Method` with the loss of queries and keys, and what happens after the update. docs/methods.md shows one by example.
+`Method` with the loss. docs/methods.md shows an example.
 
-B images of this rank, V views, N = B times the number of query views, D dimensions.
+Shape suffixes: B images of this rank, V views, N = B times the number of query views, D dimensions.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
-from kernels import AdversaryStats, check_temperature
-from models.batchnorm import plan, shuffle, unshuffle
-from models.collapse import spread
+import kernels
+from models.batchnorm import plan_shuffle, shuffle, unshuffle
+from models.collapse import embedding_spread
 from models.encoder import Encoder
-from models.negatives.bank import Bank, BankUpdate
-from models.negatives.queue import Queue
+from models.negatives.base import BankSettings, Negatives
 from models.teacher import make_teacher
 
-Phase = Callable[[str], AbstractContextManager[object]]  # what surrounds a phase of a step, by its name
-Views = dict[int, Tensor]  # embeddings, unit rows [B, D] in fp32, by number of view
+Phase = Callable[[str], AbstractContextManager[object]]  # surrounds a phase of a step, given its name
+Views = dict[int, Tensor]  # view index to embeddings: unit rows [B, D], fp32
 
 
 class Settings(BaseModel):
-    """What every method has.
-
-    teacher_momentum: from the first step on; along half a cosine to teacher_momentum_final, constant if None.
-    bn: shuffle moves images between ranks for the teacher (MoCo, sec. 3.3); sync normalises over all ranks; local.
-    """
+    """Settings of every method, and what the trainer needs to know about a method before it is built."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    name: str
-    teacher_momentum: float = Field(0.999, ge=0, le=1)
-    teacher_momentum_final: float | None = Field(None, ge=0, le=1)
-    bn: Literal["shuffle", "sync", "local"] = "shuffle"
+    papers: ClassVar[tuple[str, ...]] = ()  # arXiv identifiers
+
+    name: str = Field(description="Name of the method; it decides which other keys this section has.")
+    teacher_momentum: float = Field(
+        0.999, ge=0, le=1, description="Momentum of the teacher's moving average at the first step."
+    )
+    teacher_momentum_final: float | None = Field(
+        None,
+        ge=0,
+        le=1,
+        description="Teacher momentum at the last step, reached along a cosine; null keeps it constant.",
+    )
+    bn: Literal["shuffle", "sync", "local"] = Field(
+        "shuffle",
+        description=(
+            "BatchNorm statistics: shuffle moves images between ranks for the teacher (MoCo, sec. 3.3), "
+            "sync uses the global batch, local the images of each rank."
+        ),
+    )
 
     @property
-    def negatives(self) -> Literal["bank", "queue", "none"]:
-        """What the configuration's section `bank` is of: learned negatives, a queue of keys, or nothing."""
-        return "none"
+    def negatives_class(self) -> type[Negatives] | None:
+        """The negatives that section `bank` configures; None for a method without."""
+        return None
 
     @property
     def key_views(self) -> tuple[int, ...]:
-        """Numbers of the views that the teacher makes keys of; without any there is no teacher."""
+        """Indices of the views that the teacher embeds; without any there is no teacher."""
         return (0, 1)
 
-    def query_views(self, views: int) -> list[int]:
-        """Numbers of the views that the student sees: the others, or all if there are several key views."""
-        return [i for i in range(views) if self.key_views != (i,)]
+    def query_views(self, num_views: int) -> list[int]:
+        """Return the indices of the views that the student embeds: all, except the key view if there is only one."""
+        return [i for i in range(num_views) if self.key_views != (i,)]
 
-    def check(self, batch_size: int, views: int, negatives: int, bank_temperature: float) -> None:
-        """Raise ValueError where these settings do not fit the batch of all ranks, the views or the bank."""
+    def check(self, batch_size: int, num_views: int, bank: BankSettings) -> None:
+        """Raise ValueError if these settings do not fit the global batch size, the views or the negatives."""
 
-    def make(self, student: Encoder, negatives: Bank | Queue | None, kernels: str) -> "Method":
-        """The method around a student. negatives: as `negatives` asks for. kernels: their implementation."""
+    def num_negatives(self, bank: BankSettings) -> int:
+        """Return the number of negatives over all ranks, 0 for a method without."""
+        return bank.size if self.negatives_class else 0
+
+    def negatives_flops(self, bank: BankSettings, dim: int) -> float:
+        """Return the FLOPs of one query with the negatives in a step."""
+        return self.negatives_class.flops(bank, dim) if self.negatives_class else 0.0
+
+    def describe_negatives(self, bank: BankSettings) -> str | None:
+        """Describe the negatives in a few words, for people; None for a method without."""
+        return self.negatives_class.describe(bank) if self.negatives_class else None
+
+    def build_negatives(
+        self, bank: BankSettings, dim: int, mesh: DeviceMesh, precision: torch.dtype, seed: int
+    ) -> Negatives | None:
+        """Build this rank's shard of the negatives, see `models.negatives.base.Negatives`."""
+        return self.negatives_class(bank, dim, mesh, precision, seed) if self.negatives_class else None
+
+    def make(self, student: Encoder, negatives: Negatives | None) -> "Method":
+        """Build the method around a student and the negatives of `build_negatives`."""
         raise NotImplementedError
 
 
 class StepOutput(NamedTuple):
-    """What a method makes of one part of a batch.
+    """Result of `Method.forward_step` for one micro-batch.
 
-    loss: scalar, of this rank's images, to be averaged over ranks. metrics: name to scalar tensor, of this rank.
-    left: what `Method.after` is to be given: `Rows` for a bank, keys [B, D] for a queue.
+    Attributes:
+        loss: Scalar loss of this rank's images, to be averaged over ranks.
+        metrics: Scalar tensors of this rank by name.
+        negatives_update: What `Negatives.update` takes: a `BankUpdate` for each key view, or the keys [B, D].
     """
 
     loss: Tensor
@@ -77,49 +108,45 @@ class StepOutput(NamedTuple):
 
 
 class Method:
-    """`student` learns by gradient, `teacher` follows it by moving average, bank or queue step in `after`.
+    """Student, teacher and negatives, and one training step of them.
 
-    Adding a method is overriding `loss`; one that remembers something else overrides `after` and `state_dict`, too.
+    A new method overrides `loss`. One with further state also overrides `update_negatives` and `state_dict`.
+
+    Attributes:
+        student: Learns by gradient.
+        teacher: The moving average of the student; None if there are no key views.
+        negatives: Bank, queue or None.
+        queries_ND: The student's embeddings of the last micro-batch.
     """
 
-    def __init__(self, student: Encoder, settings: Settings, negatives: Bank | Queue | None = None) -> None:
-        self.student, self.bn = student, settings.bn
+    def __init__(self, student: Encoder, settings: Settings, negatives: Negatives | None = None) -> None:
+        self.student, self.settings, self.negatives = student, settings, negatives
         self.key_views, self.query_views = settings.key_views, settings.query_views
         self.teacher = make_teacher(student) if self.key_views else None
-        self.bank = negatives if isinstance(negatives, Bank) else None
-        self.queue = negatives if isinstance(negatives, Queue) else None
-        self.stats: AdversaryStats | None = None  # of the bank's last step
-        self.queries_ND: Tensor | None = None  # of the last part of a batch
+        self.queries_ND: Tensor | None = None
 
     def loss(self, queries: Views, keys: Views) -> StepOutput:
-        """The loss of this rank's queries, with gradient, and keys, without. Called by all ranks, in fp32."""
+        """Compute the loss of this rank's queries, with gradient, and keys, without. Called by all ranks, in fp32."""
         raise NotImplementedError
 
-    def update_negatives(self, updates: Sequence[Sequence[Any]], bank_lr: float, seed: int) -> None:
-        """The step of what is neither student nor teacher, after the student's and before the teacher's.
-
-        left: of each part of the batch. seed: of what is random, the same on all ranks.
-        """
-        if self.bank:
-            rows = [BankUpdate(r.q_ND, r.coef_N / len(updates)) for update in updates for r in update]
-            self.stats = self.bank.step(rows, bank_lr, seed)
-        if self.queue:
-            self.queue.put([k_BD for update in updates for k_BD in update])
+    def update_negatives(self, updates: Sequence[Sequence[Any]], lr: float, seed: int) -> None:
+        """Update the negatives, after the student's step and before the teacher's; see `Negatives.update`."""
+        if self.negatives:
+            self.negatives.update(updates, lr, seed)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
-        """What a checkpoint holds beside the networks: name to tensors, which share memory with the method."""
-        bank = {"bank": self.bank.state_dict()} if self.bank else {}
-        return {**bank, **({"queue": self.queue.state_dict()} if self.queue else {})}
+        """Return the tensors that a checkpoint holds besides the networks; they share memory with the method."""
+        return {self.negatives.name: self.negatives.state_dict()} if self.negatives else {}
 
     def loaded(self) -> None:
-        """To be called when the tensors of `state_dict` were written."""
-        if self.bank:
-            self.bank.loaded()
+        """Restore derived tensors after the tensors of `state_dict` were written."""
+        if self.negatives:
+            self.negatives.loaded()
 
     def metrics(self) -> dict[str, float]:
-        """For the log, of the last step; waits for the device. Called by all ranks."""
+        """Return values of the last step for the log. Waits for the device; called by all ranks."""
         assert self.queries_ND is not None
-        return spread(self.queries_ND) | (self.bank.metrics(self.stats) if self.bank and self.stats else {})
+        return embedding_spread(self.queries_ND) | (self.negatives.metrics() if self.negatives else {})
 
     def forward_step(
         self,
@@ -128,10 +155,13 @@ class Method:
         seed: int,
         phase: Phase = record_function,
     ) -> StepOutput:
-        """Loss and metrics of one part of a batch: V images tensors [B, 3, S_v, S_v].
+        """Compute loss and metrics of one micro-batch.
 
-        student: what to call for queries, `self.student` or a wrapper that averages gradients over ranks.
-        seed: of the shuffle, the same on all ranks. phase: what times the phases teacher, student and score.
+        Args:
+            student: Computes the queries: `self.student` or a wrapper that averages gradients over ranks.
+            views: V image tensors [B, 3, S_v, S_v].
+            seed: Seed of the BatchNorm shuffle, the same on all ranks.
+            phase: Surrounds the phases teacher, student and score, to time them.
         """
         with phase("teacher"):
             keys = {j: self.keys(views[j], seed + j) for j in self.key_views}
@@ -144,19 +174,19 @@ class Method:
 
     @torch.no_grad()
     def keys(self, images: Tensor, seed: int) -> Tensor:
-        """The teacher's embeddings of images [B, 3, S, S], unit rows [B, D]."""
+        """Embed images [B, 3, S, S] with the teacher: unit rows [B, D]."""
         assert self.teacher is not None
         world_size = dist.get_world_size()
-        if self.bn != "shuffle" or world_size == 1:
+        if self.settings.bn != "shuffle" or world_size == 1:
             return self.teacher([images])
-        route = plan(len(images), dist.get_rank(), world_size, seed)
+        route = plan_shuffle(len(images), dist.get_rank(), world_size, seed)
         return unshuffle(self.teacher([shuffle(images, route)]), route)
 
     @torch.no_grad()
     def average_buffers(self) -> None:
-        """Make BatchNorm's running statistics, which each rank keeps of its own batches, the mean of all ranks'.
+        """Replace BatchNorm's running statistics, which each rank keeps of its own batches, by their mean over ranks.
 
-        Where and how often this is done changes no result: it commutes with the moving averages.
+        Its time and frequency do not change any result, because averaging commutes with the moving averages.
         """
         world_size = dist.get_world_size()
         for network in filter(None, (self.student, self.teacher)):
@@ -167,12 +197,12 @@ class Method:
 
 
 def queries_for_key(queries: Views, j: int) -> Tensor:
-    """The queries of all views that key view j is held against, one view after the other: query i has key i mod B."""
+    """Concatenate the queries that are compared with key view j, view by view: query i belongs to key i mod B."""
     return torch.cat([q_BD for i, q_BD in queries.items() if i != j])
 
 
-def similarities(loss: Tensor, positive_N: Tensor, hardest_N: Tensor) -> dict[str, Tensor]:
-    """Metrics of a contrastive loss: similarity of each query to its own key and to its hardest negative."""
+def similarity_metrics(loss: Tensor, positive_N: Tensor, hardest_N: Tensor) -> dict[str, Tensor]:
+    """Return the metrics of a contrastive loss from each query's similarity to its key and its hardest negative."""
     return {
         "loss": loss.detach(),
         "pretext_top1": (positive_N > hardest_N).float().mean(),
@@ -181,15 +211,9 @@ def similarities(loss: Tensor, positive_N: Tensor, hardest_N: Tensor) -> dict[st
     }
 
 
-def check(name: str, temperature: float, columns: int) -> None:
-    """Raise ValueError, naming the key, where a sum over so many columns overflows."""
+def check_temperature(key: str, temperature: float, columns: int) -> None:
+    """Raise ValueError, naming the configuration's key, if a sum over so many columns can overflow."""
     try:
-        check_temperature(temperature, columns)
+        kernels.check_temperature(temperature, columns)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
-
-
-def check_queue(size: int, keys: int) -> None:
-    """Raise ValueError where a step's keys would not fit the queue."""
-    if size < keys:
-        raise ValueError(f"bank.size: a queue of {size} is shorter than the {keys} keys of a step")
+        raise ValueError(f"{key}: {error}") from error

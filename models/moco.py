@@ -1,9 +1,6 @@
-"""MoCo v2 (arXiv 1911.05722, 2003.04297): the negatives are the keys that the teacher made last.
+"""MoCo v2 (arXiv 1911.05722, 2003.04297): the negatives are the teacher's latest keys."""
 
-B images of this rank, D dimensions.
-"""
-
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -11,54 +8,61 @@ from pydantic import Field
 from models import method
 from models.encoder import Encoder
 from models.method import Method, StepOutput, Views, queries_for_key
-from models.negatives.bank import Bank
+from models.negatives.base import BankSettings, Negatives
 from models.negatives.contrast import contrast
-from models.negatives.queue import Queue
+from models.negatives.queue import Queue, check_queue
 
 
 class Settings(method.Settings):
-    """symmetric: views 0 and 1 both give keys, the losses are averaged and the queue takes both (the CIFAR
-    demonstration of github.com/facebookresearch/moco); else view 0 is the key. bank.size is the queue's length.
-    """
+    """Settings of MoCo v2; bank.size is the length of the queue."""
 
-    name: Literal["moco"] = "moco"
-    temperature: float = Field(0.2, gt=0)
-    symmetric: bool = False
+    papers: ClassVar[tuple[str, ...]] = ("1911.05722", "2003.04297")
+
+    name: Literal["moco"] = Field("moco", description="MoCo v2 (arXiv 2003.04297).")
+    temperature: float = Field(0.2, gt=0, description="Temperature of the loss (MoCo v2: 0.2).")
+    symmetric: bool = Field(
+        False,
+        description=(
+            "Whether views 0 and 1 both give keys, with averaged losses and all keys entering the queue "
+            "(the CIFAR demonstration of github.com/facebookresearch/moco), or view 0 only."
+        ),
+    )
 
     @property
-    def negatives(self) -> Literal["bank", "queue", "none"]:
-        return "queue"
+    def negatives_class(self) -> type[Negatives]:
+        """A queue."""
+        return Queue
 
     @property
     def key_views(self) -> tuple[int, ...]:
+        """View 0, or views 0 and 1 if symmetric."""
         return (0, 1) if self.symmetric else (0,)
 
-    def check(self, batch_size: int, views: int, negatives: int, bank_temperature: float) -> None:
-        method.check("method.temperature", self.temperature, negatives + 1)
-        method.check_queue(negatives, batch_size * (2 if self.symmetric else 1))
+    def check(self, batch_size: int, num_views: int, bank: BankSettings) -> None:
+        """Check that the sum of exponentials fits fp32 and a step's keys fit the queue."""
+        method.check_temperature("method.temperature", self.temperature, bank.size + 1)
+        check_queue(bank, batch_size * len(self.key_views))
 
-    def make(self, student: Encoder, negatives: Bank | Queue | None, kernels: str) -> "MoCo":
-        assert isinstance(negatives, Queue)
-        return MoCo(student, negatives, self)
+    def make(self, student: Encoder, negatives: Negatives | None) -> "MoCo":
+        """Build MoCo."""
+        return MoCo(student, self, negatives)
 
 
 class MoCo(Method):
-    """Queries against the own key and the queue (MoCo, eq. 1), which takes in the keys after the step.
+    """The contrastive loss of queries against their own key and the queue.
 
-    Only then, so that in the symmetric form no query meets a key of its own image as a negative.
+    The keys enter the queue after the step, so in the symmetric form no key of a query's own image is a negative.
     """
 
-    def __init__(self, student: Encoder, queue: Queue, settings: Settings) -> None:
-        super().__init__(student, settings, queue)
-        self.temperature = settings.temperature
+    settings: Settings
 
     def loss(self, queries: Views, keys: Views) -> StepOutput:
-        assert self.queue
+        """Compute MoCo, eq. 1, averaged over key views."""
+        assert self.negatives
         results = [
-            contrast(queries_for_key(queries, j), k_BD, self.queue, self.temperature, False) for j, k_BD in keys.items()
+            contrast(queries_for_key(queries, j), k_BD, self.negatives, self.settings.temperature, batch_keys=False)
+            for j, k_BD in keys.items()
         ]
         loss = torch.cat([r.loss_N for r in results]).mean()
-        positive_N, hardest_N = (
-            torch.cat(x) for x in zip(*((r.positive_N, r.hardest_N) for r in results), strict=True)
-        )
-        return StepOutput(loss, method.similarities(loss, positive_N, hardest_N), list(keys.values()))
+        positive_N, hardest_N = torch.cat([r.positive_N for r in results]), torch.cat([r.hardest_N for r in results])
+        return StepOutput(loss, method.similarity_metrics(loss, positive_N, hardest_N), list(keys.values()))

@@ -4,19 +4,16 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from data.loader import train_batches
 from data.random import BANK, hash_counters
 from data.sources.open import Source
-from kernels import implementation
 from models.batchnorm import synchronise_bn
 from models.encoder import Encoder
 from models.method import Method
-from models.negatives.bank import Bank, make_mesh
-from models.negatives.queue import Queue
+from models.negatives.base import make_mesh
 from models.teacher import make_teacher
 from trainer.config import Config, check_world
 from trainer.distributed import RankInfo
@@ -42,45 +39,26 @@ def build_encoder(config: Config) -> Encoder:
 
 
 def build_method(config: Config, rank_info: RankInfo, student: Encoder | None = None) -> Method:
-    """Student (a fresh one if None), teacher and an empty bank, equal on all ranks.
+    """Build student, teacher and negatives, equal on all ranks. Learned negatives are zero until they are initialised.
 
-    Raises ValueError where they do not fit the ranks.
+    Args:
+        config: The configuration.
+        rank_info: This process among all ranks.
+        student: Starts from these weights; None for a fresh encoder.
+
+    Raises:
+        ValueError: If the configuration does not fit the number of ranks or the backbone.
     """
-    method, bank = config.method, config.bank
-    mesh = make_mesh(bank.placement, rank_info.device, rank_info.local_world_size)
+    method, bank, device = config.method, config.bank, rank_info.device
+    mesh = make_mesh(bank.placement, device, rank_info.local_world_size)
     check_world(config, rank_info.world_size, rank_info.local_world_size)
     student = student or build_encoder(config)
     if method.bn == "sync":
-        synchronise_bn(student, rank_info.device)
-    student.to(rank_info.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    kernels = kernels_for(config, rank_info.device)
-    precision = autocast_dtype(config, rank_info.device) if bank.precision == "auto" else DTYPES[bank.precision]
-    negatives: Bank | Queue | None = None
-    if method.negatives == "bank":
-        negatives = Bank(
-            bank.size,
-            config.model.dim,
-            mesh,
-            kernels=kernels,
-            temperature=bank.temperature,
-            momentum=bank.momentum,
-            weight_decay=bank.weight_decay,
-            precision=precision,
-            weights=DTYPES[bank.weights],
-            velocity=None if bank.velocity == "none" else DTYPES[bank.velocity],
-        )
-    elif method.negatives == "queue":
-        negatives = Queue(bank.size, config.model.dim, mesh, kernels=kernels, precision=precision, seed=config.run.seed)
-    return method.make(student, negatives, kernels)
-
-
-def kernels_for(config: Config, device: torch.device) -> str:
-    """The implementation of the kernels. Raises ValueError where the one asked for does not run on this machine."""
-    name = config.bank.kernels
-    if name == "auto":
-        name = "triton" if device.type == "cuda" else "chunked"
-    implementation(name)
-    return name
+        synchronise_bn(student, device)
+    student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    precision = autocast_dtype(config, device) if bank.precision == "auto" else DTYPES[bank.precision]
+    negatives = method.build_negatives(bank, config.model.dim, mesh, precision, config.run.seed)
+    return method.make(student, negatives)
 
 
 def build_engine(method: Method, config: Config, rank_info: RankInfo) -> Engine:
@@ -111,51 +89,38 @@ def autocast_dtype(config: Config, device: torch.device) -> torch.dtype:
 
 
 @torch.no_grad()
-def fill_bank(
-    bank: Bank | None, config: Config, rank_info: RankInfo, source: Source, encoder: Encoder | None = None
+def initialise_negatives(
+    method: Method, config: Config, rank_info: RankInfo, source: Source, encoder: Encoder | None = None
 ) -> None:
-    """Learned negatives' first weights: keys of the encoder, or random directions; at unit length.
+    """Give learned negatives their first rows: random directions, or embeddings of images by the untrained encoder.
 
-    encoder: that before training, None for a fresh one.
+    Rows are made in chunks. Each chunk is a function of the seed and its index only, so the rows are the same for any
+    number of ranks.
 
-    They are made in chunks of up to 256 rows, each a function of the seed and its number only, so the bank is the same
-    for any number of ranks. Replicas share the work.
+    Args:
+        method: Owns the negatives.
+        config: The configuration.
+        rank_info: This process among all ranks.
+        source: The images to embed.
+        encoder: The encoder before training; None for a fresh one.
     """
-    if bank is None:
-        return
-    chunk = min(256, len(source))
-    first, last = bank.first, bank.first + len(bank.w_KD)
-    chunks = range(first // chunk, -(-last // chunk))
-    replica, replicas = bank.mesh.get_local_rank("replica"), bank.mesh.size(0)
-    share = chunks[len(chunks) * replica // replicas : len(chunks) * (replica + 1) // replicas]
-    if config.bank.init == "random":
-        chunk_rows = _random_rows(config, rank_info.device, share, chunk)
-    else:
-        chunk_rows = _key_rows(encoder or build_encoder(config), config, rank_info.device, source, share, chunk)
-    bank.w_KD.zero_()
-    for c, rows_CD in zip(share, chunk_rows, strict=True):
-        start, stop = max(c * chunk, first), min((c + 1) * chunk, last)
-        rows_CD = torch.nn.functional.normalize(rows_CD, dim=1)
-        bank.w_KD[start - first : stop - first] = rows_CD[start - c * chunk : stop - c * chunk]
-    dist.all_reduce(bank.w_KD, group=bank.mesh.get_group("replica"))  # each row is zero on all replicas but one
-    bank.loaded()
+    chunk_size, device = min(256, len(source)), rank_info.device
 
+    def random_chunks(chunks: range) -> Iterator[Tensor]:
+        for seed in hash_counters(config.run.seed, BANK, np.arange(chunks.start, chunks.stop)) >> np.uint64(2):
+            generator = torch.Generator().manual_seed(int(seed))
+            yield torch.randn(chunk_size, config.model.dim, generator=generator).to(device)
 
-def _random_rows(config: Config, device: torch.device, chunks: range, size: int) -> Iterator[Tensor]:
-    """[size, D] for each chunk."""
-    for seed in hash_counters(config.run.seed, BANK, np.arange(chunks.start, chunks.stop)) >> np.uint64(2):
-        yield torch.randn(size, config.model.dim, generator=torch.Generator().manual_seed(int(seed))).to(device)
+    def key_chunks(chunks: range) -> Iterator[Tensor]:
+        # A copy in training mode, because BatchNorm's running statistics mean nothing before the first step, and with
+        # plain BatchNorm whatever method.bn is, because ranks embed different numbers of chunks.
+        network = make_teacher(encoder or build_encoder(config))
+        network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        update = {"views": config.data.views[:1], "batch_size": chunk_size, "backend": "cpu"}
+        settings = config.data.model_copy(update={**update, "workers": config.data.workers_for(device)})
+        seed = int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
+        for batch in train_batches(source, settings, seed, 0, 1, chunks.start, chunks.stop, torch.device("cpu")):
+            yield network(batch.normalized(device))
 
-
-def _key_rows(
-    encoder: Encoder, config: Config, device: torch.device, source: Source, chunks: range, size: int
-) -> Iterator[Tensor]:
-    """[size, D] for each chunk: its images, augmented as views[0] is, seen by the encoder."""
-    # In training mode: before any step BatchNorm's running statistics say nothing. With plain BatchNorm whatever
-    # method.bn says: ranks make different numbers of chunks.
-    encoder = make_teacher(encoder).to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    update = {"views": config.data.views[:1], "batch_size": size, "backend": "cpu"}
-    settings = config.data.model_copy(update={**update, "workers": config.data.workers_for(device)})
-    seed = int(hash_counters(config.run.seed, BANK)[0] >> np.uint64(2))
-    for batch in train_batches(source, settings, seed, 0, 1, chunks.start, chunks.stop, torch.device("cpu")):
-        yield encoder(batch.normalized(device))
+    if method.negatives:
+        method.negatives.initialise(chunk_size, random_chunks if config.bank.init == "random" else key_chunks)

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 
 from data.settings import RESUMABLE, DataSettings
 from models import acssl, adco, byol, moco, simclr
+from models.negatives.base import BankSettings, num_shards
 from trainer.engines import ddp, fsdp, zero
 from trainer.engines.optim import Optim
 from trainer.schema import Section, default_variant
@@ -90,38 +91,6 @@ class Model(Section):
     weights: str | None = Field(
         None, description="Run directory, pre-trained or imported, whose student initialises this run; null for none."
     )
-
-
-class BankSettings(Section):
-    """The negatives: a bank of learned ones (`models.negatives.bank`) or a queue of keys (`models.negatives.queue`).
-
-    Of a queue size, placement, kernels and precision are used. lr_final: cosine from lr to it; constant if None.
-
-    precision: type of queries, keys and unit rows in products; auto: what run.precision says for the encoder.
-    weights, velocity: types that are stored; for banks of many millions, bf16 and none take 4 or 6 bytes a number less.
-    """
-
-    size: int = Field(65536, ge=1)
-    temperature: float = Field(0.02, gt=0)
-    lr: float = Field(3.0, ge=0)
-    lr_final: float | None = Field(None, ge=0)
-    momentum: float = Field(0.9, ge=0, lt=1)
-    weight_decay: float = Field(1e-4, ge=0)
-    init: Literal["keys", "random"] = "keys"
-    placement: Literal["replicated", "sharded", "node"] = "sharded"
-    kernels: Literal["auto", "reference", "chunked", "triton"] = "auto"  # auto: triton on a GPU, else chunked
-    precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
-    weights: Literal["fp32", "bf16"] = "fp32"
-    velocity: Literal["fp32", "bf16", "none"] = "fp32"
-
-    @model_validator(mode="after")
-    def _momentum_needs_velocity(self) -> "BankSettings":
-        if self.velocity == "none" and self.momentum > 0:
-            raise ValueError(
-                f"velocity: none goes with momentum: 0; for the same pace as momentum {self.momentum:g} "
-                f"take lr: {self.lr / (1 - self.momentum):g}"
-            )
-        return self
 
 
 class Eval(Section):
@@ -286,7 +255,7 @@ class Config(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
         data = self.data
-        self.method.check(data.batch_size, len(data.views), self.bank.size, self.bank.temperature)
+        self.method.check(data.batch_size, len(data.views), self.bank)
         if self.optim.warmup > self.run.epochs:
             raise ValueError(f"optim.warmup: {self.optim.warmup} epochs are more than run.epochs, {self.run.epochs}")
         return self
@@ -294,7 +263,8 @@ class Config(Section):
 
 def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
     """Raise ValueError where the configuration does not fit so many ranks."""
-    shards = {"replicated": 1, "sharded": world_size, "node": ranks_per_node}[config.bank.placement]
+    shards = num_shards(config.bank.placement, world_size, ranks_per_node)
+    negatives = config.method.num_negatives(config.bank)
     batch, parts = config.data.batch_size, config.optim.accumulate
     if batch % (world_size * parts):
         raise ValueError(
@@ -303,8 +273,8 @@ def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
         )
     if config.method.bn != "sync" and batch // (world_size * parts) < 2:
         raise ValueError(f"data.batch_size: {batch} leaves one image a rank and part, BatchNorm needs at least 2")
-    if config.method.negatives != "none" and (shards - 1) * -(-config.bank.size // shards) >= config.bank.size:
+    if negatives and (shards - 1) * -(-negatives // shards) >= negatives:
         raise ValueError(
-            f"bank.size: {config.bank.size} negatives do not give each of {shards} ranks at least one; "
+            f"bank.size: {negatives} negatives do not give each of {shards} ranks at least one; "
             "need a larger bank or bank.placement=replicated"
         )

@@ -15,9 +15,9 @@ from data.loader import train_batches
 from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
 from data.sources.open import Source
-from models.collapse import collapse
+from models.collapse import describe_collapse
 from trainer import distributed
-from trainer.build import fill_bank, full_student
+from trainer.build import full_student, initialise_negatives
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines.base import NotFinite
@@ -69,7 +69,7 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: 
     if saved:
         start = train_step.load(saved)
     else:
-        fill_bank(train_step.method.bank, config, rank_info, training, initial)
+        initialise_negatives(train_step.method, config, rank_info, training, initial)
     if rank_info.rank == 0:
         _log_start(config, rank_info, train_step, settings, saved)
     task = Pretraining(config, rank_info, train_step, training, validation, settings.steps)
@@ -110,7 +110,7 @@ class Pretraining:
     def log_values(self, step: int) -> dict[str, float]:
         """Return the method's own metrics and the rates, and warn once if the embeddings have collapsed."""
         values = self.train_step.method.metrics()
-        if not self.collapsed and (found := collapse(values)):
+        if not self.collapsed and (found := describe_collapse(values)):
             self.collapsed = found
             if self.rank_info.rank == 0:
                 log.warning("step %d: %s", step, found)
@@ -191,11 +191,8 @@ def _log_start(
     )
     log.info(f"learning rate {scaled_lr(lr, batch_size):g} for a batch of {batch_size} ({lr:g} for 256)")
     log.info(f"data by {config.data.backend_for(device)}, {config.data.workers_for(device)} workers a rank")
-    if negatives := method.bank or method.queue:
-        log.info(
-            f"{negatives.size} negatives, {config.bank.placement} over {rank_info.world_size} ranks, "
-            f"{negatives.kernels} kernels"
-        )
+    if negatives := method.negatives:
+        log.info(f"{negatives.size} negatives, {config.bank.placement} over {rank_info.world_size} ranks")
     if saved:
         log.info(f"continuing from {saved}")
 

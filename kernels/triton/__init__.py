@@ -1,1 +1,1 @@
-"""The kernels in Triton, for NVIDIA GPUs from sm_80 on, one module for each: `score`, `adversary`, `hardest`."""
+"""The kernels in Triton for NVIDIA GPUs from sm_80 on. `score`, `adversary` and `hardest` hold one kernel each."""

@@ -1,13 +1,15 @@
-"""`adversary_step` in Triton: one pass over the negatives, each program moving a tile of them.
+"""`adversary_step` in Triton: one pass over the negatives, in which each program updates one tile of them.
 
-A program recomputes its tile's similarities to all queries, holds the gradient in registers, and updates weights,
-velocity and unit rows where they lie. No gradient is stored, and no two programs write the same row: results repeat
-bit for bit.
+A program recomputes the similarities of its tile to all queries, keeps the gradient in registers, and updates weights,
+velocity and unit rows in place. The gradient is not stored, and no two programs write the same row, so results are
+deterministic to the bit.
 
-The gradient fills the registers, so the update takes the dimensions in parts, left to right, and looks at the weights
-twice: once for the part of the gradient along them, once to move them. Splitting the gradient moves no data.
+The gradient fills the registers. The update therefore processes the dimensions in slices, left to right, and reads the
+weights twice: once for the gradient's component along them, and once for the update. Slicing the gradient moves no
+data.
 
-N queries, K negatives, D dimensions; in the kernel B negatives and T queries of a tile, C dimensions of a part.
+Shape suffixes: N queries, K negatives, D dimensions; in the kernel B negatives and T queries of a tile, C dimensions of
+a slice.
 """
 
 import math
@@ -18,29 +20,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contract import AdversaryStats, check_adversary
+from kernels.contract import AdversaryParams, AdversaryStats, check_adversary
 from kernels.rounding import COLUMN_STEP, seed32
 from kernels.triton.tiles import architecture, check, products, tiles
 
 _LOG2_E = math.log2(math.e)
 _COLUMN_STEP = tl.constexpr(COLUMN_STEP)
-_PART = tl.constexpr(32)  # dimensions; at 64 the update takes more registers than there are, at 16 more instructions
+_SLICE = tl.constexpr(32)  # dimensions: 64 would need more registers than there are, 16 more instructions
 
 
 @triton.jit
-def _parts(x_BD):  # type: ignore[no-untyped-def]
-    """The columns in parts of _PART, left to right."""
-    if x_BD.shape[1] <= _PART:
+def _slices(x_BD):  # type: ignore[no-untyped-def]
+    """Split the columns into slices of _SLICE, left to right."""
+    if x_BD.shape[1] <= _SLICE:
         return (x_BD,)
     else:
         half: tl.constexpr = x_BD.shape[1] // 2
         left, right = tl.split(tl.permute(tl.reshape(x_BD, (x_BD.shape[0], 2, half)), (0, 2, 1)))
-        return _parts(left) + _parts(right)
+        return _slices(left) + _slices(right)
 
 
 @triton.jit
 def _hash(x):  # type: ignore[no-untyped-def]
-    """`kernels.rounding._hash`, of uint32."""
+    """Compute `kernels.rounding._hash` of uint32."""
     x ^= x >> 16
     x *= tl.full([], 0x7FEB352D, tl.uint32)
     x ^= x >> 15
@@ -50,7 +52,7 @@ def _hash(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rounded(x, bits):  # type: ignore[no-untyped-def]
-    """`kernels.rounding.round_to_bf16` of fp32, still as fp32."""
+    """Compute `kernels.rounding.round_to_bf16` of fp32; the result is still fp32."""
     x = x.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
     return (x & 0xFFFF0000).to(tl.float32, bitcast=True)
 
@@ -80,10 +82,11 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
     WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The step of one tile of negatives.
+    """Update one tile of negatives.
 
-    q [N, D], log_coef [N] fp32 to the base 2, T divides N > 0; n [K, D], w and v [K, D] fp32 or bf16, read
-    and written, v or None; mass, grad [K] fp32, written. seed, first: int32, taken as unsigned. scale: log2(e) / T_a.
+    Tensors: q [N, D] with N > 0 divisible by T, log_coef fp32 [N] (binary logarithms); n [K, D], w and v fp32 or bf16
+    [K, D] are read and written, v may be None; mass and grad fp32 [K] are written. seed and first are int32 that are
+    interpreted as unsigned. scale is log2(e) / T_a. SIMILARITY, WEIGHTED and PRECISION are those of `tiles.Products`.
     """
     W_ROUNDED: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
     V_ROUNDED: tl.constexpr = v_ptr is not None and v_ptr.dtype.element_ty == tl.bfloat16
@@ -100,7 +103,7 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
         v_ptr += start.to(tl.int64) * D
     n_BD = tl.load(n_ptr + offsets_BD, mask=inside_B1, other=0.0).to(SIMILARITY)
 
-    # Without this promise, and with masks on q, ptxas may let every single product wait on sm_90 (its remark C7515).
+    # Without this assumption, or with masks on q, ptxas may serialise all products on sm_90 (its remark C7515).
     tl.assume(num_queries > 0)
     mass_B = tl.zeros([B], tl.float32)
     g_BD = tl.zeros([B, D], tl.float32)
@@ -112,29 +115,30 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
         mass_B += tl.sum(p_BT, 1)
         g_BD = tl.dot(p_BT.to(WEIGHTED), q_TD.to(WEIGHTED), g_BD, input_precision=PRECISION)
 
-    g_parts = _parts(g_BD)
-    C: tl.constexpr = g_parts[0].shape[1]
+    g_slices = _slices(g_BD)
+    C: tl.constexpr = g_slices[0].shape[1]
     columns_C = tl.arange(0, C)
     offsets_BC = rows_B[:, None] * D + columns_C[None, :]
     along_B = tl.zeros([B], tl.float32)  # G . W
     square_B = tl.zeros([B], tl.float32)  # |W|^2
-    for i in tl.static_range(len(g_parts)):
+    for i in tl.static_range(len(g_slices)):
         w_BC = tl.load(w_ptr + i * C + offsets_BC, mask=inside_B1, other=1.0).to(tl.float32)
-        along_B += tl.sum(g_parts[i] * w_BC, 1)
+        along_B += tl.sum(g_slices[i] * w_BC, 1)
         square_B += tl.sum(w_BC * w_BC, 1)
     along_B1 = (along_B / square_B)[:, None]
     inverse_B1 = (1 / (temperature * tl.sqrt(square_B)))[:, None]
     row_bits_B1 = _hash((first.to(tl.uint32) + (start + rows_B).to(tl.uint32)) ^ seed.to(tl.uint32))[:, None]
     column_step = tl.full([], _COLUMN_STEP, tl.uint32)
 
-    # All threads of a program read before any of them writes: they need not store the elements they loaded.
+    # All threads of a program must read before any of them writes, because a thread may store other elements than it
+    # loaded.
     tl.debug_barrier()
     square_B = tl.zeros([B], tl.float32)
     grad_square_B = tl.zeros([B], tl.float32)
-    w_parts = ()
-    for i in tl.static_range(len(g_parts)):
+    w_slices = ()
+    for i in tl.static_range(len(g_slices)):
         w_BC = tl.load(w_ptr + i * C + offsets_BC, mask=inside_B1, other=1.0).to(tl.float32)
-        grad_BC = (g_parts[i] - along_B1 * w_BC) * inverse_B1
+        grad_BC = (g_slices[i] - along_B1 * w_BC) * inverse_B1
         grad_square_B += tl.sum(grad_BC * grad_BC, 1)
         v_BC = weight_decay * w_BC - grad_BC
         if v_ptr is not None:
@@ -149,10 +153,10 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
             w_BC = _rounded(w_BC, bits_BC)
         tl.store(w_ptr + i * C + offsets_BC, w_BC.to(w_ptr.dtype.element_ty), mask=inside_B1)
         square_B += tl.sum(w_BC * w_BC, 1)
-        w_parts += (w_BC,)  # type: ignore[assignment]
+        w_slices += (w_BC,)  # type: ignore[assignment]
     inverse_B1 = (1 / tl.sqrt(square_B))[:, None]
-    for i in tl.static_range(len(w_parts)):
-        n_BC = w_parts[i] * inverse_B1
+    for i in tl.static_range(len(w_slices)):
+        n_BC = w_slices[i] * inverse_B1
         tl.store(n_ptr + i * C + offsets_BC, n_BC.to(n_ptr.dtype.element_ty), mask=inside_B1)
     tl.store(mass_ptr + start + rows_B, mass_B, mask=inside_B)
     tl.store(grad_ptr + start + rows_B, tl.sqrt(grad_square_B), mask=inside_B)
@@ -164,58 +168,35 @@ def adversary_step(
     n_KD: Tensor,
     w_KD: Tensor,
     v_KD: Tensor | None,
-    *,
-    temperature: float,
-    lr: float,
-    momentum: float,
-    weight_decay: float,
+    params: AdversaryParams,
     seed: int = 0,
     first: int = 0,
 ) -> AdversaryStats:
-    """As `reference.adversary_step`, for q and n of one type of bf16, fp16 and fp32 and D of `tiles.DIMS`.
+    """Take the step of `reference.adversary_step`, for the queries that `tiles.unsupported` accepts.
 
-    Raises ValueError where shapes, types, memory layout or the device do not fit.
+    Raises:
+        ValueError: If shapes, dtypes, memory layouts or the device do not fit.
     """
     check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD)
     check("adversary_step", q_ND)
     num_negatives, dim = w_KD.shape
     tile = tiles("adversary", architecture(q_ND.device), dim, q_ND.dtype)
     similarity, weighted, precision = products(q_ND.dtype, dim)
-    # Inside the exponential the factor costs nothing. Rows that fill the last tile have no weight, 2^-inf.
+    # The coefficient costs nothing inside the exponential. Rows that fill up the last tile have weight 2^-inf = 0.
     missing = max(1, triton.cdiv(len(q_ND), tile.columns)) * tile.columns - len(q_ND)
     log_coef_N = F.pad(coef_N.float().log2(), (0, missing), value=-math.inf)
     q_ND = F.pad(q_ND, (0, 0, 0, missing)) if missing else q_ND
     mass_K = q_ND.new_empty(num_negatives, dtype=torch.float32)
     grad_K = torch.empty_like(mass_K)
     adversary_kernel[(triton.cdiv(num_negatives, tile.rows),)](
-        q_ND,
-        log_coef_N,
-        n_KD,
-        w_KD,
-        v_KD,
-        mass_K,
-        grad_K,
-        len(q_ND),
-        num_negatives,
-        _signed(seed32(seed)),
-        _signed(first),
-        _LOG2_E / temperature,
-        temperature,
-        lr,
-        momentum,
-        weight_decay,
-        D=dim,
-        B=tile.rows,
-        T=tile.columns,
-        SIMILARITY=similarity,
-        WEIGHTED=weighted,
-        PRECISION=precision,
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-    )
+        q_ND, log_coef_N, n_KD, w_KD, v_KD, mass_K, grad_K, len(q_ND), num_negatives,
+        _signed(seed32(seed)), _signed(first), _LOG2_E / params[0], *params,
+        D=dim, B=tile.rows, T=tile.columns, SIMILARITY=similarity, WEIGHTED=weighted, PRECISION=precision,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return AdversaryStats(mass_K=mass_K, grad_K=grad_K)
 
 
 def _signed(x: int) -> int:
-    """The int32 of the same lowest 32 bits, so that Triton takes every number for the same type."""
+    """Return the int32 with the same lowest 32 bits, so that Triton sees one type for all numbers."""
     return (x + 2**31) % 2**32 - 2**31

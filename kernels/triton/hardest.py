@@ -1,14 +1,16 @@
-"""`hardest` in Triton: one pass over tiles of the similarities, of which only the best m of each query are kept.
+"""`hardest` in Triton: one pass over tiles of the similarities, which keeps the best m columns of each query.
 
-A program holds a tile of queries and their best m columns so far and walks over one part ("split") of the columns.
-What is kept is one 64-bit number per column, the similarity above the column's number, so that one comparison also
-settles ties: the lower column first. While any element of a tile beats its row's worst kept one, each row exchanges
-its best new one for its worst kept one; after the first tiles there is seldom one. The splits' best are merged
-afterwards; results repeat bit for bit.
+A program keeps a tile of queries with their best columns so far and loops over one split of the columns. Each kept
+column is a 64-bit number, the similarity in the upper half and the column's index in the lower half, so one comparison
+also breaks ties in favour of the lower index. While any element of a tile is better than its row's worst kept column,
+each row replaces its worst kept column by its best new one; after the first tiles this is rare. The splits' best
+columns are merged afterwards. Results are deterministic to the bit.
 
-N queries, C columns, D dimensions, S splits; in the kernel B queries and T columns of a tile, P columns kept: m
-rounded up to a power of two, at least 16.
+Shape suffixes: N queries, C columns, D dimensions, S splits; in the kernel B queries and T columns of a tile, P kept
+columns (m rounded up to a power of two, at least 16).
 """
+
+import math
 
 import torch
 import triton
@@ -19,7 +21,7 @@ from torch import Tensor
 from kernels.contract import Hardest, check_hardest
 from kernels.triton.tiles import architecture, check, num_splits, products, tiles
 
-# Columns kept of each query, in registers: at most, and at least, since to keep fewer saves nothing.
+# Limits of the columns kept for each query, in registers; keeping fewer than the minimum saves nothing.
 _MAX_KEPT = 128
 _MIN_KEPT = 16
 
@@ -42,10 +44,11 @@ def hardest_kernel(  # type: ignore[no-untyped-def]
     SIMILARITY: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The best P columns of one tile of queries in one split of the columns, in no order.
+    """Write the best P columns of one tile of queries in one split of the columns, in no order.
 
-    q [N, D], c [C, D], own [N] int64 (read if HAS_OWN); kept [S, N, P] int64, written: `_ordered` of the similarity
-    above 0xFFFFFFFF - column.
+    Tensors: q [N, D], c [C, D], own int64 [N] (read if HAS_OWN); kept int64 [S, N, P] is written, with `_ordered` of
+    the similarity in the upper half and 0xFFFFFFFF - column in the lower half. SIMILARITY and PRECISION are those of
+    `tiles.Products`.
     """
     split = tl.program_id(1)
     rows_B = tl.program_id(0) * B + tl.arange(0, B)
@@ -59,7 +62,7 @@ def hardest_kernel(  # type: ignore[no-untyped-def]
     if HAS_OWN:
         own_B = tl.load(own_ptr + rows_B, mask=inside_B, other=-1).to(tl.int32)
 
-    # Of similarity -inf and of columns that do not exist, so that each is the worst once.
+    # Starts with similarity -inf and distinct columns that do not exist, so that each is the worst once.
     kept_BP = tl.zeros([B, P], tl.int64) + (-0x7F800001 << 32) + slots_P[None, :]
     worst_B = tl.min(kept_BP, 1)
     first = split * tiles_per_split * T
@@ -69,8 +72,8 @@ def hardest_kernel(  # type: ignore[no-untyped-def]
         is_column_T = index_T < num_columns
         c_TD = tl.load(c_ptr + tl.cast(start, tl.int64) * D + offsets_TD, mask=is_column_T[:, None], other=0.0)
         s_BT = tl.dot(q_BD, tl.trans(c_TD.to(SIMILARITY)), input_precision=PRECISION)
-        # Few tiles hold anything better, and only in these is sorted out what does not count. Without an `if` around
-        # it, the `while` would also keep the compiler from loading tiles ahead.
+        # Few tiles have a better element, and only these need their masks. Without the `if`, the `while` would also
+        # prevent the compiler from loading tiles ahead.
         if tl.max((_ordered(tl.max(s_BT, 1)) > worst_B >> 32).to(tl.int32), 0) != 0:
             counts_BT = is_column_T[None, :] & (s_BT < below)
             if HAS_OWN:
@@ -94,15 +97,16 @@ def hardest_kernel(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _ordered(s):  # type: ignore[no-untyped-def]
-    """An integer of 32 bits, in 64, for each fp32 number, in the same order."""
-    bits = (s + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, which it is equal to
+    """Map fp32 numbers to int64 numbers of 32 bits in the same order."""
+    bits = (s + 0.0).to(tl.int32, bitcast=True)  # -0.0 becomes 0.0, to which it is equal
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
-def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf")) -> Hardest:
-    """As `reference.hardest`, for bf16, fp16 and fp32 on a CUDA device, D of `tiles.DIMS` and m up to 128.
+def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float | None = None) -> Hardest:
+    """Compute `reference.hardest`, for the queries that `tiles.unsupported` accepts and m up to 128.
 
-    Raises ValueError where shapes, types, m or the device do not fit.
+    Raises:
+        ValueError: If shapes, dtypes, memory layouts, m or the device do not fit.
     """
     check_hardest(q_ND, c_CD, own_N, m)
     check("hardest", q_ND)
@@ -117,25 +121,12 @@ def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: flo
     if num_queries > 0:
         similarity, _, precision = products(q_ND.dtype)
         hardest_kernel[(row_tiles, splits)](
-            q_ND,
-            c_CD,
-            own_N,
-            kept_SNP,
-            num_queries,
-            len(c_CD),
-            triton.cdiv(column_tiles, splits),
-            below,
-            D=dim,
-            B=tile.rows,
-            T=tile.columns,
-            P=kept,
-            HAS_OWN=own_N is not None,
-            SIMILARITY=similarity,
-            PRECISION=precision,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
-    best_Nm = rearrange(kept_SNP, "s n p -> n (s p)").topk(m).values  # all differ: no ties
+            q_ND, c_CD, own_N, kept_SNP, num_queries, len(c_CD), triton.cdiv(column_tiles, splits),
+            math.inf if below is None else below,
+            D=dim, B=tile.rows, T=tile.columns, P=kept, HAS_OWN=own_N is not None,
+            SIMILARITY=similarity, PRECISION=precision, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
+    best_Nm = rearrange(kept_SNP, "s n p -> n (s p)").topk(m).values  # all numbers differ, so there are no ties
     ordered_Nm = (best_Nm >> 32).int()
     similarity_Nm = (ordered_Nm ^ ((ordered_Nm >> 31) & 0x7FFFFFFF)).view(torch.float32)
     column_Nm = 0xFFFFFFFF - (best_Nm & 0xFFFFFFFF)

@@ -1,12 +1,11 @@
-"""`score` in Triton: one pass over tiles of the similarities, of which nothing is stored.
+"""`score` in Triton: one pass over tiles of the similarities, which are not stored.
 
-A program holds a tile of queries and walks over one part ("split") of the columns, as flash attention walks over
-keys (arXiv 2205.14135), but without a running maximum: unit vectors bound every exponent. The columns are the tiles
-of the keys and then those of the negatives, in one launch; a split takes its range of these tiles, wherever the
-border lies. Each split writes its partial sums, and these are added in a fixed order, so that results repeat bit for
-bit.
+A program keeps a tile of queries and loops over one split of the columns, as flash attention loops over keys (arXiv
+2205.14135), but without a running maximum, because unit vectors bound every exponent. The columns are the tiles of the
+keys followed by those of the negatives, in one launch; a split is a range of these tiles and may contain both. Each
+split writes partial sums, which are added in a fixed order, so results are deterministic to the bit.
 
-N queries, M keys, K negatives, D dimensions, S splits; in the kernel B queries and T columns of a tile.
+Shape suffixes: N queries, M keys, K negatives, D dimensions, S splits; in the kernel B queries and T columns of a tile.
 """
 
 import math
@@ -44,7 +43,7 @@ def _add_tile(  # type: ignore[no-untyped-def]
     WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The sums and maxima, with the T columns from number `start` on added to them."""
+    """Add the T columns from index `start` on to the sums and maxima. RAGGED: T does not divide num_columns."""
     columns_T = tl.arange(0, T)
     index_T = start + columns_T
     tile_ptr = c_ptr + tl.cast(start, tl.int64) * D
@@ -103,11 +102,12 @@ def score_kernel(  # type: ignore[no-untyped-def]
     WEIGHTED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Partial sums of one tile of queries over one split of the columns.
+    """Write the partial sums of one tile of queries over one split of the columns.
 
-    q [N, D], k [M, D], own [N] int64 (read if HAS_OWN), n [K, D]; z, za, top [S, N] and o [S, N, D] fp32, written.
-    scale, scale_a: log2(e) / T and / T_a. HAS_KEYS, HAS_NEGATIVES: M, K > 0. SIXTH_POWER: T / T_a is 6.
-    RAGGED_KEYS, RAGGED_NEGATIVES: T does not divide M, K.
+    Tensors: q [N, D], k [M, D], own int64 [N] (read if HAS_OWN), n [K, D]; z, za and top fp32 [S, N] and o fp32
+    [S, N, D] are written. scale and scale_a are log2(e) / T and log2(e) / T_a. SIXTH_POWER: T / T_a is 6, so the
+    adversary's exponential is the sixth power of the encoder's. RAGGED_KEYS, RAGGED_NEGATIVES: T does not divide M, K.
+    SIMILARITY, WEIGHTED and PRECISION are those of `tiles.Products`.
     """
     split = tl.program_id(1)
     rows_B = tl.program_id(0) * B + tl.arange(0, B)
@@ -128,49 +128,15 @@ def score_kernel(  # type: ignore[no-untyped-def]
     if HAS_KEYS:
         for start in range(first * T, tl.minimum(last, key_tiles) * T, T):
             z_B, za_B, top_B, o_BD = _add_tile(
-                q_BD,
-                own_B,
-                k_ptr,
-                start,
-                num_keys,
-                z_B,
-                za_B,
-                top_B,
-                o_BD,
-                scale,
-                scale_a,
-                D,
-                T,
-                HAS_OWN,
-                SIXTH_POWER,
-                RAGGED_KEYS,
-                SIMILARITY,
-                WEIGHTED,
-                PRECISION,
-            )
+                q_BD, own_B, k_ptr, start, num_keys, z_B, za_B, top_B, o_BD, scale, scale_a,
+                D, T, HAS_OWN, SIXTH_POWER, RAGGED_KEYS, SIMILARITY, WEIGHTED, PRECISION,
+            )  # fmt: skip
     if HAS_NEGATIVES:
         for start in range(tl.maximum(first - key_tiles, 0) * T, (last - key_tiles) * T, T):
             z_B, za_B, top_B, o_BD = _add_tile(
-                q_BD,
-                own_B,
-                n_ptr,
-                start,
-                num_negatives,
-                z_B,
-                za_B,
-                top_B,
-                o_BD,
-                scale,
-                scale_a,
-                D,
-                T,
-                False,
-                SIXTH_POWER,
-                RAGGED_NEGATIVES,
-                SIMILARITY,
-                WEIGHTED,
-                PRECISION,
-            )
+                q_BD, own_B, n_ptr, start, num_negatives, z_B, za_B, top_B, o_BD, scale, scale_a,
+                D, T, False, SIXTH_POWER, RAGGED_NEGATIVES, SIMILARITY, WEIGHTED, PRECISION,
+            )  # fmt: skip
 
     partial = split.to(tl.int64) * num_queries
     tl.store(z_ptr + partial + rows_B, z_B, mask=inside_B)
@@ -187,9 +153,10 @@ def score(
     temperature: float,
     adversary_temperature: float,
 ) -> Score:
-    """As `reference.score`, for bf16, fp16 and fp32 on a CUDA device and D of `tiles.DIMS`; results are fp32.
+    """Compute `reference.score`, for the queries that `tiles.unsupported` accepts; results are fp32.
 
-    Raises ValueError where shapes, types or the device do not fit.
+    Raises:
+        ValueError: If shapes, dtypes, memory layouts or the device do not fit.
     """
     check_score(q_ND, k_MD, own_N, n_KD)
     check("score", q_ND)
@@ -204,33 +171,13 @@ def score(
     similarity, weighted, precision = products(q_ND.dtype, dim)
     if num_queries > 0:
         score_kernel[(row_tiles, splits)](
-            q_ND,
-            k_MD,
-            own_N,
-            n_KD,
-            z_SN,
-            o_SND,
-            za_SN,
-            top_SN,
-            num_queries,
-            len(k_MD),
-            len(n_KD),
-            tiles_per_split,
-            _LOG2_E / temperature,
-            _LOG2_E / adversary_temperature,
-            D=dim,
-            B=tile.rows,
-            T=tile.columns,
-            HAS_KEYS=len(k_MD) > 0,
-            HAS_OWN=own_N is not None,
-            HAS_NEGATIVES=len(n_KD) > 0,
+            q_ND, k_MD, own_N, n_KD, z_SN, o_SND, za_SN, top_SN, num_queries, len(k_MD), len(n_KD), tiles_per_split,
+            _LOG2_E / temperature, _LOG2_E / adversary_temperature,
+            D=dim, B=tile.rows, T=tile.columns,
+            HAS_KEYS=len(k_MD) > 0, HAS_OWN=own_N is not None, HAS_NEGATIVES=len(n_KD) > 0,
             SIXTH_POWER=abs(temperature / adversary_temperature - 6) < 1e-6,
-            RAGGED_KEYS=len(k_MD) % tile.columns != 0,
-            RAGGED_NEGATIVES=len(n_KD) % tile.columns != 0,
-            SIMILARITY=similarity,
-            WEIGHTED=weighted,
-            PRECISION=precision,
-            num_warps=tile.warps,
-            num_stages=tile.stages,
-        )
+            RAGGED_KEYS=len(k_MD) % tile.columns != 0, RAGGED_NEGATIVES=len(n_KD) % tile.columns != 0,
+            SIMILARITY=similarity, WEIGHTED=weighted, PRECISION=precision,
+            num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
     return Score(z_N=z_SN.sum(0), o_ND=o_SND.sum(0), za_N=za_SN.sum(0), top_N=top_SN.amax(0))

@@ -1,36 +1,39 @@
-"""How the Triton kernels cut their work: tile sizes, warps and stages by architecture, dimension and type.
+"""Launch parameters of the Triton kernels: tile sizes, warps and stages by architecture, dimension and dtype.
 
-A table (`tiles.csv`) instead of autotuning: the choice is known before the first step, the same on every rank and in
-every run, and each entry can be compiled ahead of time and looked at (`python -m trainer bench kernels --static`).
-`python -m trainer bench kernels --tune` measures it anew on a GPU.
+They come from a table (`tiles.csv`) instead of autotuning, so that they are known before the first step, are the same
+on every rank and in every run, and can be compiled ahead of time (`python -m trainer bench kernels --static`).
+`python -m trainer bench kernels --tune` measures the table on a GPU.
+
+Importing this module does not import Triton, which a machine without a GPU need not have.
 """
 
 import csv
+import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 DIMS = (32, 64, 128, 256, 512)
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 TABLE_PATH = Path(__file__).with_name("tiles.csv")
 
-# Set in the environment before Triton kernels are imported, it makes them run on the CPU, slowly.
-INTERPRETED: bool = triton.knobs.runtime.interpret
+# Whether Triton's interpreter runs the kernels, slowly, on the CPU.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-# At most so many parts of the columns: each holds N x D partial sums.
-_MAX_SPLITS = 16
-_INTERPRETER_PROCESSORS = 8  # only so that the interpreter splits, too
+_MAX_SPLITS = 16  # each split of the columns has N x D partial sums
+_INTERPRETER_PROCESSORS = 8  # so that the interpreter splits the columns, too
 
 
 class Tiles(NamedTuple):
-    """How one program works.
+    """Launch parameters of one kernel.
 
-    rows: that it keeps (queries in `score`, negatives in `adversary_step`). columns: that it takes in one turn of its
-    loop (columns; queries). warps, stages: Triton's num_warps and num_stages.
+    Attributes:
+        rows: Rows that a program keeps (queries; negatives in `adversary_step`).
+        columns: Columns of one iteration of its loop (queries in `adversary_step`).
+        warps: Triton's num_warps.
+        stages: Triton's num_stages.
     """
 
     rows: int
@@ -40,7 +43,7 @@ class Tiles(NamedTuple):
 
 
 class Key(NamedTuple):
-    """What the table is asked for: kernel, architecture (80: sm_80), name of a type of DTYPES, dimension of DIMS."""
+    """Key of the table: kernel, architecture (80 for sm_80), name of a dtype of DTYPES, dimension of DIMS."""
 
     kernel: str
     architecture: int
@@ -49,15 +52,21 @@ class Key(NamedTuple):
 
 
 class Products(NamedTuple):
-    """Types and precision in which a kernel multiplies matrices, always adding in fp32; see `products`."""
+    """Triton's types of the factors of a kernel's matrix products, which accumulate in fp32, see `products`.
 
-    similarity: tl.dtype
-    weighted: tl.dtype
+    Attributes:
+        similarity: Type of queries and columns in q . c.
+        weighted: Type of the factors in sums of p_ij c_j.
+        precision: Triton's input precision of fp32 factors.
+    """
+
+    similarity: Any
+    weighted: Any
     precision: str
 
 
 def read_table(path: Path = TABLE_PATH) -> dict[Key, Tiles]:
-    """The table of tiles."""
+    """Read the table."""
     with path.open(encoding="utf-8", newline="") as file:
         return {
             Key(row["kernel"], int(row["architecture"]), row["dtype"], int(row["dim"])): Tiles(
@@ -68,7 +77,7 @@ def read_table(path: Path = TABLE_PATH) -> dict[Key, Tiles]:
 
 
 def write_table(table: dict[Key, Tiles], path: Path = TABLE_PATH) -> None:
-    """Write what `read_table` reads, sorted."""
+    """Write a table that `read_table` reads, sorted by its keys."""
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(Key._fields + Tiles._fields)
@@ -79,26 +88,35 @@ TABLE = read_table()
 
 
 def tiles(kernel: str, architecture: int, dim: int, dtype: torch.dtype) -> Tiles:
-    """The tiles of a kernel (`score`, `adversary`, `hardest`) for an `architecture` and a dimension of DIMS.
+    """Return the launch parameters of a kernel (`score`, `adversary` or `hardest`) for a dimension of DIMS.
 
-    Architectures that have no row of their own take those of sm_90 if they are alike (sm_90, sm_100), otherwise those
-    of sm_80, which fit the shared memory of the smaller ones, too (sm_86, sm_89, sm_120).
+    Architectures without rows in the table use those of sm_90 if they are similar (sm_90, sm_100), and otherwise those
+    of sm_80, which also fit the shared memory of smaller GPUs (sm_86, sm_89, sm_120).
     """
     name = str(dtype).removeprefix("torch.")
-    alike = 90 if architecture // 10 in (9, 10) else 80
-    return TABLE.get(Key(kernel, architecture, name, dim)) or TABLE[Key(kernel, alike, name, dim)]
+    similar = 90 if architecture // 10 in (9, 10) else 80
+    return TABLE.get(Key(kernel, architecture, name, dim)) or TABLE[Key(kernel, similar, name, dim)]
 
 
 def products(dtype: torch.dtype, dim: int = 0, interpreted: bool = INTERPRETED) -> Products:
-    """How to multiply elements of this type on tensor cores.
+    """Choose how to multiply elements of a dtype on tensor cores.
 
-    similarity, of q . c: the type itself. weighted, of sums of p_ij c_j: bf16 rounds p to 8 bits as flash attention
-    does; the adversary's p leaves fp16's range, so there both factors become tf32, which has fp16's 11 bits and
-    fp32's range. fp32 is cut into two tf32 numbers each, of whose four products the three largest are added: an error
-    of about 2^-22 of |q| |c|, for a sixth of the speed of bf16. For kernels with a weighted sum of more than 128
-    dimensions (`dim`) these pieces are more than the registers hold; there fp32 is multiplied as it is, without tensor
-    cores. The interpreter has no bf16 arithmetic and computes in fp32 instead, as it does for all tf32.
+    - bf16: both products are in bf16. This rounds p to 8 bits, as flash attention does.
+    - fp16: similarities are in fp16. The adversary's p exceeds fp16's range, so the factors of weighted sums are tf32,
+      which has fp16's 11 bits and fp32's range.
+    - fp32: each factor is split into two tf32 numbers, and the three largest of their four products are added
+      (tf32x3). The error is about 2^-22 |q| |c|, and the speed a sixth of bf16's. In weighted sums over more than 128
+      dimensions, the split factors would exceed the registers; there fp32 is multiplied without tensor cores.
+
+    The interpreter has no bf16 arithmetic and computes in fp32 instead, as it does for all tf32.
+
+    Args:
+        dtype: Dtype of the queries.
+        dim: Dimensions of the kernel's weighted sum; 0 for a kernel without.
+        interpreted: Whether the interpreter runs the kernel.
     """
+    import triton.language as tl
+
     if dtype is torch.bfloat16:
         return Products(tl.float32, tl.float32, "ieee") if interpreted else Products(tl.bfloat16, tl.bfloat16, "tf32")
     if dtype is torch.float16:
@@ -106,28 +124,35 @@ def products(dtype: torch.dtype, dim: int = 0, interpreted: bool = INTERPRETED) 
     return Products(tl.float32, tl.float32, "tf32x3" if dim <= 128 else "ieee")
 
 
-def check(name: str, q_ND: Tensor) -> None:
-    """Raise ValueError unless the kernels take queries of this dimension, type and device."""
-    if q_ND.shape[1] not in DIMS:
-        raise ValueError(f"{name}: got dimension {q_ND.shape[1]}, the triton kernels need one of {DIMS}")
+def unsupported(q_ND: Tensor) -> str | None:
+    """Return why the kernels do not take queries of this dimension, dtype and device; None if they do."""
+    if q_ND.shape[-1] not in DIMS:
+        return f"got dimension {q_ND.shape[-1]}, the triton kernels need one of {DIMS}"
     if q_ND.dtype not in DTYPES:
-        raise ValueError(f"{name}: got type {q_ND.dtype}, the triton kernels need one of {DTYPES}")
+        return f"got type {q_ND.dtype}, the triton kernels need one of {DTYPES}"
     if not q_ND.is_cuda and not INTERPRETED:
-        raise ValueError(f"{name}: got tensors on {q_ND.device}, the triton kernels need a CUDA device")
+        return f"got tensors on {q_ND.device}, the triton kernels need a CUDA device"
+    if architecture(q_ND.device) < 80:
+        return f"got a device of sm_{architecture(q_ND.device)}, the triton kernels need sm_80 or newer"
+    return None
+
+
+def check(name: str, q_ND: Tensor) -> None:
+    """Raise ValueError if the kernels do not take these queries."""
+    if reason := unsupported(q_ND):
+        raise ValueError(f"{name}: {reason}")
 
 
 def architecture(device: torch.device) -> int:
-    """The device's compute capability, 80 for sm_80, at least that, else ValueError; the interpreter is taken as 80."""
+    """Return the device's compute capability as a number such as 80 for sm_80; 80 for the interpreter on a CPU."""
     if device.type != "cuda":
         return 80
     major, minor = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise ValueError(f"got a device of sm_{major}{minor}, the triton kernels need sm_80 or newer")
     return 10 * major + minor
 
 
 def num_splits(row_tiles: int, column_tiles: int, device: torch.device) -> int:
-    """In how many parts to walk the columns so that row tiles x parts fill the device's processors evenly."""
+    """Return the number of splits of the columns with which row tiles x splits fill the device's processors evenly."""
     processors = _INTERPRETER_PROCESSORS
     if device.type == "cuda":
         processors = torch.cuda.get_device_properties(device).multi_processor_count
@@ -135,10 +160,10 @@ def num_splits(row_tiles: int, column_tiles: int, device: torch.device) -> int:
 
 
 def best_splits(row_tiles: int, column_tiles: int, processors: int) -> int:
-    """`num_splits` for a number of processors.
+    """Compute `num_splits` for a number of processors.
 
-    The time of a choice is the number of turns the processors take times the tiles walked in each; of equal ones,
-    the fewest parts.
+    A choice takes the number of rounds of programs times the tiles of a program; among equal choices, the fewest splits
+    win.
     """
     choices = range(1, min(_MAX_SPLITS, column_tiles) + 1)
     return min(choices, key=lambda splits: -(-row_tiles * splits // processors) * -(-column_tiles // splits))

@@ -1,170 +1,149 @@
-"""The bank of learned negatives: master weights, velocity and unit rows, cut into shards over the ranks.
+"""The bank of learned negatives (AdCo, arXiv 2011.08435): weights, velocity and unit rows of this rank's shard."""
 
-K negatives of D dimensions. Ranks form a grid of replicas x shards: the ranks of a row hold different shards of the
-bank, those of a column the same one. `sharded` is one row, `replicated` one column, `node` a row per node.
-"""
-
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
 
 import kernels
-from kernels import AdversaryStats
+from kernels import AdversaryParams, AdversaryStats
+from models.negatives.base import BankSettings, Negatives, as_dtensor, gather
 
-_TILE = 65536  # rows at a time where a copy of the whole shard would not fit beside it
-
-
-def make_mesh(placement: str, device: torch.device, ranks_per_node: int) -> DeviceMesh:
-    """The grid ("replica", "shard") of all ranks for a placement: replicated, sharded or node.
-
-    Raises ValueError where `node` is asked for and nodes do not have equally many ranks.
-    """
-    world_size = dist.get_world_size()
-    if placement == "node" and world_size % ranks_per_node:
-        raise ValueError(
-            f"bank.placement: node needs as many ranks on each node, got {world_size} for {ranks_per_node} a node"
-        )
-    shards = {"replicated": 1, "sharded": world_size, "node": ranks_per_node}[placement]
-    return init_device_mesh(device.type, (world_size // shards, shards), mesh_dim_names=("replica", "shard"))
-
-
-def everyone() -> dist.ProcessGroup:
-    """The group of all ranks."""
-    assert dist.group.WORLD is not None
-    return dist.group.WORLD
-
-
-def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
-    """Every rank's x (equal shapes [N, ...]) one after the other in the group's order."""
-    ranks = group.size()
-    if ranks == 1:
-        return x
-    out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_single(out, x.contiguous(), group=group)
-    return out
-
-
-def shard_rows(size: int, mesh: DeviceMesh) -> tuple[int, int]:
-    """This rank's first of `size` rows, and how many it holds."""
-    rows = -(-size // mesh.size(1))  # as torch.chunk cuts and so as DTensor does
-    first = min(mesh.get_local_rank("shard") * rows, size)
-    return first, min(rows, size - first)
-
-
-def sharded(local: Tensor, size: int, mesh: DeviceMesh) -> DTensor:
-    """This rank's shard [., D] as a part of [size, D], sharing its memory: checkpoints reshard."""
-    shape = torch.Size((size, local.shape[1]))
-    placement = (Replicate(), Shard(0))
-    return DTensor.from_local(local, mesh, placement, run_check=False, shape=shape, stride=(local.shape[1], 1))
+_TILE = 65536  # rows processed at a time where a copy of the whole shard would take too much memory
 
 
 class BankUpdate(NamedTuple):
-    """What the adversary plays against: this shard row's queries and their weight over their partition sum.
+    """What the bank's step needs of N queries, those of one row of the grid of ranks.
 
-    q_ND: unit queries, of the type of the bank's unit rows. coef_N: w_i / Z^a_i, fp32.
+    Attributes:
+        q_ND: Unit queries, of the dtype of the bank's unit rows.
+        coef_N: w_i / Z^a_i, the query's weight in the loss over its partition sum, fp32.
     """
 
     q_ND: Tensor
     coef_N: Tensor
 
 
-class Bank:
-    """This rank's shard of K negatives.
+class Bank(Negatives):
+    """This rank's shard of K learned negatives, which ascend on the contrastive loss.
 
-    w_KD, v_KD: weights and velocity; None: no velocity. n_KD: rows of W at unit length. first: number of the first
-    row held.
-    kernels: name of their implementation (`kernels.IMPLEMENTATIONS`). temperature, momentum, weight_decay: the
-    adversary's. precision: type of queries, keys and unit rows in products, which are added up in fp32.
-    weights, velocity: type of W and v; bf16 is rounded at random (`kernels.rounding`), None is for momentum 0.
+    Attributes:
+        w_KD: Weights, fp32 or bf16.
+        v_KD: Velocity, fp32 or bf16; None for none.
+        stats: Statistics of this shard's last step.
     """
+
+    name = "bank"
+    learned = True
+    products = 3  # similarities, the queries' gradient and the negatives' gradient
 
     def __init__(
         self,
-        size: int,
+        settings: BankSettings,
         dim: int,
         mesh: DeviceMesh,
-        *,
-        kernels: str,
-        temperature: float,
-        momentum: float,
-        weight_decay: float,
         precision: torch.dtype = torch.float32,
-        weights: torch.dtype = torch.float32,
-        velocity: torch.dtype | None = torch.float32,
+        seed: int = 0,
     ) -> None:
-        self.size, self.dim, self.mesh, self.kernels = size, dim, mesh, kernels
-        self.temperature, self.momentum, self.weight_decay = temperature, momentum, weight_decay
-        self.first, local = shard_rows(size, mesh)
-        self.w_KD = torch.zeros(local, dim, dtype=weights, device=mesh.device_type)
-        self.v_KD = None if velocity is None else torch.zeros_like(self.w_KD, dtype=velocity)
-        self.n_KD = torch.zeros_like(self.w_KD, dtype=precision)
+        super().__init__(settings, dim, mesh, precision, seed)
+        wide = torch.promote_types(precision, torch.float32)
+        dtypes = {"fp32": wide, "bf16": torch.bfloat16}
+        self.settings = settings
+        self.adversary_temperature = settings.temperature
+        self.w_KD = torch.zeros_like(self.n_KD, dtype=dtypes[settings.weights])
+        self.v_KD: Tensor | None = None
+        if settings.velocity != "none":
+            self.v_KD = torch.zeros_like(self.n_KD, dtype=dtypes[settings.velocity])
+        self.stats: AdversaryStats | None = None
+
+    @torch.no_grad()
+    def initialise(self, chunk_size: int, make_chunks: Callable[[range], Iterable[Tensor]]) -> None:
+        """Set the weights to the chunks' rows at unit length. Replicas of a shard divide its chunks among them."""
+        first, last = self.first, self.first + len(self.w_KD)
+        chunks = range(first // chunk_size, -(-last // chunk_size))
+        replica, replicas = self.mesh.get_local_rank("replica"), self.mesh.size(0)
+        share = chunks[len(chunks) * replica // replicas : len(chunks) * (replica + 1) // replicas]
+        self.w_KD.zero_()
+        for c, rows_CD in zip(share, make_chunks(share), strict=True):
+            start, stop = max(c * chunk_size, first), min((c + 1) * chunk_size, last)
+            rows_CD = torch.nn.functional.normalize(rows_CD, dim=1)
+            self.w_KD[start - first : stop - first] = rows_CD[start - c * chunk_size : stop - c * chunk_size]
+        dist.all_reduce(self.w_KD, group=self.mesh.get_group("replica"))  # a row is zero on all replicas but one
+        self.loaded()
 
     def fill(self, w_KD: Tensor) -> None:
-        """Start from these weights, [this shard's rows, D], at rest."""
+        """Set the weights of this shard, [rows, D], and the velocity to zero."""
         self.w_KD.copy_(w_KD)
         if self.v_KD is not None:
             self.v_KD.zero_()
         self.loaded()
 
-    def step(self, rows: list[BankUpdate], lr: float, seed: int) -> AdversaryStats:
-        """One step of gradient ascent for all rows of one training step. Statistics are of this shard.
+    def update(self, updates: Sequence[Sequence[BankUpdate]], lr: float, seed: int) -> None:
+        """Take one step of gradient ascent on the mean loss of the micro-batches.
 
-        seed: of the rounding of bf16 weights, another at each step and the same on all ranks.
-        Replicas gather each other's rows, so that they take the same step: traffic that does not depend on K.
+        Replicas of a shard gather each other's queries and take the same step, so traffic does not depend on K.
         """
         replicas = self.mesh.get_group("replica")
-        return kernels.adversary_step(
-            gather(torch.cat([r.q_ND for r in rows]), replicas),
-            gather(torch.cat([r.coef_N for r in rows]), replicas),
+        flat = [x for update in updates for x in update]
+        self.stats = kernels.adversary_step(
+            gather(torch.cat([x.q_ND for x in flat]), replicas),
+            gather(torch.cat([x.coef_N / len(updates) for x in flat]), replicas),
             self.n_KD,
             self.w_KD,
             self.v_KD,
-            temperature=self.temperature,
-            lr=lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
+            AdversaryParams(self.settings.temperature, lr, self.settings.momentum, self.settings.weight_decay),
             seed=seed,
             first=self.first,
-            kernels=self.kernels,
         )
 
-    def metrics(self, stats: AdversaryStats) -> dict[str, float]:
-        """Of the whole bank, for the log; waits for the device.
+    def metrics(self) -> dict[str, float]:
+        """Return statistics of all ranks' rows. Waits for the device; called by all ranks.
 
-        adversary_grad_norm: mean length of the gradients. bank_norm: mean length of W's rows. bank_share: the
-        negatives that carry weight, as the participation ratio (sum m)^2 / (K sum m^2) of their shares m.
+        Returns:
+            A dictionary: adversary_grad_norm, the mean norm of the rows' gradients in the last step; bank_norm, the
+            mean norm of the weights' rows; bank_share, the share of negatives that carry probability, measured as the
+            participation ratio (sum m)^2 / (K sum m^2) of the rows' probability mass m.
         """
-        length = torch.stack([torch.linalg.vector_norm(w_KD, dim=1).sum() for _, w_KD in self._tiles()]).sum()
-        mass_K = stats.mass_K
-        sums = torch.stack([stats.grad_K.sum(), length, mass_K.sum(), mass_K.square().sum()])
+        if self.stats is None:
+            return {}
+        norm = torch.stack([torch.linalg.vector_norm(w_KD, dim=1).sum() for _, w_KD in self._tiles()]).sum()
+        mass_K = self.stats.mass_K
+        sums = torch.stack([self.stats.grad_K.sum(), norm, mass_K.sum(), mass_K.square().sum()])
         dist.all_reduce(sums, group=self.mesh.get_group("shard"))
-        grad, length, mass, squares = sums.tolist()
+        grad, norm_sum, mass, squares = sums.tolist()
         return {
             "adversary_grad_norm": grad / self.size,
-            "bank_norm": length / self.size,
+            "bank_norm": norm_sum / self.size,
             "bank_share": mass**2 / (self.size * squares),
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """W and v, if there is one, as DTensors over the mesh that share memory with the bank: checkpoints reshard."""
+        """Return `w` and, if there is a velocity, `v`."""
         return {
-            name: sharded(local, self.size, self.mesh)
+            name: as_dtensor(local, self.size, self.mesh)
             for name, local in (("w", self.w_KD), ("v", self.v_KD))
             if local is not None
         }
 
     def loaded(self) -> None:
-        """To be called when W and v were written through `state_dict`: makes the unit rows."""
+        """Recompute the unit rows from the weights."""
         for tile, w_KD in self._tiles():
             self.n_KD[tile] = w_KD / torch.linalg.vector_norm(w_KD, dim=1, keepdim=True)
 
+    def tensors(self) -> list[Tensor]:
+        """Return weights, velocity and unit rows."""
+        return [self.w_KD, self.n_KD] + ([] if self.v_KD is None else [self.v_KD])
+
+    @classmethod
+    def describe(cls, settings: BankSettings) -> str:
+        """Describe size and constants."""
+        return f"{settings.size:,}, learning rate {settings.lr:g}, temperature {settings.temperature:g}"
+
     def _tiles(self) -> Iterator[tuple[slice, Tensor]]:
-        """The weights, in fp32 or wider, some rows at a time."""
+        """Yield the weights tile by tile, widened to fp32 if they are bf16."""
         for start in range(0, len(self.w_KD), _TILE):
             tile = slice(start, start + _TILE)
             yield tile, self.w_KD[tile].to(torch.promote_types(self.w_KD.dtype, torch.float32))

@@ -1,14 +1,14 @@
-"""The contrastive loss of queries against keys and the sharded bank or queue, and its gradient, from one pass.
+"""The contrastive loss of queries against keys and sharded negatives, and its gradient, from one pass.
 
-"The bank" stands for either here. N queries of this rank, B keys of this rank, D dimensions; S ranks hold shards of
-the bank, so S * N queries are scored here, each against this rank's part of the columns. The grid of ranks
-is described in `models/negatives/bank.py`.
+Shape suffixes: N queries of this rank, B keys of this rank, D dimensions. S ranks hold different shards of the
+negatives, so each rank scores S * N queries against its own columns. `models/negatives/base.py` describes the grid of
+ranks.
 
-Every rank sends its queries to its row of the grid, scores all of the row's queries against its own shard and keys,
-and gets back the sums of its own queries. Nothing that travels depends on the size of the bank.
+Every rank sends its queries to its row of the grid, scores all queries of the row against its own shard and keys, and
+receives the sums of its own queries. The traffic does not depend on the number of negatives.
 
-Queries and keys are rounded to the type of the bank's unit rows first, and every similarity, that to the own key too,
-is of the rounded ones. The gradient passes the rounding as if it were not there.
+Queries and keys are first rounded to the dtype of the negatives' unit rows, and all similarities, also those to the own
+key, are of the rounded vectors. The gradient treats the rounding as the identity.
 """
 
 from typing import Any, NamedTuple
@@ -18,16 +18,19 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kernels
-from models.negatives.bank import Bank, BankUpdate, gather
-from models.negatives.queue import Queue
+from models.negatives.bank import BankUpdate
+from models.negatives.base import Negatives, gather
 
 
 class Contrast(NamedTuple):
-    """loss_N: with gradient to the queries; the rest without.
+    """Result of `contrast`; only the loss has a gradient.
 
-    positive_N, hardest_N: similarity to the own key and to the most similar other column (-inf if there is none).
-    queries_ND, za_N: all S * N queries that this rank's row of the grid scored, and their sum at the adversary's
-    temperature, from which the adversary's `Rows` follow.
+    Attributes:
+        loss_N: Loss of each query.
+        positive_N: Similarity to the own key.
+        hardest_N: Similarity to the most similar other column, -inf if there is none.
+        queries_ND: All S * N queries of this rank's row of the grid.
+        za_N: Their partition sums at the adversary's temperature.
     """
 
     loss_N: Tensor
@@ -36,43 +39,51 @@ class Contrast(NamedTuple):
     queries_ND: Tensor
     za_N: Tensor
 
-    def rows(self, weight: float) -> BankUpdate:
-        """The adversary's rows, each query weighing `weight` in the loss."""
+    def bank_update(self, weight: float) -> BankUpdate:
+        """Return what the bank's step needs if each query has this weight in the loss."""
         return BankUpdate(self.queries_ND, weight / self.za_N)
 
 
-def contrast(q_ND: Tensor, k_BD: Tensor, bank: Bank | Queue, temperature: float, batch_keys: bool) -> Contrast:
-    """AdCo, eq. 2: l_i = log Z_i - q_i . k_i / T, with Z_i over the bank and all ranks' keys (or the own key only).
+def contrast(q_ND: Tensor, k_BD: Tensor, negatives: Negatives, temperature: float, batch_keys: bool) -> Contrast:
+    """Compute l_i = log Z_i - q_i . k_i / T (AdCo, eq. 2). Called by all ranks.
 
-    q_ND: unit rows, N a multiple of B; query i belongs to key i mod B. k_BD: unit rows, no gradient.
+    Args:
+        q_ND: Unit queries. N is a multiple of B, and query i belongs to key i mod B.
+        k_BD: Unit keys, without gradient.
+        negatives: The columns of Z_i besides the keys.
+        temperature: T.
+        batch_keys: Whether Z_i includes the keys of all ranks or the own key only.
     """
-    return Contrast(*_Contrast.apply(q_ND, k_BD, bank, temperature, batch_keys))
+    return Contrast(*_Contrast.apply(q_ND, k_BD, negatives, temperature, batch_keys))
 
 
 class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_ND: Tensor, k_BD: Tensor, bank: Bank | Queue, temperature: float, batch_keys: bool
+        ctx: Any, q_ND: Tensor, k_BD: Tensor, negatives: Negatives, temperature: float, batch_keys: bool
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        replica, shard = bank.mesh.get_local_rank("replica"), bank.mesh.get_local_rank("shard")
-        row = bank.mesh.get_group("shard")
+        mesh, n_KD = negatives.mesh, negatives.n_KD
+        replica, shard = mesh.get_local_rank("replica"), mesh.get_local_rank("shard")
+        row = mesh.get_group("shard")
         batch = len(k_BD)
         mine = slice(shard * len(q_ND), (shard + 1) * len(q_ND))
-        given, k_BD = q_ND.dtype, k_BD.to(bank.n_KD.dtype)
-        all_q_ND = gather(q_ND.detach().to(bank.n_KD.dtype), row)
-        wide = torch.promote_types(bank.n_KD.dtype, torch.float32)
+        input_dtype, k_BD = q_ND.dtype, k_BD.to(n_KD.dtype)
+        all_q_ND = gather(q_ND.detach().to(n_KD.dtype), row)
+        wide = torch.promote_types(n_KD.dtype, torch.float32)
         own_ND = k_BD.to(wide).repeat(len(q_ND) // batch, 1)
         positive_N = (all_q_ND[mine].to(wide) * own_ND).sum(1)
 
-        # The columns of this rank: its shard, its keys and those of its replicas. A row of the grid has all of them.
+        # This rank's columns are its shard, its keys and those of its replicas: a row of the grid has all columns.
         if batch_keys:
-            k_MD = gather(k_BD, bank.mesh.get_group("replica"))
+            k_MD = gather(k_BD, mesh.get_group("replica"))
             own_N = torch.full((len(all_q_ND),), -1, device=q_ND.device)
             own_N[mine] = torch.arange(len(q_ND), device=q_ND.device) % batch + replica * batch
         else:
             k_MD, own_N = k_BD[:0], None
-        adversary = bank.temperature if isinstance(bank, Bank) else temperature  # a queue has no use for the sum
-        score = kernels.score(all_q_ND, k_MD, own_N, bank.n_KD, temperature, adversary, kernels=bank.kernels)
+        adversary = negatives.adversary_temperature
+        if adversary is None:
+            adversary = temperature
+        score = kernels.score(all_q_ND, k_MD, own_N, n_KD, temperature, adversary)
         if not batch_keys:
             e_N = torch.exp(positive_N / temperature)
             score.z_N[mine] += e_N
@@ -88,7 +99,7 @@ class _Contrast(torch.autograd.Function):
             dist.all_reduce(za_N, group=row)
             dist.all_reduce(hardest_N, dist.ReduceOp.MAX, group=row)
         o_ND, z_N = oz_ND[:, :-1], oz_ND[:, -1]
-        ctx.save_for_backward(((o_ND / z_N[:, None] - own_ND) / temperature).to(given))
+        ctx.save_for_backward(((o_ND / z_N[:, None] - own_ND) / temperature).to(input_dtype))
         outputs = (z_N.log() - positive_N / temperature, positive_N, hardest_N[mine], all_q_ND, za_N)
         ctx.mark_non_differentiable(*outputs[1:])
         return outputs

@@ -1,63 +1,70 @@
-"""The queue of keys: the last K that teachers made, oldest replaced first (MoCo, arXiv 1911.05722, sec. 3.2).
+"""The queue of the teacher's last K keys; new keys replace the oldest (MoCo, arXiv 1911.05722, sec. 3.2)."""
 
-K keys of D dimensions, cut into shards over the grid of ranks as the bank is; see `models/negatives/bank.py`.
-"""
-
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from models.negatives.bank import everyone, gather, shard_rows, sharded
+from models.negatives.base import BankSettings, Negatives, as_dtensor, gather, world_group
 
-_CHUNK = 256  # first rows that one seed draws
+_CHUNK = 256  # rows drawn from one seed
 
 
-class Queue:
-    """This rank's shard of K keys, at first random directions, the same for any number of ranks.
+class Queue(Negatives):
+    """This rank's shard of a queue of K keys, which starts with random directions.
 
-    n_KD: unit rows, of type `precision`. pointer: number of the row that is replaced next. first: number of the first
-    row held. kernels: name of their implementation.
+    Attributes:
+        pointer: Index of the row that is replaced next, int64.
     """
+
+    name = "queue"
+    products = 2  # similarities and the queries' gradient
 
     def __init__(
         self,
-        size: int,
+        settings: BankSettings,
         dim: int,
         mesh: DeviceMesh,
-        *,
-        kernels: str,
         precision: torch.dtype = torch.float32,
         seed: int = 0,
     ) -> None:
-        self.size, self.dim, self.mesh, self.kernels = size, dim, mesh, kernels
-        self.first, local = shard_rows(size, mesh)
+        super().__init__(settings, dim, mesh, precision, seed)
         self.pointer = torch.zeros((), dtype=torch.int64)
-        self.n_KD = torch.zeros(local, dim, dtype=precision, device=mesh.device_type)
-        for start in range(self.first // _CHUNK * _CHUNK, self.first + local, _CHUNK):
+        for start in range(self.first // _CHUNK * _CHUNK, self.first + len(self.n_KD), _CHUNK):
             generator = torch.Generator().manual_seed(seed + start)
             self._write(start, torch.nn.functional.normalize(torch.randn(_CHUNK, dim, generator=generator), dim=1))
 
     @torch.no_grad()
-    def put(self, keys: Iterable[Tensor]) -> None:
-        """Take in this rank's keys, tensors [B, D]: of each tensor all ranks' keys, in the order of the ranks.
+    def update(self, updates: Sequence[Sequence[Tensor]], lr: float = 0.0, seed: int = 0) -> None:
+        """Replace the oldest rows by this step's keys.
 
-        That is the order of the global batch, whatever the number of ranks.
+        Keys enter in the order of the global batch, so the queue does not depend on the number of ranks.
+
+        Args:
+            updates: This rank's keys [B, D] of each view, for each micro-batch.
+            lr: Unused.
+            seed: Unused.
         """
-        for k_BD in keys:
-            k_ND = gather(k_BD.to(self.n_KD.dtype), everyone())
+        for k_BD in (k_BD for update in updates for k_BD in update):
+            k_ND = gather(k_BD.to(self.n_KD.dtype), world_group())
             start = int(self.pointer)
             self._write(start, k_ND)
-            self._write(start - self.size, k_ND)  # those that are past the end, at the beginning
+            self._write(start - self.size, k_ND)  # rows past the end continue at the beginning
             self.pointer.fill_((start + len(k_ND)) % self.size)
 
     def _write(self, start: int, k_ND: Tensor) -> None:
-        """Rows of the whole queue from `start` on, as far as they are held here."""
+        """Write rows to the indices from `start` on, as far as this shard holds them."""
         begin, end = max(start, self.first), min(start + len(k_ND), self.first + len(self.n_KD))
         if begin < end:
             self.n_KD[begin - self.first : end - self.first] = k_ND[begin - start : end - start]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Keys, as a DTensor over the mesh that shares memory with the queue, and pointer."""
-        return {"n": sharded(self.n_KD, self.size, self.mesh), "pointer": self.pointer}
+        """Return the keys `n` and the `pointer`."""
+        return {"n": as_dtensor(self.n_KD, self.size, self.mesh), "pointer": self.pointer}
+
+
+def check_queue(settings: BankSettings, keys: int) -> None:
+    """Raise ValueError if the queue is shorter than the number of keys that enter it in a step."""
+    if settings.size < keys:
+        raise ValueError(f"bank.size: a queue of {settings.size} is shorter than the {keys} keys of a step")

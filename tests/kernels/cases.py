@@ -1,4 +1,4 @@
-"""Random inputs for the kernels' tests, calls of the kernels on them, and how exact a result must be."""
+"""Random inputs for the tests of the kernels, calls of the kernels, and bounds on their errors."""
 
 from typing import Any, NamedTuple
 
@@ -6,14 +6,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import AdversaryStats, Score
+from kernels import AdversaryParams, AdversaryStats, Score, ops, reference
 
 TEMPERATURE = 0.12
 ADVERSARY_TEMPERATURE = 0.02
 
 
 class Case(NamedTuple):
-    """N unit queries, M unit keys, K unit negatives with weights and velocity; own_N as `score` takes it."""
+    """N unit queries, M unit keys, K unit negatives with weights and velocity, and the own keys of `score`."""
 
     q_ND: Tensor
     k_MD: Tensor
@@ -28,9 +28,14 @@ class Case(NamedTuple):
 
 
 def make_case(queries: int, keys: int, negatives: int, dim: int, own: str = "own") -> Case:
-    """A case in fp64, the same for the same arguments.
+    """Make a case in fp64, the same for the same arguments.
 
-    own: `none`, `absent` (no query has its key here) or `own` (a random key each; every third is absent).
+    Args:
+        queries: N.
+        keys: M.
+        negatives: K.
+        dim: D.
+        own: `none`, `absent` (own_N is -1 everywhere) or `own` (a random key for each query; every third is absent).
     """
     generator = torch.Generator().manual_seed(queries + 7 * keys + 31 * negatives + 101 * dim)
 
@@ -54,13 +59,19 @@ def make_case(queries: int, keys: int, negatives: int, dim: int, own: str = "own
     )
 
 
+def use_kernels(name: str) -> None:
+    """Let the operators of this process run `reference` on a CPU. For "chunked" and "triton" this changes nothing."""
+    if name == "reference":
+        ops.chunked = reference
+
+
 def score(kernels: Any, case: Case, adversary_temperature: float = ADVERSARY_TEMPERATURE) -> Score:
     got: Score = kernels.score(case.q_ND, case.k_MD, case.own_N, case.n_KD, TEMPERATURE, adversary_temperature)
     return got
 
 
 def step(kernels: Any, case: Case, coef_N: Tensor) -> tuple[Case, AdversaryStats]:
-    """The case after one step of the adversary, and its statistics; the given case is left as it is."""
+    """Return a copy of the case after one step of the adversary, and the step's statistics."""
     after = case._replace(n_KD=case.n_KD.clone(), w_KD=case.w_KD.clone(), v_KD=case.v_KD.clone())
     stats = kernels.adversary_step(
         after.q_ND,
@@ -68,10 +79,7 @@ def step(kernels: Any, case: Case, coef_N: Tensor) -> tuple[Case, AdversaryStats
         after.n_KD,
         after.w_KD,
         after.v_KD,
-        temperature=ADVERSARY_TEMPERATURE,
-        lr=3.0,
-        momentum=0.9,
-        weight_decay=1e-4,
+        AdversaryParams(ADVERSARY_TEMPERATURE, 3.0, 0.9, 1e-4),
     )
     return after, stats
 
@@ -81,7 +89,7 @@ def changed(after: Case, stats: AdversaryStats) -> dict[str, Tensor]:
 
 
 def check_as_exact_as_plain(name: str, got: Tensor, plain: Tensor, truth: Tensor, slack: float) -> None:
-    """Everywhere within the largest error of plain fp32 PyTorch plus a share `slack` of the largest value."""
+    """Check that the error is at most that of plain fp32 PyTorch plus a share `slack` of the largest value."""
     allowed = (plain.double() - truth).abs().max() + slack * truth.abs().max()
     error = (got.double() - truth).abs().max()
     assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
@@ -90,6 +98,6 @@ def check_as_exact_as_plain(name: str, got: Tensor, plain: Tensor, truth: Tensor
 def check_score(got: Score, plain: Score, truth: Score) -> None:
     for name in Score._fields:
         assert getattr(got, name).dtype == torch.float32
-        # The sixth power of e^(s/T) has six times its rounding error.
+        # The sixth power of e^(s/T) has six times the rounding error.
         slack = 1e-5 if name == "za_N" else 3e-6
         check_as_exact_as_plain(name, getattr(got, name), getattr(plain, name), getattr(truth, name), slack)

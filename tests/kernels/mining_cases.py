@@ -1,4 +1,4 @@
-"""Inputs for the tests of `hardest`, and what its result must be.
+"""Inputs for the tests of `hardest`, and checks of its results.
 
 N queries, C columns, D dimensions, m best.
 """
@@ -12,12 +12,12 @@ from kernels import Hardest, reference
 QUERIES = (1, 17, 255)
 COLUMNS = (1, 17, 255, 1000)
 
-# Of similarities of unit vectors in fp32: two that differ by less may change places.
+# Similarities of unit vectors in fp32 that differ by less may be in either order.
 ROUNDING = 1e-6
 
 
 def unit_rows(queries: int, columns: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q_ND, c_CD in fp64, and own_N with a random column each and every third -1; the same for the same arguments."""
+    """Return q_ND and c_CD in fp64, and own_N: a random column each, every third -1. Equal for equal arguments."""
     generator = torch.Generator().manual_seed(queries + 31 * columns + 101 * dim)
     q_ND = F.normalize(torch.randn(queries, dim, generator=generator, dtype=torch.float64), dim=1)
     c_CD = F.normalize(torch.randn(columns, dim, generator=generator, dtype=torch.float64), dim=1)
@@ -25,7 +25,7 @@ def unit_rows(queries: int, columns: int, dim: int) -> tuple[Tensor, Tensor, Ten
 
 
 def rows_with_ties(queries: int, columns: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """As `unit_rows`, but of -1/4, 0 and 1/4: similarities are exact in every type, and many are equal."""
+    """Like `unit_rows`, with elements -1/4, 0 and 1/4: similarities are exact in every dtype, and many are equal."""
     generator = torch.Generator().manual_seed(queries + 31 * columns + 101 * dim)
     q_ND = torch.randint(-1, 2, (queries, dim), generator=generator).double() / 4
     c_CD = torch.randint(-1, 2, (columns, dim), generator=generator).double() / 4
@@ -39,7 +39,7 @@ def _own(queries: int, columns: int, generator: torch.Generator) -> Tensor:
 
 
 def brute_force(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf")) -> Hardest:
-    """By sorting a list of Python's numbers for each query, in fp64."""
+    """Compute `hardest` by sorting a list of Python numbers for each query, in fp64."""
     similarity, column = [], []
     for i, s_C in enumerate((q_ND.double() @ c_CD.double().T).tolist()):
         ranked = sorted((-s, j) for j, s in enumerate(s_C) if s < below and (own_N is None or j != own_N[i]))[:m]
@@ -51,7 +51,7 @@ def brute_force(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below:
 
 
 def check(got: Hardest, q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float = float("inf")) -> None:
-    """As exact as plain PyTorch of the same type; the right columns, but that near ones may change places."""
+    """Check that errors are at most plain PyTorch's of the same dtype, and columns right up to nearly equal ones."""
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     assert got.similarity_Nm.dtype == wide
     assert got.column_Nm.dtype == torch.int64
@@ -66,14 +66,14 @@ def check(got: Hardest, q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int
         allowed = (plain.similarity_Nm.double() - exact_Nm)[there_Nm].abs().max() + ROUNDING
         error = (got.similarity_Nm.double() - exact_Nm)[there_Nm].abs().max()
         assert error <= allowed, f"similarity: error {error:.2e}, allowed {allowed:.2e}"
-    # How much less similar the next one is; what stands apart from its neighbours must have its place.
+    # The gap to the next column: a column whose gaps on both sides exceed rounding must be in its place.
     gap_Nm = truth.similarity_Nm[:, :m] - truth.similarity_Nm[:, 1:].nan_to_num(neginf=-2)
     apart_Nm = gap_Nm > ROUNDING
     apart_Nm[:, 1:] &= gap_Nm[:, :-1] > ROUNDING
     apart_Nm &= there_Nm
-    assert apart_Nm.sum() >= 0.9 * there_Nm.sum()  # so that the next line compares something
+    assert apart_Nm.sum() >= 0.9 * there_Nm.sum()  # otherwise the next line would compare nothing
     assert torch.equal(got.column_Nm[apart_Nm], truth.column_Nm[:, :m][apart_Nm])
-    # The others are as similar as they say, none is the own one, and none is there twice.
+    # The other columns have their similarities, none is the own column, and none occurs twice.
     s_NC = F.pad(q_ND.double() @ c_CD.double().T, (0, 1), value=float("-inf"))  # column -1 is the padding
     torch.testing.assert_close(
         s_NC.gather(1, got.column_Nm % s_NC.shape[1]), got.similarity_Nm.double(), rtol=0, atol=2 * ROUNDING

@@ -1,4 +1,4 @@
-"""The tiled kernels against the specification: exactly in fp64, in fp32 as near to it as plain PyTorch."""
+"""The tiled kernels against the specification: exact in fp64, and in fp32 with the errors of plain PyTorch."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import chunked, reference
+from kernels import AdversaryParams, chunked, reference
 from tests.kernels.cases import (
     ADVERSARY_TEMPERATURE,
     Case,
@@ -21,7 +21,7 @@ from tests.kernels.cases import (
 )
 
 SIZES = [1, 17, 255, 513, 1000]
-TILE = 256  # smaller than in use, so that the sizes above are ragged and of several tiles
+TILE = 256  # smaller than the default, so that the sizes above have several tiles and a ragged one
 
 
 @pytest.fixture(autouse=True)
@@ -75,7 +75,7 @@ def test_any_ratio_of_temperatures(adversary_temperature: float) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_inputs(dtype: torch.dtype) -> None:
     case = make_case(17, 17, 513, 32)
-    half = case.to(dtype)._replace(w_KD=case.w_KD.float(), v_KD=case.v_KD.float())  # the master weights stay fp32
+    half = case.to(dtype)._replace(w_KD=case.w_KD.float(), v_KD=case.v_KD.float())  # the weights stay fp32
     expected = score(reference, half.to(torch.float64))
     check_score(score(chunked, half), score(reference, half), expected)
     coef_N = (1 / (expected.za_N * 17)).float()
@@ -85,7 +85,7 @@ def test_half_inputs(dtype: torch.dtype) -> None:
         torch.testing.assert_close(value, truth[name], rtol=1e-2 if name == "n" else 1e-5, atol=1e-5)
 
 
-def test_tiles_of_the_size_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_tile_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     case = make_case(5, 1500, 2500, 32)
     assert chunked._TILE < 1500
@@ -104,10 +104,7 @@ def test_the_step_changes_the_bank_in_place_and_nothing_else(kernels: Any) -> No
         case.n_KD,
         case.w_KD,
         case.v_KD,
-        temperature=ADVERSARY_TEMPERATURE,
-        lr=1.0,
-        momentum=0.9,
-        weight_decay=0.0,
+        AdversaryParams(ADVERSARY_TEMPERATURE, 1.0, 0.9, 0.0),
     )
     assert [t.data_ptr() for t in (case.w_KD, case.v_KD, case.n_KD)] == addresses
     same = [torch.equal(t, old) for t, old in zip((t for t in case if t is not None), before, strict=True)]
@@ -124,7 +121,7 @@ def test_a_row_of_no_weight_counts_for_nothing() -> None:
 
 
 class LargestOutput(TorchDispatchMode):
-    """Notes the number of elements of the largest tensor that any operation makes or writes."""
+    """Records the number of elements of the largest tensor that any operation makes or writes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,5 +143,5 @@ def largest_output(kernels: Any, case: Case) -> int:
 
 def test_nothing_of_size_queries_times_negatives() -> None:
     case = make_case(256, 256, 8192, 16)
-    assert largest_output(reference, case) >= 256 * 8192  # so that the probe is known to see one
+    assert largest_output(reference, case) >= 256 * 8192  # the probe sees such a tensor
     assert largest_output(chunked, case) <= max(256 * TILE, 8192 * 16)  # a tile, the bank

@@ -1,6 +1,6 @@
-"""The kernels alone against what an independent implementation of AdCo computed for a first step.
+"""The kernels alone against the first step of an independent implementation of AdCo.
 
-All ranks' queries and keys stand in one batch here; `tests/models/test_golden.py` has the ranks.
+The queries and keys of all ranks are one batch here; `tests/models/test_golden.py` runs several ranks.
 """
 
 from pathlib import Path
@@ -11,31 +11,31 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from kernels import chunked, reference
+from kernels import AdversaryParams, chunked, reference
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "adco_reference.safetensors"
-# Per game: the weight of each view's loss, and which key each view's query is set against.
-GAMES = {"asym": (1.0, [0]), "sym": (0.5, [0, 1]), "multicrop": (1.0, [0, 0, 0])}
+# For each variant the weight of each view's loss, and the key that each view's query is compared with.
+VARIANTS = {"asym": (1.0, [0]), "sym": (0.5, [0, 1]), "multicrop": (1.0, [0, 0, 0])}
 
 
 @pytest.mark.parametrize("kernels", [reference, chunked])
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("game", GAMES)
-def test_first_step(kernels: Any, game: str, world_size: int) -> None:
-    check_first_step(kernels, game, world_size)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_first_step(kernels: Any, variant: str, world_size: int) -> None:
+    check_first_step(kernels, variant, world_size)
 
 
-def check_first_step(kernels: Any, game: str, world_size: int) -> None:
+def check_first_step(kernels: Any, variant: str, world_size: int) -> None:
     with safe_open(GOLDEN, "pt") as file:
         settings = {name: float(value) for name, value in file.metadata().items()}
 
         def load(name: str) -> Tensor:
-            return file.get_tensor(f"{game}.world{world_size}.{name}")
+            return file.get_tensor(f"{variant}.world{world_size}.{name}")
 
         def load_ranks(name: str) -> Tensor:
             return torch.cat([load(f"rank{rank}.step0.{name}") for rank in range(world_size)])
 
-        view_weight, keys = GAMES[game]
+        view_weight, keys = VARIANTS[variant]
         tau, tau_a = settings["temperature"], settings["adversary_temperature"]
         w_KD, v_KD = load("W"), load("v")
         n_KD = w_KD / w_KD.norm(dim=1, keepdim=True)
@@ -58,10 +58,9 @@ def check_first_step(kernels: Any, game: str, world_size: int) -> None:
             n_KD,
             w_KD,
             v_KD,
-            temperature=tau_a,
-            lr=settings["adversary_lr"],
-            momentum=settings["adversary_momentum"],
-            weight_decay=settings["adversary_weight_decay"],
+            AdversaryParams(
+                tau_a, settings["adversary_lr"], settings["adversary_momentum"], settings["adversary_weight_decay"]
+            ),
         )
         torch.testing.assert_close(v_KD, load("step0.v_after"), rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(w_KD, load("step0.W_after"), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,4 @@
-"""`hardest`: the specification against brute force, the tiles of the CPU against the specification."""
+"""`hardest`: the specification against brute force, and the chunked kernel against the specification."""
 
 from typing import Any
 
@@ -16,7 +16,7 @@ DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Smaller than in use and no multiple of a block, so that 255 and 1000 columns are ragged and of several tiles."""
+    """Use tiles that are no multiple of a block, so that 255 and 1000 columns have several tiles and a ragged one."""
     monkeypatch.setattr(chunked, "_TILE", 200)
     monkeypatch.setattr(chunked, "_BLOCK", 16)
 
@@ -47,13 +47,13 @@ def test_of_equal_ones_the_lower_column(kernels: Any, queries: int, columns: int
     given = q_ND.to(dtype), c_CD.to(dtype)
     for own in (None, own_N):
         assert equal(kernels.hardest(*given, own, m), brute_force(q_ND, c_CD, own, m))
-        # A guard at a similarity that occurs: it leaves out what is equal to it.
+        # A guard equal to a similarity that occurs leaves out columns of this similarity.
         assert equal(kernels.hardest(*given, own, m, 0.25), brute_force(q_ND, c_CD, own, m, 0.25))
 
 
 @BOTH
 def test_one_column_many_times(kernels: Any) -> None:
-    q_ND, c_CD, _ = rows_with_ties(5, 1, 32)  # of others, products may round one way or another by their place
+    q_ND, c_CD, _ = rows_with_ties(5, 1, 32)  # products of other rows may round differently in other columns
     got = kernels.hardest(q_ND, c_CD.repeat(500, 1), torch.tensor([0, 1, -1, 499, 2]), 3)
     assert got.column_Nm.tolist() == [[1, 2, 3], [0, 2, 3], [0, 1, 2], [0, 1, 2], [0, 1, 3]]
 
@@ -85,7 +85,7 @@ def test_fewer_columns_than_asked_for(kernels: Any, m: int) -> None:
         assert torch.equal(got.column_Nm, expected.column_Nm)
         assert torch.equal(got.similarity_Nm == float("-inf"), expected.column_Nm == -1)
     assert kernels.hardest(q_ND[:0], c_CD, None, m).column_Nm.shape == (0, m)
-    assert (kernels.hardest(q_ND, c_CD, None, m, -1.5).column_Nm == -1).all()  # nothing is so dissimilar
+    assert (kernels.hardest(q_ND, c_CD, None, m, -1.5).column_Nm == -1).all()  # no column is so dissimilar
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -98,7 +98,7 @@ def test_as_exact_as_plain_pytorch(queries: int, columns: int, dtype: torch.dtyp
         check(chunked.hardest(q_ND, c_CD, own, m, below), q_ND, c_CD, own, m, below)
 
 
-def test_tiles_of_the_size_in_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_default_tile_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     q_ND, c_CD, own_N = unit_rows(40, 3000, 32)
     assert chunked._TILE < 1500
@@ -113,14 +113,13 @@ def largest_output(kernels: Any, q_ND: Tensor, c_CD: Tensor) -> int:
 
 def test_nothing_of_size_queries_times_columns() -> None:
     q_ND, c_CD, _ = unit_rows(256, 8192, 16)
-    assert largest_output(reference, q_ND, c_CD) >= 256 * 8192  # so that the probe is known to see one
-    assert largest_output(chunked, q_ND, c_CD) <= 256 * 208  # a tile in whole blocks
+    assert largest_output(reference, q_ND, c_CD) >= 256 * 8192  # the probe sees such a tensor
+    assert largest_output(chunked, q_ND, c_CD) <= 256 * 208  # a tile, rounded up to blocks
 
 
-@pytest.mark.parametrize("kernels", ["reference", "chunked"])
-def test_by_name(kernels: str) -> None:
+def test_as_an_operator() -> None:
     q_ND, c_CD, own_N = rows_with_ties(3, 50, 32)
-    assert equal(hardest(q_ND, c_CD, own_N, 4, 0.5, kernels=kernels), brute_force(q_ND, c_CD, own_N, 4, 0.5))
+    assert equal(hardest(q_ND, c_CD, own_N, 4, 0.5), brute_force(q_ND, c_CD, own_N, 4, 0.5))
 
 
 @BOTH

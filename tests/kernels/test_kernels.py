@@ -1,7 +1,8 @@
-"""What all kernels share: the choice of implementation, the checks of what users give."""
+"""What all kernels share: the registration per device and the checks of arguments."""
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -9,22 +10,34 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import kernels
-from kernels import check_temperature, chunked, implementation, reference
+from kernels import AdversaryParams, check_temperature, chunked, ops, reference
 from tests.kernels.cases import Case, make_case, score, step
 
 
-def test_implementation_by_name() -> None:
-    assert implementation("reference") is reference
-    assert implementation("chunked") is chunked
-    with pytest.raises(ValueError, match=r"kernels: got 'fast', need one of reference, chunked, triton"):
-        implementation("fast")
+def test_a_cpu_runs_chunked(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(5, 3, 7, 32)
+    calls = []
+
+    def spy(*args: Any) -> kernels.Score:
+        calls.append(args)
+        return reference.score(*args)
+
+    monkeypatch.setattr(chunked, "score", spy)
+    torch.testing.assert_close(score(kernels, case)._asdict(), score(reference, case)._asdict())
+    assert len(calls) == 1
 
 
-def test_triton_without_a_device_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match=r"triton needs a CUDA device, or TRITON_INTERPRET=1"):
-        implementation("triton")
+def test_a_gpu_without_triton_runs_chunked_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kernels.triton.tiles.unsupported", lambda q_ND: "got a device of sm_75")
+    case = make_case(5, 3, 7, 32)
+    for _ in range(2):
+        got = ops._run_triton("score", case.q_ND, case.k_MD, case.own_N, case.n_KD, 0.12, 0.02)
+        torch.testing.assert_close(got, tuple(score(reference, case)))
+    assert [record.getMessage() for record in caplog.records] == [
+        "got a device of sm_75: using the slower PyTorch implementation"
+    ]
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.12, 1.0])
@@ -46,11 +59,11 @@ def test_the_least_temperature_fits_fp32() -> None:
 
 
 def columns(case: Case) -> Case:
-    """The same numbers, the queries' in columns."""
+    """Return the case with the queries in column-major order."""
     return case._replace(q_ND=case.q_ND.T.contiguous().T)
 
 
-@pytest.mark.parametrize("name", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", [reference, chunked])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -70,13 +83,13 @@ def columns(case: Case) -> Case:
         (columns, r"queries have strides \(1, 4\), need contiguous rows"),
     ],
 )
-def test_score_refuses(change: Callable[[Case], Case], message: str, name: str) -> None:
+def test_score_refuses(change: Callable[[Case], Case], message: str, implementation: Any) -> None:
     case = change(make_case(4, 4, 6, 32).to(torch.float32))
     with pytest.raises(ValueError, match="^score: " + message):
-        score(implementation(name), case)
+        score(implementation, case)
 
 
-@pytest.mark.parametrize("name", ["reference", "chunked"])
+@pytest.mark.parametrize("implementation", [reference, chunked])
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -92,61 +105,59 @@ def test_score_refuses(change: Callable[[Case], Case], message: str, name: str) 
         (lambda c: c._replace(n_KD=c.n_KD[:0], w_KD=c.w_KD[:0], v_KD=c.v_KD[:0]), r"got an empty bank, need at least"),
     ],
 )
-def test_adversary_step_refuses(change: Callable[[Case], Case], message: str, name: str) -> None:
+def test_adversary_step_refuses(change: Callable[[Case], Case], message: str, implementation: Any) -> None:
     case = change(make_case(4, 4, 6, 32).to(torch.float32))
     with pytest.raises(ValueError, match="^adversary_step: " + message):
-        step(implementation(name), case, torch.ones(4))
+        step(implementation, case, torch.ones(4))
 
 
-@pytest.mark.parametrize("name", ["reference", "chunked"])
-def test_rows_that_are_not_unit_are_found_in_debug_mode(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("implementation", [reference, chunked])
+def test_rows_that_are_not_unit_are_found_in_debug_mode(implementation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(4, 4, 6, 32).to(torch.float32)
     case.n_KD[5] *= 1.1
 
-    score(implementation(name), case)
+    score(implementation, case)
     monkeypatch.setenv("TRAINER_DEBUG", "1")
-    with pytest.raises(ValueError, match=r"row 5 of the negatives has length 1\.1, need unit rows"):
-        score(implementation(name), case)
+    with pytest.raises(ValueError, match=r"row 5 of the negatives has norm 1\.1, need unit rows"):
+        score(implementation, case)
     case.n_KD[5] = math.nan
-    with pytest.raises(ValueError, match=r"row 5 of the negatives has length nan, need unit rows"):
-        score(implementation(name), case)
+    with pytest.raises(ValueError, match=r"row 5 of the negatives has norm nan, need unit rows"):
+        score(implementation, case)
     case.n_KD[5] = torch.nn.functional.normalize(torch.ones(32), dim=0)
-    score(implementation(name), case.to(torch.bfloat16))  # whose rows are unit only up to rounding
+    score(implementation, case.to(torch.bfloat16))  # unit rows up to rounding
 
 
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-def test_operators_keep_what_torch_asks_of_them(weights: torch.dtype) -> None:
-    """Schema, what is mutated, aliases, fake tensors against real ones: torch.library.opcheck's tests."""
+def test_operators_pass_opcheck(weights: torch.dtype) -> None:
+    """Run torch.library.opcheck's tests of schema, mutation, aliases and fake tensors."""
     case = make_case(5, 3, 7, 32).to(torch.float32)
     tests = ("test_schema", "test_faketensor")
-    for name in ("reference", "chunked"):
+    torch.library.opcheck(
+        torch.ops.adco.score.default, (case.q_ND, case.k_MD, case.own_N, case.n_KD, 0.12, 0.02), test_utils=tests
+    )
+    torch.library.opcheck(torch.ops.adco.hardest.default, (case.q_ND, case.n_KD, case.own_N, 2, 0.5), test_utils=tests)
+    w_KD, coef_N = case.w_KD.to(weights), torch.ones(5)
+    for v_KD in (case.v_KD, None):
         torch.library.opcheck(
-            kernels._score, (name, case.q_ND, case.k_MD, case.own_N, case.n_KD, 0.12, 0.02), test_utils=tests
+            torch.ops.adco.adversary_step.default,
+            (case.q_ND, coef_N, case.n_KD, w_KD, v_KD, [0.02, 3.0, 0.9, 1e-4], 0, 0),
+            test_utils=tests,
         )
-        torch.library.opcheck(kernels._hardest, (name, case.q_ND, case.n_KD, case.own_N, 2, 0.5), test_utils=tests)
-        w_KD, coef_N = case.w_KD.to(weights), torch.ones(5)
-        for v_KD in (case.v_KD, None):
-            torch.library.opcheck(
-                kernels._adversary_step,
-                (name, case.q_ND, coef_N, case.n_KD, w_KD, v_KD, 0.02, 3.0, 0.9, 1e-4, 0, 0),
-                test_utils=tests,
-            )
 
 
 def test_compiles_as_one_graph() -> None:
     case = make_case(5, 3, 7, 32).to(torch.float32)
 
-    def game(case: Case) -> tuple[Tensor, Tensor]:
-        z = kernels.score(case.q_ND * 1.0, case.k_MD, case.own_N, case.n_KD, 0.12, 0.02, kernels="chunked")
+    def run(case: Case) -> tuple[Tensor, Tensor]:
+        z = kernels.score(case.q_ND * 1.0, case.k_MD, case.own_N, case.n_KD, 0.12, 0.02)
         stats = kernels.adversary_step(
-            case.q_ND, 1 / z.za_N, case.n_KD, case.w_KD, case.v_KD,
-            temperature=0.02, lr=3.0, momentum=0.9, weight_decay=1e-4, kernels="chunked",
+            case.q_ND, 1 / z.za_N, case.n_KD, case.w_KD, case.v_KD, AdversaryParams(0.02, 3.0, 0.9, 1e-4)
         )  # fmt: skip
         return z.z_N.log() + 1, stats.mass_K
 
-    compiled = torch.compile(game, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     copies = [case._replace(n_KD=case.n_KD.clone(), w_KD=case.w_KD.clone(), v_KD=case.v_KD.clone()) for _ in range(2)]
-    for got, plain in zip(compiled(copies[0]), game(copies[1]), strict=True):
+    for got, plain in zip(compiled(copies[0]), run(copies[1]), strict=True):
         torch.testing.assert_close(got, plain)
     assert torch.equal(copies[0].w_KD, copies[1].w_KD)
     assert not torch.equal(copies[0].w_KD, case.w_KD)
@@ -155,5 +166,5 @@ def test_compiles_as_one_graph() -> None:
 def test_fake_tensors_need_no_memory() -> None:
     with FakeTensorMode():
         q_ND, n_KD = torch.empty(4096, 128), torch.empty(2**33, 128)
-        o_ND = kernels.score(q_ND, q_ND, None, n_KD, 0.12, 0.02, kernels="chunked").o_ND
+        o_ND = kernels.score(q_ND, q_ND, None, n_KD, 0.12, 0.02).o_ND
         assert o_ND.shape == q_ND.shape

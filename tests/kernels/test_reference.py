@@ -1,4 +1,4 @@
-"""The specification against the loss itself: logits written out, differentiated by autograd, in fp64."""
+"""The specification against the loss with materialised logits, differentiated by autograd, in fp64."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import reference
+from kernels import AdversaryParams, reference
 from tests.kernels.cases import ADVERSARY_TEMPERATURE, TEMPERATURE, Case, make_case
 
 
@@ -18,7 +18,7 @@ def mean_loss(q_ND: Tensor, k_ND: Tensor, n_KD: Tensor, temperature: float) -> T
 
 
 def paired(queries: int = 6, negatives: int = 20, dim: int = 8) -> Case:
-    """A case in which key i is query i's own."""
+    """Make a case in which key i is query i's own."""
     return make_case(queries, queries, negatives, dim)._replace(own_N=torch.arange(queries))
 
 
@@ -27,7 +27,7 @@ def score(case: Case) -> reference.Score:
 
 
 def step(case: Case, lr: float, momentum: float, weight_decay: float) -> tuple[Case, reference.AdversaryStats]:
-    """The case after one step of the adversary on the mean loss; the given one is left as it is."""
+    """Return a copy of the case after one step of the adversary on the mean loss."""
     after = case._replace(n_KD=case.n_KD.clone(), w_KD=case.w_KD.clone(), v_KD=case.v_KD.clone())
     stats = reference.adversary_step(
         after.q_ND,
@@ -35,10 +35,7 @@ def step(case: Case, lr: float, momentum: float, weight_decay: float) -> tuple[C
         after.n_KD,
         after.w_KD,
         after.v_KD,
-        temperature=ADVERSARY_TEMPERATURE,
-        lr=lr,
-        momentum=momentum,
-        weight_decay=weight_decay,
+        AdversaryParams(ADVERSARY_TEMPERATURE, lr, momentum, weight_decay),
     )
     return after, stats
 

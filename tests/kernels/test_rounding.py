@@ -1,4 +1,4 @@
-"""Weights in bf16, rounded at random: the rounding itself, and that a bank of them moves as one of fp32 does."""
+"""Stochastic rounding of bf16 weights: the rounding itself, and that a bf16 bank moves like an fp32 bank."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import chunked, reference
+from kernels import AdversaryParams, chunked, reference
 from kernels.rounding import random_bits, round_to_bf16, seed32
 from tests.kernels.cases import ADVERSARY_TEMPERATURE, TEMPERATURE, make_case
 
 CPU = torch.device("cpu")
 
 
-def test_bits_are_those_of_the_row_wherever_it_is_held() -> None:
+def test_bits_depend_on_the_index_of_the_row_only() -> None:
     whole = random_bits(seed=7, first=0, rows=50, dim=33, device=CPU)
     assert torch.equal(random_bits(seed=7, first=20, rows=30, dim=33, device=CPU), whole[20:])
     assert not torch.equal(random_bits(seed=8, first=0, rows=50, dim=33, device=CPU), whole)
@@ -21,7 +21,9 @@ def test_bits_are_those_of_the_row_wherever_it_is_held() -> None:
 
 
 def test_bits_are_even_and_independent() -> None:
-    bits = random_bits(seed=3, first=2**31 - 500, rows=1000, dim=64, device=CPU)  # across the sign of 32 bits
+    bits = random_bits(
+        seed=3, first=2**31 - 500, rows=1000, dim=64, device=CPU
+    )  # across the sign bit of 32-bit indices
     signs = torch.stack([(bits >> b & 1).double() * 2 - 1 for b in range(32)])
     deviation = bits.numel() ** -0.5
     assert signs.mean((1, 2)).abs().max() < 5 * deviation
@@ -40,7 +42,7 @@ def test_rounds_to_a_neighbour_and_right_on_average() -> None:
 
 
 def steps(kernels: Any, weights: torch.dtype, velocity: torch.dtype | None, count: int) -> tuple[Tensor, list[Tensor]]:
-    """Where a bank is after some steps, and the tensors that hold it."""
+    """Return the unit rows of a bank after some steps, and its stored tensors."""
     case = make_case(40, 0, 100, 32, own="none").to(torch.float32)
     w_KD = (0.3 * case.w_KD).to(weights)
     v_KD = None if velocity is None else torch.zeros_like(w_KD, dtype=velocity)
@@ -53,10 +55,7 @@ def steps(kernels: Any, weights: torch.dtype, velocity: torch.dtype | None, coun
             n_KD,
             w_KD,
             v_KD,
-            temperature=ADVERSARY_TEMPERATURE,
-            lr=0.003 if velocity is not None else 0.03,
-            momentum=0.9,
-            weight_decay=1e-4,
+            AdversaryParams(ADVERSARY_TEMPERATURE, 0.003 if velocity is not None else 0.03, 0.9, 1e-4),
             seed=i,
             first=17,
         )
@@ -69,14 +68,14 @@ def test_chunked_rounds_as_the_reference(weights: torch.dtype, velocity: torch.d
     _, expected = steps(reference, weights, velocity, 1)
     _, got = steps(chunked, weights, velocity, 1)
     for x, y in zip(got, expected, strict=True):
-        if x.dtype == torch.bfloat16:  # sums in another order may fall to the other side of a random threshold
+        if x.dtype == torch.bfloat16:  # sums in another order may cross a random threshold
             assert (x != y).float().mean() < 2e-3
         torch.testing.assert_close(x.float(), y.float(), rtol=1e-2, atol=1e-5)
 
 
 @pytest.mark.parametrize("velocity", [torch.float32, torch.bfloat16, None])
-def test_a_bank_in_bf16_follows_the_one_in_fp32(velocity: torch.dtype | None) -> None:
-    """Its steps are far below bf16's resolution: rounded to the nearest it would stand still."""
+def test_a_bf16_bank_moves_like_an_fp32_bank(velocity: torch.dtype | None) -> None:
+    """The steps are far below the resolution of bf16: with rounding to nearest the bank would not move."""
     start, _ = steps(reference, torch.float32, velocity, 0)
     exact, _ = steps(reference, torch.float32, velocity, 100)
     got, _ = steps(chunked, torch.bfloat16, velocity, 100)

@@ -1,7 +1,7 @@
-"""The Triton kernels: their arithmetic in Triton's interpreter, and what the compiler makes of them for a GPU.
+"""The Triton kernels: their arithmetic in Triton's interpreter, and their compiled code for GPUs.
 
-The interpreter must be chosen before the kernels are imported and cannot be left again, and the compiler does not run
-where it was chosen: each file of checks runs in a pytest process of its own.
+The interpreter must be chosen before the kernels are imported, cannot be switched off again, and prevents compilation.
+Each file of checks therefore runs in a pytest process of its own.
 """
 
 import os

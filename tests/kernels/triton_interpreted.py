@@ -1,6 +1,6 @@
 """The Triton kernels in Triton's interpreter against the specification; run by `test_triton.py`.
 
-The interpreter knows nothing of tf32 and of bf16 products: it multiplies in fp32 where a GPU would round the factors.
+The interpreter has no tf32 or bf16 products: it multiplies in fp32 where a GPU would round the factors.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import implementation, reference
-from kernels.triton import functions as gpu
+import kernels
+from kernels import AdversaryParams, chunked, ops, reference
 from kernels.triton.tiles import num_splits
 from tests.kernels.cases import (
     ADVERSARY_TEMPERATURE,
@@ -23,13 +23,14 @@ from tests.kernels.cases import (
     score,
     step,
 )
-from tests.kernels.test_golden import GAMES, check_first_step
+from tests.kernels.test_golden import VARIANTS, check_first_step
 
+gpu = ops.triton_kernels()
 SIZES = [(1, 1), (1, 1000), (17, 255), (255, 17), (64, 256), (300, 1000)]  # queries, negatives
 
 
 def narrow_case(dtype: torch.dtype, *args: Any, **kwargs: Any) -> Case:
-    """`make_case` with queries, keys and unit negatives of this type and fp32 weights and velocity."""
+    """Make a case with queries, keys and unit negatives of this dtype and fp32 weights and velocity."""
     case = make_case(*args, **kwargs)
     return case.to(dtype)._replace(w_KD=case.w_KD.float(), v_KD=case.v_KD.float())
 
@@ -63,7 +64,7 @@ def test_every_dimension(dtype: torch.dtype, dim: int) -> None:
     coef_N = 1 / (score(reference, case).za_N * 33)
     truth = changed(*step(reference, case, coef_N))
     for name, got in changed(*step(gpu, case, coef_N)).items():
-        # The same formula but for the order of sums; fp16 unit rows may round to either neighbour.
+        # Only the order of sums differs; fp16 unit rows may round to either neighbour.
         rtol = 2e-3 if name == "n" and dtype is torch.float16 else 2e-5
         torch.testing.assert_close(got, truth[name], rtol=rtol, atol=1e-5)
 
@@ -87,7 +88,7 @@ def test_own_keys(keys: int, own: str) -> None:
 @pytest.mark.parametrize("keys", [17, 130])
 @pytest.mark.parametrize("splits", [1, 3, 8])
 def test_splits(splits: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five tiles of 64 negatives and one or three of keys, a split has keys, negatives or both."""
+    """Splits of five tiles of 64 negatives and one or three tiles of keys contain keys, negatives or both."""
     monkeypatch.setattr("kernels.triton.score.num_splits", lambda *_: splits)
     case = make_case(17, keys, 257, 64).to(torch.float16)
     check_score_of(case)
@@ -96,11 +97,11 @@ def test_splits(splits: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_splits_fill_the_processors() -> None:
-    cpu = torch.device("cpu")  # taken for a device of eight
+    cpu = torch.device("cpu")  # counts as a device of eight processors
     assert num_splits(8, 100, cpu) == 1
     assert num_splits(2, 100, cpu) == 4  # eight programs of 25 tiles
-    assert num_splits(2, 3, cpu) == 3  # no more parts than tiles
-    assert num_splits(12, 100, cpu) == 2  # 24 programs in three turns of 50 tiles instead of 12 in two of 100
+    assert num_splits(2, 3, cpu) == 3  # no more splits than tiles
+    assert num_splits(12, 100, cpu) == 2  # 24 programs in three rounds of 50 tiles instead of 12 in two of 100
 
 
 @pytest.mark.parametrize("adversary_temperature", [0.03, 0.05, 0.12, 0.2])
@@ -109,9 +110,9 @@ def test_other_ratios_of_temperatures(adversary_temperature: float) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("game", GAMES)
-def test_first_step_of_the_independent_implementation(game: str, world_size: int) -> None:
-    check_first_step(gpu, game, world_size)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_first_step_of_the_independent_implementation(variant: str, world_size: int) -> None:
+    check_first_step(gpu, variant, world_size)
 
 
 def test_no_negatives() -> None:
@@ -119,7 +120,7 @@ def test_no_negatives() -> None:
 
 
 def test_more_rows_add_up_the_gradients_of_micro_batches() -> None:
-    """From v = 0, without decay, the new velocity is the gradient, and those of two halves add up to that of all."""
+    """From v = 0, without decay, the new velocity is the gradient; gradients of two halves add up to that of all."""
     case = make_case(34, 34, 100, 64).to(torch.float32)
     case = case._replace(v_KD=torch.zeros_like(case.v_KD))
     coef_N = 1 / (score(reference, case).za_N * 34)
@@ -133,9 +134,9 @@ def test_more_rows_add_up_the_gradients_of_micro_batches() -> None:
 
 @pytest.mark.parametrize(("w_type", "v_type"), [(torch.float32, None), (torch.bfloat16, torch.bfloat16)])
 def test_random_rounding_is_the_same_bit_for_bit(w_type: torch.dtype, v_type: torch.dtype | None) -> None:
-    """Queries of no weight leave decay and momentum, whose arithmetic has no sums."""
+    """With queries of weight 0 only decay and momentum act, whose arithmetic has no sums."""
     case = stored(make_case(17, 17, 100, 64).to(torch.float32), w_type, v_type)
-    options = {"seed": 2**40 + 2**31 + 5, "first": 2**32 - 50}  # row numbers that wrap round
+    options = {"seed": 2**40 + 2**31 + 5, "first": 2**32 - 50}  # row indices that overflow 32 bits
     got, expected = (moved(kernels, case, torch.zeros(17), **options) for kernels in (gpu, reference))
     assert torch.equal(got.w_KD, expected.w_KD)
     if v_type is not None:
@@ -153,23 +154,23 @@ def test_bf16_weights(dtype: torch.dtype, v_type: torch.dtype | None) -> None:
     got, expected = (moved(kernels, case, coef_N, seed=7, first=3) for kernels in (gpu, reference))
     for name in ("w_KD", "v_KD") if v_type else ("w_KD",):
         x, y = getattr(got, name).float(), getattr(expected, name).float()
-        # Sums in another order cross a border of rounding now and then, to the next number of bf16.
+        # Sums in another order sometimes round to the next bf16 number.
         torch.testing.assert_close(x, y, rtol=2**-7, atol=1e-5)
         if getattr(got, name).dtype == torch.bfloat16:
             assert (x != y).float().mean() < 2e-3
-    # Made of the weights as they are stored.
+    # Unit rows are computed from the stored weights.
     n_KD = torch.nn.functional.normalize(got.w_KD.float(), dim=1)
     torch.testing.assert_close(got.n_KD.float(), n_KD, rtol=1e-5 if dtype is torch.float32 else 1e-2, atol=1e-6)
 
 
 def stored(case: Case, w_type: torch.dtype, v_type: torch.dtype | None) -> Any:
-    """The case with weights and velocity of these types, or without velocity."""
+    """Return the case with weights and velocity of these dtypes, or without velocity."""
     v_KD: Any = None if v_type is None else case.v_KD.to(v_type)
     return case._replace(w_KD=case.w_KD.to(w_type), v_KD=v_KD)
 
 
 def moved(kernels: Any, case: Any, coef_N: Tensor, weight_decay: float = 1e-2, seed: int = 0, first: int = 0) -> Any:
-    """The case after a step; the given one is left as it is."""
+    """Return a copy of the case after a step."""
     n_KD, w_KD, v_KD = (None if x is None else x.clone() for x in (case.n_KD, case.w_KD, case.v_KD))
     kernels.adversary_step(
         case.q_ND,
@@ -177,10 +178,7 @@ def moved(kernels: Any, case: Any, coef_N: Tensor, weight_decay: float = 1e-2, s
         n_KD,
         w_KD,
         v_KD,
-        temperature=ADVERSARY_TEMPERATURE,
-        lr=0.3,
-        momentum=0.9,
-        weight_decay=weight_decay,
+        AdversaryParams(ADVERSARY_TEMPERATURE, 0.3, 0.9, weight_decay),
         seed=seed,
         first=first,
     )
@@ -188,16 +186,16 @@ def moved(kernels: Any, case: Any, coef_N: Tensor, weight_decay: float = 1e-2, s
 
 
 def test_as_torch_operators() -> None:
-    """Schema and shapes as declared, no result an alias of another."""
+    """Run torch.library.opcheck's tests of schema, aliases and fake tensors."""
     case = make_case(17, 17, 40, 32).to(torch.float32)
     checks = ("test_schema", "test_faketensor")
     arguments = (*case[:4], TEMPERATURE, ADVERSARY_TEMPERATURE)
-    torch.library.opcheck(torch.ops.adco.score.default, ("triton", *arguments), test_utils=checks)
+    torch.library.opcheck(torch.ops.adco.score.default, arguments, test_utils=checks)
     q_ND, coef_N = case.q_ND, torch.full((17,), 1e-20)
     for w_KD, v_KD in ((case.w_KD, case.v_KD), (case.w_KD.bfloat16(), None)):
         torch.library.opcheck(
             torch.ops.adco.adversary_step.default,
-            ("triton", q_ND, coef_N, case.n_KD, w_KD, v_KD, ADVERSARY_TEMPERATURE, 3.0, 0.9, 1e-4, 1, 2),
+            (q_ND, coef_N, case.n_KD, w_KD, v_KD, [ADVERSARY_TEMPERATURE, 3.0, 0.9, 1e-4], 1, 2),
             test_utils=checks,
         )
 
@@ -211,10 +209,7 @@ def test_the_step_changes_the_bank_in_place_and_nothing_else() -> None:
         case.n_KD,
         case.w_KD,
         case.v_KD,
-        temperature=ADVERSARY_TEMPERATURE,
-        lr=1.0,
-        momentum=0.9,
-        weight_decay=0.0,
+        AdversaryParams(ADVERSARY_TEMPERATURE, 1.0, 0.9, 0.0),
     )
     same = [torch.equal(t, old) for t, old in zip((t for t in case if t is not None), before, strict=True)]
     assert same == [True, True, True, False, False, False]  # q, k, own; n, W, v
@@ -228,8 +223,21 @@ def test_a_row_of_no_weight_counts_for_nothing() -> None:
     torch.testing.assert_close(changed(*step(gpu, case, coef_N)), without)
 
 
-def test_chosen_by_name() -> None:
-    assert implementation("triton") is gpu
+def test_the_interpreter_runs_the_operators(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A CPU runs the Triton kernels; queries that these do not take go to `chunked`, with one warning."""
+    monkeypatch.setattr(chunked, "score", None)
+    case = make_case(17, 17, 40, 32).to(torch.float32)
+    assert all(torch.equal(x, y) for x, y in zip(score(kernels, case), score(gpu, case), strict=True))
+
+    monkeypatch.undo()
+    monkeypatch.setattr(ops, "triton_kernels", None)
+    for case in (make_case(4, 4, 6, 48).to(torch.float32), make_case(4, 4, 6, 32)):
+        for _ in range(2):
+            assert all(torch.equal(x, y) for x, y in zip(score(kernels, case), score(chunked, case), strict=True))
+    slower = "using the slower PyTorch implementation"
+    assert [record.getMessage().endswith(slower) for record in caplog.records] == [True, True]
+    assert "dimension 48" in caplog.text
+    assert "type torch.float64" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -3,15 +3,16 @@
 import pytest
 import torch
 
-from kernels import hardest
-from kernels.triton import functions as gpu
+from kernels import hardest, ops
 from kernels.triton.tiles import Tiles
 from tests.kernels.mining_cases import COLUMNS, QUERIES, brute_force, check, rows_with_ties, unit_rows
+
+gpu = ops.triton_kernels()
 
 
 @pytest.fixture
 def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that the interpreter, slow by the operation and not by the element, has fewer of them to do."""
+    """Use few large tiles, because the interpreter's time depends on the number of operations."""
     monkeypatch.setattr("kernels.triton.hardest.tiles", lambda *_: Tiles(128, 128, 8, 2))
 
 
@@ -39,7 +40,7 @@ def test_of_equal_ones_the_lower_column(dtype: torch.dtype, splits: int, monkeyp
 
 @pytest.mark.parametrize(("m", "splits"), [(16, 1), (16, 8), (64, 3), (128, 3)])
 def test_splits(m: int, splits: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of five tiles of 64 columns, three splits leave the last with one, and eight leave three with none."""
+    """Five tiles of 64 columns: the last of three splits has one tile, and three of eight splits have none."""
     monkeypatch.setattr("kernels.triton.hardest.num_splits", lambda *_: splits)
     q_ND, c_CD, own_N = (x.half() if x.is_floating_point() else x for x in unit_rows(17, 257, 32))
     check(gpu.hardest(q_ND, c_CD, own_N, m, 0.3), q_ND, c_CD, own_N, m, 0.3)
@@ -63,7 +64,7 @@ def test_fewer_columns_than_asked_for(m: int) -> None:
         assert torch.equal(got.column_Nm, expected.column_Nm)
         assert torch.equal(got.similarity_Nm == float("-inf"), expected.column_Nm == -1)
     assert gpu.hardest(q_ND[:0], c_CD, None, m).column_Nm.shape == (0, m)
-    assert (gpu.hardest(q_ND, c_CD, None, m, -1.5).column_Nm == -1).all()  # nothing is so dissimilar
+    assert (gpu.hardest(q_ND, c_CD, None, m, -1.5).column_Nm == -1).all()  # no column is so dissimilar
 
 
 def test_zeros_of_both_signs_are_equal() -> None:
@@ -72,9 +73,9 @@ def test_zeros_of_both_signs_are_equal() -> None:
     assert gpu.hardest(torch.ones(2, 32), c_CD, None, 4).column_Nm.tolist() == [[0, 1, 2, 3]] * 2
 
 
-def test_by_name() -> None:
+def test_as_an_operator() -> None:
     q_ND, c_CD, own_N = rows_with_ties(3, 50, 32)
-    got = hardest(q_ND.float(), c_CD.float(), own_N, 4, 0.5, kernels="triton")
+    got = hardest(q_ND.float(), c_CD.float(), own_N, 4, 0.5)
     assert torch.equal(got.column_Nm, brute_force(q_ND, c_CD, own_N, 4, 0.5).column_Nm)
 
 

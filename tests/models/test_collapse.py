@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from models.collapse import collapse, spread
+from models.collapse import describe_collapse, embedding_spread
 from tests.ranks import run_ranks
 
 N, D = 600, 16
@@ -19,7 +19,7 @@ def measure() -> list[dict[str, float]]:
     near_ND = 1 + 0.01 * x_ND
     world_size, rank = dist.get_world_size(), dist.get_rank()
     return [
-        spread(nn.functional.normalize(z_ND, dim=1).chunk(world_size)[rank])
+        embedding_spread(nn.functional.normalize(z_ND, dim=1).chunk(world_size)[rank])
         for z_ND in (x_ND, flat_ND, line_ND, near_ND, torch.ones(N, D))
     ]
 
@@ -32,9 +32,9 @@ def test_spread() -> None:
     assert flat["feature_std"] == pytest.approx((4 / D) ** 0.5, abs=0.02)  # 4 of D elements, 1/2 each, times sqrt(D)
     assert (line["effective_rank"], line["feature_std"]) == pytest.approx((1, 1), abs=0.01)
     assert (point["effective_rank"], point["feature_std"]) == pytest.approx((1, 0), abs=1e-3)
-    assert [collapse(x) is None for x in (everywhere, flat)] == [True, True]
-    assert "vary in one direction only" in str(collapse(line))
-    assert all("nearly the same embedding" in str(collapse(x)) for x in (near, point))
+    assert [describe_collapse(x) is None for x in (everywhere, flat)] == [True, True]
+    assert "vary in one direction only" in str(describe_collapse(line))
+    assert all("nearly the same embedding" in str(describe_collapse(x)) for x in (near, point))
 
 
 def test_spread_is_that_of_all_ranks() -> None:

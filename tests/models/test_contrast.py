@@ -1,10 +1,10 @@
-"""The game over several ranks against a plain fp64 formula on one: every placement gives the same.
+"""Contrastive loss and bank on several ranks against a plain fp64 formula on one, for every placement.
 
-With TRITON_INTERPRET=1 in the environment (see `test_triton.py`) the Triton kernels are tested, else the others.
+With TRITON_INTERPRET=1 in the environment (see `test_triton.py`) the Triton kernels are tested, otherwise the others.
 """
 
 import os
-from typing import NamedTuple, cast
+from typing import Literal, NamedTuple, cast
 
 import pytest
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from models.adco import AdCo, Settings
 from models.encoder import Encoder
-from models.negatives.bank import Bank, BankUpdate, make_mesh
+from models.negatives.bank import Bank, BankUpdate
+from models.negatives.base import BankSettings, Placement, make_mesh
 from models.negatives.contrast import contrast
+from tests.kernels.cases import use_kernels
 from tests.ranks import run_ranks
 
 B, D, K = 12, 32, 37  # images over all ranks; K is divisible by no number of ranks
@@ -26,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 class Outcome(NamedTuple):
-    """Of one rank, after ten steps: losses, gradients of its queries, its shard of the bank and where that begins."""
+    """One rank after ten steps: losses, gradients of its queries, its shard of the bank, and the first row's index."""
 
     losses: Tensor
     dq: Tensor
@@ -41,24 +43,15 @@ def unit(*shape: int, seed: int) -> Tensor:
 
 
 def make_bank(
-    placement: str,
+    placement: Placement,
     ranks_per_node: int,
-    kernels: str,
     dtype: torch.dtype = torch.float32,
-    stored: torch.dtype | None = None,
+    stored: Literal["fp32", "bf16"] = "fp32",
 ) -> Bank:
-    bank = Bank(
-        K,
-        D,
-        make_mesh(placement, CPU, ranks_per_node),
-        kernels=kernels,
-        temperature=TA,
-        momentum=MOMENTUM,
-        weight_decay=DECAY,
-        precision=dtype,
-        weights=stored or dtype,
-        velocity=stored or dtype,
+    settings = BankSettings(
+        size=K, temperature=TA, momentum=MOMENTUM, weight_decay=DECAY, weights=stored, velocity=stored
     )
+    bank = Bank(settings, D, make_mesh(placement, CPU, ranks_per_node), dtype)
     w_KD = 1.5 * unit(K, D, seed=1).to(dtype)
     bank.fill(w_KD[bank.first : bank.first + len(bank.w_KD)])
     return bank
@@ -66,14 +59,15 @@ def make_bank(
 
 def ten_steps(
     kernels: str,
-    placement: str,
+    placement: Placement,
     ranks_per_node: int,
     batch_keys: bool,
     views: int,
-    stored: torch.dtype | None = None,
+    stored: Literal["fp32", "bf16"] = "fp32",
 ) -> Outcome:
+    use_kernels(kernels)
     rank, world_size = dist.get_rank(), dist.get_world_size()
-    bank = make_bank(placement, ranks_per_node, kernels, stored=stored)
+    bank = make_bank(placement, ranks_per_node, stored=stored)
     mine = slice(rank * B // world_size, (rank + 1) * B // world_size)
     losses, gradients = [], []
     for step in range(STEPS):
@@ -83,7 +77,7 @@ def ten_steps(
         result = contrast(queries, k_BD, bank, T, batch_keys)
         result.loss_N.sum().backward()
         assert queries.grad is not None
-        bank.step([result.rows(1 / B)], LR, seed=step)
+        bank.update([[result.bank_update(1 / B)]], LR, seed=step)
         losses.append(result.loss_N.detach().view(views, -1))
         gradients.append(queries.grad.view(views, -1, D))
     assert bank.v_KD is not None
@@ -91,7 +85,7 @@ def ten_steps(
 
 
 def expected(batch_keys: bool, views: int) -> Outcome:
-    """The same in fp64 with autograd, everything materialised."""
+    """Compute the same in fp64 with autograd and materialised logits."""
     w = (1.5 * unit(K, D, seed=1)).float().double()
     v = torch.zeros_like(w)
     losses, gradients = [], []
@@ -116,9 +110,7 @@ def expected(batch_keys: bool, views: int) -> Outcome:
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-@pytest.mark.parametrize(
-    "batch_keys", [True] if TRITON else [True, False]
-)  # a matter of models.negatives.contrast only
+@pytest.mark.parametrize("batch_keys", [True] if TRITON else [True, False])  # False does not concern the kernels
 @pytest.mark.parametrize(
     ("world_size", "placement", "ranks_per_node"),
     [
@@ -159,8 +151,8 @@ def test_every_placement_agrees_with_the_formula(
 def test_a_bank_in_bf16_is_rounded_alike_in_every_placement(
     world_size: int, placement: str, ranks_per_node: int
 ) -> None:
-    (whole,) = run_ranks(1, ten_steps, KERNELS[-1], "sharded", 1, True, 1, torch.bfloat16)
-    ranks = run_ranks(world_size, ten_steps, KERNELS[-1], placement, ranks_per_node, True, 1, torch.bfloat16)
+    (whole,) = run_ranks(1, ten_steps, KERNELS[-1], "sharded", 1, True, 1, "bf16")
+    ranks = run_ranks(world_size, ten_steps, KERNELS[-1], placement, ranks_per_node, True, 1, "bf16")
     w_KD = torch.cat([got.w for got in ranks[:2]])
     assert w_KD.dtype == torch.bfloat16
     assert (w_KD != whole.w).float().mean() < 0.02  # where sums in another order meet a random threshold
@@ -170,7 +162,7 @@ def test_a_bank_in_bf16_is_rounded_alike_in_every_placement(
 
 
 def rounded() -> None:
-    bank = make_bank("sharded", 1, KERNELS[-1], torch.bfloat16, torch.float32)
+    bank = make_bank("sharded", 1, torch.bfloat16)
     q_BD, k_BD = unit(B, D, seed=3).float().requires_grad_(), unit(B, D, seed=4).float()
     result = contrast(q_BD, k_BD, bank, T, True)
     result.loss_N.sum().backward()
@@ -182,7 +174,7 @@ def rounded() -> None:
     torch.testing.assert_close(result.loss_N.double(), loss_N, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(q_BD.grad.double(), dq, rtol=1e-5, atol=1e-5)  # type: ignore[union-attr]
     assert result.queries_ND.dtype == torch.bfloat16
-    bank.step([result.rows(1 / B)], LR, seed=0)
+    bank.update([[result.bank_update(1 / B)]], LR, seed=0)
     assert bank.w_KD.dtype == torch.float32
     # Up to one unit of bf16's last place: Triton's interpreter cuts digits off.
     torch.testing.assert_close(bank.n_KD.float(), nn.functional.normalize(bank.w_KD, dim=1), rtol=0, atol=4e-3)
@@ -193,10 +185,10 @@ def test_every_similarity_is_of_the_rounded_vectors() -> None:
 
 
 def adco_losses(symmetric: bool, crops: str, views: int) -> tuple[float, Tensor]:
-    """The loss of the game on given embeddings and the summed weight of the adversary's rows."""
-    bank = make_bank("sharded", 1, "reference", torch.float64)
+    """Return AdCo's loss on given embeddings and the summed probability of the bank's updates."""
+    bank = make_bank("sharded", 1, torch.float64)
     network = cast(Encoder, nn.Identity())
-    adco = AdCo(network, bank, Settings.model_validate({"temperature": T, "symmetric": symmetric, "crops": crops}))
+    adco = AdCo(network, Settings.model_validate({"temperature": T, "symmetric": symmetric, "crops": crops}), bank)
     keys = {j: unit(B, D, seed=10 + j) for j in ([0, 1] if symmetric else [0])}
     queries = {i: unit(B, D, seed=20 + i) for i in range(views) if list(keys) != [i]}
     output = adco.loss(queries, keys)
@@ -205,12 +197,12 @@ def adco_losses(symmetric: bool, crops: str, views: int) -> tuple[float, Tensor]
 
 
 def pair_loss(i: int, j: int) -> float:
-    """Mean loss of view i's queries against view j's keys."""
-    bank = make_bank("sharded", 1, "reference", torch.float64)
+    """Return the mean loss of view i's queries against view j's keys."""
+    bank = make_bank("sharded", 1, torch.float64)
     return float(contrast(unit(B, D, seed=20 + i), unit(B, D, seed=10 + j), bank, T, True).loss_N.mean())
 
 
-def games() -> None:
+def variants() -> None:
     two, three = 2, 3
     asym = pair_loss(1, 0)
     assert adco_losses(False, "sum", two)[0] == pytest.approx(asym)
@@ -221,19 +213,19 @@ def games() -> None:
     both = pair_loss(1, 0) + pair_loss(2, 0) + pair_loss(0, 1) + pair_loss(2, 1)
     assert adco_losses(True, "sum", three)[0] == pytest.approx(both / 2)
     assert adco_losses(True, "mean", three)[0] == pytest.approx(both / 4)
-    # A row's probabilities over the negatives add up to less than its weight; all rows to less than the views' sum.
+    # The probabilities of a query over the negatives add up to less than its weight.
     assert 0 < adco_losses(False, "mean", three)[1] < 1
     assert 0.5 * float(adco_losses(False, "sum", three)[1]) == pytest.approx(
         float(adco_losses(False, "mean", three)[1])
     )
 
 
-def test_every_kind_of_game_weighs_its_views() -> None:
-    run_ranks(1, games)
+def test_every_variant_weighs_its_views() -> None:
+    run_ranks(1, variants)
 
 
 def hardest() -> None:
-    bank = make_bank("sharded", 1, KERNELS[-1])
+    bank = make_bank("sharded", 1)
     k_BD = unit(B, D, seed=3).float()
     q_BD = nn.functional.normalize(k_BD + 0.1 * unit(B, D, seed=4).float(), dim=1)
     result = contrast(q_BD, k_BD, bank, T, True)
@@ -249,12 +241,13 @@ def test_the_hardest_negative_is_not_the_own_key() -> None:
 
 
 def statistics() -> tuple[dict[str, float], float, float]:
-    bank = make_bank("sharded", dist.get_world_size(), KERNELS[-1])
+    bank = make_bank("sharded", dist.get_world_size())
     q_ND = unit(B, D, seed=5).float()
     before = bank.w_KD.clone()
-    stats = bank.step([BankUpdate(q_ND, torch.full((B,), 0.01))], lr=0.0, seed=0)
+    bank.update([[BankUpdate(q_ND, torch.full((B,), 0.01))]], lr=0.0, seed=0)
     assert torch.equal(bank.w_KD, before)
-    return bank.metrics(stats), float(stats.mass_K.sum()), float(stats.mass_K.square().sum())
+    assert bank.stats
+    return bank.metrics(), float(bank.stats.mass_K.sum()), float(bank.stats.mass_K.square().sum())
 
 
 def test_statistics_are_of_the_whole_bank() -> None:
@@ -268,7 +261,7 @@ def test_statistics_are_of_the_whole_bank() -> None:
 
 
 def wrong_mesh() -> None:
-    with pytest.raises(ValueError, match="node needs as many ranks on each node, got 3 for 2"):
+    with pytest.raises(ValueError, match="node needs the same number of ranks on each node, got 3 ranks with 2"):
         make_mesh("node", CPU, 2)
 
 

@@ -1,4 +1,4 @@
-"""Every method's loss and gradient against a plain fp64 formula, on one rank and several; what is remembered after it.
+"""Every method's loss and gradient against a plain fp64 formula, on one rank and several; and its queue.
 
 B images over all ranks, V views, D dimensions, K negatives.
 """
@@ -16,14 +16,15 @@ from models import acssl, adco, byol, moco, simclr
 from models.acssl import triplet
 from models.encoder import Encoder
 from models.method import Method, Views
-from models.negatives.bank import Bank, make_mesh
+from models.negatives.bank import Bank
+from models.negatives.base import BankSettings, Placement, make_mesh
 from models.negatives.queue import Queue
 from tests.ranks import run_ranks
 from trainer.run import checkpoint
 
 B, D, K = 12, 16, 40
 CPU = torch.device("cpu")
-NETWORK = cast(Encoder, nn.Identity())  # embeddings are given
+NETWORK = cast(Encoder, nn.Identity())  # the tests give embeddings
 
 
 def unit(*shape: int, seed: int) -> Tensor:
@@ -32,43 +33,40 @@ def unit(*shape: int, seed: int) -> Tensor:
 
 
 def embeddings(views: int) -> tuple[Tensor, Tensor]:
-    """Queries and keys of all ranks' images [V, B, D]; those of one image are alike."""
+    """Return queries and keys of all ranks' images [V, B, D]; those of one image are similar."""
     centre = unit(B, D, seed=0)
     q, k = (nn.functional.normalize(centre + 0.7 * unit(views, B, D, seed=s), dim=-1) for s in (1, 2))
     return q, k
 
 
-def make_queue(dtype: torch.dtype = torch.float64, placement: str = "sharded") -> Queue:
+def make_queue(dtype: torch.dtype = torch.float64, placement: Placement = "sharded") -> Queue:
     mesh = make_mesh(placement, CPU, dist.get_world_size())
-    return Queue(K, D, mesh, kernels="chunked", precision=dtype, seed=5)
+    return Queue(BankSettings(size=K), D, mesh, dtype, seed=5)
 
 
-def make_bank(placement: str = "sharded") -> Bank:
-    bank = Bank(
-        K, D, make_mesh(placement, CPU, dist.get_world_size()),
-        kernels="chunked", temperature=0.1, momentum=0.9, weight_decay=0.0,
-        precision=torch.float64, weights=torch.float64, velocity=torch.float64,
-    )  # fmt: skip
+def make_bank(placement: Placement = "sharded") -> Bank:
+    settings = BankSettings(size=K, temperature=0.1, momentum=0.9, weight_decay=0.0)
+    bank = Bank(settings, D, make_mesh(placement, CPU, dist.get_world_size()), torch.float64)
     bank.fill(unit(K, D, seed=3)[bank.first : bank.first + len(bank.w_KD)])
     return bank
 
 
 def make(name: str, **settings: Any) -> Method:
     if name == "adco":
-        return adco.AdCo(NETWORK, make_bank(), adco.Settings(**settings))
+        return adco.AdCo(NETWORK, adco.Settings(**settings), make_bank())
     if name == "moco":
-        return moco.MoCo(NETWORK, make_queue(), moco.Settings(**settings))
+        return moco.MoCo(NETWORK, moco.Settings(**settings), make_queue())
     if name == "simclr":
         return simclr.SimCLR(NETWORK, simclr.Settings(**settings))
     if name == "byol":
         return byol.BYOL(NETWORK, byol.Settings(**settings))
     kind = acssl.Settings(**settings)
     negatives = {"keys": None, "queue": make_queue, "bank": make_bank}[kind.negatives_from]
-    return acssl.ACSSL(NETWORK, negatives() if negatives else None, kind, "chunked")
+    return acssl.ACSSL(NETWORK, kind, negatives() if negatives else None)
 
 
 class Outcome(NamedTuple):
-    """loss: mean over ranks. dq: gradients of that mean to this rank's queries, [V, B / ranks, D]."""
+    """The mean loss over ranks, and its gradient with respect to this rank's queries, [V, B / ranks, D]."""
 
     loss: float
     dq: Tensor
@@ -89,7 +87,7 @@ def run_method(name: str, views: int, settings: dict[str, Any]) -> Outcome:
     return Outcome(float(loss) / world_size, dq / world_size, {n: float(x) for n, x in result.metrics.items()})
 
 
-# The formulas, of all images on one rank
+# The formulas, for all images on one rank.
 
 
 def nt_xent(q: Tensor, k: Tensor, temperature: float) -> Tensor:
@@ -114,7 +112,7 @@ def info_nce(q: Tensor, k: Tensor, temperature: float, pairs: list[tuple[int, in
 
 
 def predict(q: Tensor, k: Tensor) -> Tensor:
-    """BYOL, eq. 2: both directions; of more views the mean over the queries of a key."""
+    """BYOL, eq. 2, for both key views; with more views the mean over the queries of a key."""
     total = torch.zeros((), dtype=torch.float64)
     for j in (0, 1):
         others = [i for i in range(len(q)) if i != j]
@@ -180,7 +178,7 @@ CASES: list[tuple[str, int, dict[str, Any], Any]] = [
     (
         "acssl",
         2,
-        {**ACSSL, "form": "margin", "guard": -0.9},  # nothing is left to mine
+        {**ACSSL, "form": "margin", "guard": -0.9},  # the guard leaves out all columns
         lambda q, k: mined_triplets(q, k, "margin", **{**MINED, **FREE, "below": -0.9}),
     ),
     (
@@ -192,14 +190,14 @@ CASES: list[tuple[str, int, dict[str, Any], Any]] = [
 ]
 
 
-def play_all() -> list[Outcome]:
+def run_all() -> list[Outcome]:
     return [run_method(name, views, settings) for name, views, settings, _ in CASES]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_loss_and_gradient_agree_with_the_formula(world_size: int) -> None:
-    """The gradient of the mean over ranks, so what a rank's keys do to another rank's loss counts, too."""
-    ranks = run_ranks(world_size, play_all)
+    """The gradient is that of the mean over ranks, and includes the effect of a rank's keys on other losses."""
+    ranks = run_ranks(world_size, run_all)
     for number, (name, views, settings, formula) in enumerate(CASES):
         q, k = embeddings(views)
         q.requires_grad_()
@@ -220,12 +218,12 @@ def test_the_forms_of_the_triplet() -> None:
     assert soft.tolist() == pytest.approx([torch.log1p(torch.tensor([0.6, 0.4]).exp().sum()).item(), 0.0])
 
 
-# The queue
+# The queue.
 
 
-def fill_queue(placement: str, ranks_per_node: int, puts: int) -> tuple[Tensor, int, int]:
-    """Keys are numbered in their first element: 1000 * step + number in the global batch."""
-    queue = Queue(K, 4, make_mesh(placement, CPU, ranks_per_node), kernels="reference", precision=torch.float32, seed=5)
+def fill_queue(placement: Placement, ranks_per_node: int, puts: int) -> tuple[Tensor, int, int]:
+    """Return a queue whose keys have 1000 * step + index in the global batch as their first element."""
+    queue = Queue(BankSettings(size=K), 4, make_mesh(placement, CPU, ranks_per_node), seed=5)
     rank, world_size = dist.get_rank(), dist.get_world_size()
     for step in range(puts):
         keys = []
@@ -235,7 +233,7 @@ def fill_queue(placement: str, ranks_per_node: int, puts: int) -> tuple[Tensor, 
                 1000 * step + 100 * view + torch.arange(B)[rank * B // world_size : (rank + 1) * B // world_size]
             )
             keys.append(k_BD)
-        queue.put(keys)
+        queue.update([keys])
     return queue.n_KD, int(queue.pointer), queue.first
 
 
@@ -243,18 +241,18 @@ def fill_queue(placement: str, ranks_per_node: int, puts: int) -> tuple[Tensor, 
     ("world_size", "placement", "ranks_per_node"),
     [(1, "sharded", 1), (3, "sharded", 3), (2, "replicated", 2), (4, "node", 2)],
 )
-def test_the_queue_is_first_in_first_out_over_ranks(world_size: int, placement: str, ranks_per_node: int) -> None:
+def test_the_queue_is_first_in_first_out_over_ranks(world_size: int, placement: Placement, ranks_per_node: int) -> None:
     order = [1000 * step + 100 * view + b for step in range(3) for view in range(2) for b in range(B)]
     expected = torch.empty(K)
-    for rank_info, number in enumerate(order):  # 72 keys into 40 places
-        expected[rank_info % K] = number
+    for i, number in enumerate(order):  # 72 keys for 40 rows
+        expected[i % K] = number
     for n_KD, pointer, first in run_ranks(world_size, fill_queue, placement, ranks_per_node, 3):
         assert pointer == 3 * 2 * B % K
         assert torch.equal(n_KD[:, 0], expected[first : first + len(n_KD)])
 
 
 def start_of_queue() -> tuple[Tensor, int]:
-    queue = Queue(600, 4, make_mesh("sharded", CPU, 1), kernels="reference", seed=5)
+    queue = Queue(BankSettings(size=600), 4, make_mesh("sharded", CPU, 1), seed=5)
     return queue.n_KD, queue.first
 
 
@@ -267,7 +265,7 @@ def test_the_queue_starts_equal_on_any_number_of_ranks() -> None:
 
 
 def own_positives() -> list[float]:
-    """Similarity to the hardest negative of two symmetric steps on the same images, keys equal to queries."""
+    """Return the hardest similarities of two symmetric steps on the same images, with keys equal to queries."""
     method = make("moco", symmetric=True)
     x = unit(2, B, D, seed=9)
     hardest = []
@@ -278,21 +276,21 @@ def own_positives() -> list[float]:
     return hardest
 
 
-def test_no_query_meets_its_own_key_as_a_negative_in_the_same_step() -> None:
-    """Both directions of the symmetric loss are taken before the queue takes in any key; in the next step it has."""
+def test_own_keys_become_negatives_only_after_the_step() -> None:
+    """Both directions of the symmetric loss are computed before any key enters the queue."""
     hardest = run_ranks(1, own_positives)[0]
     assert hardest[0] < 0.95
     assert hardest[1] == pytest.approx(1)
 
 
-# Student and teacher
+# Student and teacher.
 
 
 def byol_step() -> dict[str, bool]:
     torch.manual_seed(0)
     channels = {"channels": (8, 8, 8, 16), "layers": (1, 1, 1, 1)}
     student = Encoder("resnet18", dim=D, head_norm=True, predictor=8, backbone_args=channels)
-    method = byol.Settings(bn="local").make(student, None, "chunked")
+    method = byol.Settings(bn="local").make(student, None)
     assert method.teacher
     views = [torch.rand(6, 3, 32, 32) for _ in range(2)]
     before = {name: x.clone() for name, x in method.teacher.state_dict().items()}
@@ -302,7 +300,7 @@ def byol_step() -> dict[str, bool]:
         "the teacher has no predictor": not any("predictor" in name for name in before),
         "no gradient to the teacher": all(p.grad is None for p in method.teacher.parameters()),
         "a gradient to the predictor": all(p.grad is not None for p in student.predictor.parameters()),
-        "the teacher's buffers wait for the step": all(
+        "the teacher's buffers change only in the step": all(
             torch.equal(x, before[name]) for name, x in method.teacher.state_dict().items() if "running" in name
         ),
         "the teacher in training mode": method.teacher.training,
@@ -310,25 +308,25 @@ def byol_step() -> dict[str, bool]:
     }
 
 
-def test_who_has_a_predictor_and_who_learns() -> None:
-    said = run_ranks(1, byol_step)[0]
-    assert all(said.values()), said
+def test_only_the_student_has_a_predictor_and_learns() -> None:
+    facts = run_ranks(1, byol_step)[0]
+    assert all(facts.values()), facts
 
 
 def test_byol_without_predictor_is_refused() -> None:
     with pytest.raises(ValueError, match=r"model\.predictor: byol needs one"):
-        byol.Settings().make(Encoder("resnet18", backbone_args={"channels": (8, 8, 8, 16)}), None, "chunked")
+        byol.Settings().make(Encoder("resnet18", backbone_args={"channels": (8, 8, 8, 16)}), None)
 
 
 def simsiam() -> tuple[float, float]:
-    """The loss of the example in docs/methods.md, and its formula."""
+    """Return the loss of the example in docs/methods.md, and its formula."""
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     names: dict[str, Any] = {**vars(byol)}
     exec(code, names)
     q, k = embeddings(2)
-    play = names["Settings"]().make(NETWORK, None, "chunked").loss(dict(enumerate(q)), dict(enumerate(k)))
-    return float(play.loss), float(-((q[0] * k[1]).sum(1).mean() + (q[1] * k[0]).sum(1).mean()) / 2)
+    output = names["Settings"]().make(NETWORK, None).loss(dict(enumerate(q)), dict(enumerate(k)))
+    return float(output.loss), float(-((q[0] * k[1]).sum(1).mean() + (q[1] * k[0]).sum(1).mean()) / 2)
 
 
 def test_the_example_of_the_documentation_works() -> None:
@@ -337,24 +335,24 @@ def test_the_example_of_the_documentation_works() -> None:
 
 
 def make_short_queue(dtype: torch.dtype) -> Queue:
-    return Queue(K, 4, make_mesh("sharded", CPU, 1), kernels="reference", precision=dtype, seed=7)
+    return Queue(BankSettings(size=K), 4, make_mesh("sharded", CPU, 1), dtype, seed=7)
 
 
 def save_queue(folder: Path) -> tuple[Tensor, int]:
     queue = make_short_queue(torch.bfloat16)
-    queue.put([unit(B, 4, seed=step)[: B // 2].float() for step in range(3)])
+    queue.update([[unit(B, 4, seed=step)[: B // 2].float() for step in range(3)]])
     assert checkpoint.save(folder, 1, {"queue": queue.state_dict()}, keep=1)
     return queue.n_KD, int(queue.pointer)
 
 
 def load_queue(folder: Path) -> tuple[Tensor, int]:
-    """Into another type, as where a run goes on on another device."""
+    """Load into another dtype, as for a run that continues on another device."""
     queue = make_short_queue(torch.float32)
     checkpoint.load(folder / "step-00000001", {"queue": queue.state_dict()})
     return queue.n_KD, int(queue.pointer)
 
 
-def test_a_queue_comes_back_on_another_number_of_ranks(tmp_path: Path) -> None:
+def test_a_queue_is_loaded_on_another_number_of_ranks(tmp_path: Path) -> None:
     saved = run_ranks(2, save_queue, tmp_path)
     loaded = run_ranks(3, load_queue, tmp_path)
     assert torch.equal(torch.cat([n for n, _ in loaded]), torch.cat([n for n, _ in saved]).float())

@@ -1,4 +1,4 @@
-"""Mining against a brute-force list of all columns: over ranks and placements, with ties, guard and skipping."""
+"""Mining against a brute-force list of all columns, for ranks and placements, with ties, guard and skipping."""
 
 from typing import NamedTuple
 
@@ -7,25 +7,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kernels import chunked, ops, reference
 from models.negatives import mining
-from models.negatives.bank import make_mesh
+from models.negatives.base import BankSettings, Placement, make_mesh
 from models.negatives.mining import mine
 from models.negatives.queue import Queue
 from tests.ranks import run_ranks
 
 B, D, K, VIEWS, M = 12, 16, 37, 2, 6  # images over all ranks; K is divisible by no number of ranks
 CPU = torch.device("cpu")
-CASES: list[tuple[str, int, float, bool]] = [  # kernels, columns skipped, guard, negatives beside the keys
+CASES: list[
+    tuple[str, int, float, bool]
+] = [  # kernels, skipped columns, guard, whether there are negatives besides the keys
     ("reference", 0, torch.inf, True),
     ("chunked", 0, 0.25, True),
     ("chunked", 4, 0.5, True),
     ("reference", 2, torch.inf, False),
-    ("chunked", 0, -0.125, False),  # leaves some queries with fewer than M columns
+    ("chunked", 0, -0.125, False),  # some queries have fewer than M columns
 ]
 
 
 def vectors(count: int, seed: int) -> Tensor:
-    """Rows of ±1/4, of length 1: similarities are multiples of 1/8, exact, and many are equal."""
+    """Return unit rows of ±1/4: their similarities are exact multiples of 1/8, and many are equal."""
     return torch.randint(0, 2, (count, D), generator=torch.Generator().manual_seed(seed)).double() / 2 - 0.25
 
 
@@ -35,21 +38,20 @@ class Mined(NamedTuple):
     dq: Tensor
 
 
-def run(placement: str, ranks_per_node: int) -> list[Mined]:
-    mining._ROWS = 5  # so that columns are weighed in several pieces
+def run(placement: Placement, ranks_per_node: int) -> list[Mined]:
+    mining._ROWS = 5  # so that columns are weighed in several chunks
     rank, world_size = dist.get_rank(), dist.get_world_size()
     mine_of = slice(rank * B // world_size, (rank + 1) * B // world_size)
     found = []
     for kernels, skip, below, beside in CASES:
+        ops.chunked = reference if kernels == "reference" else chunked
         queue = None
         if beside:
             mesh = make_mesh(placement, CPU, ranks_per_node)
-            queue = Queue(K, D, mesh, kernels=kernels, precision=torch.float64)
+            queue = Queue(BankSettings(size=K), D, mesh, torch.float64)
             queue.n_KD.copy_(vectors(K, seed=3)[queue.first : queue.first + len(queue.n_KD)])
         q_ND = torch.cat([vectors(B, seed=10 + view)[mine_of] for view in range(VIEWS)]).requires_grad_()
-        similarity_Nm, number_Nm = mine(
-            q_ND, vectors(B, seed=2)[mine_of], queue, M, skip=skip, below=below, kernels=kernels
-        )
+        similarity_Nm, number_Nm = mine(q_ND, vectors(B, seed=2)[mine_of], queue, M, skip=skip, below=below)
         weights_Nm = torch.arange(1, M + 1) * torch.ones_like(similarity_Nm)
         loss = torch.where(number_Nm >= 0, similarity_Nm * weights_Nm, 0).sum()
         (dq,) = torch.autograd.grad(loss, q_ND)
@@ -66,9 +68,9 @@ def expected(skip: int, below: float, beside: bool) -> Mined:
         for b, q_D in enumerate(vectors(B, seed=10 + view)):
             s = (q_D @ columns.T).tolist()
             order = sorted((-s[c], c) for c in range(len(s)) if c != b and s[c] < below)
-            for rank_info, (_, c) in enumerate(order[skip : skip + M]):
-                similarity[view, b, rank_info], number[view, b, rank_info] = s[c], c
-                dq[view, b] += (rank_info + 1) * columns[c]
+            for slot, (_, c) in enumerate(order[skip : skip + M]):
+                similarity[view, b, slot], number[view, b, slot] = s[c], c
+                dq[view, b] += (slot + 1) * columns[c]
     return Mined(similarity, number, dq)
 
 
@@ -92,11 +94,11 @@ def test_mined_as_a_sorted_list_of_all_columns(world_size: int, placement: str, 
 
 
 def rounded() -> tuple[Tensor, Tensor]:
-    queue = Queue(K, D, make_mesh("sharded", CPU, 1), kernels="chunked", precision=torch.bfloat16)
+    queue = Queue(BankSettings(size=K), D, make_mesh("sharded", CPU, 1), torch.bfloat16)
     q_ND, k_BD = (
         nn.functional.normalize(torch.randn(B, D, generator=torch.Generator().manual_seed(s))) for s in (1, 2)
     )
-    similarity_Nm, number_Nm = mine(q_ND, k_BD, queue, M, kernels="chunked")
+    similarity_Nm, number_Nm = mine(q_ND, k_BD, queue, M)
     columns = torch.cat([k_BD.bfloat16(), queue.n_KD]).float()
     return similarity_Nm, torch.gather(q_ND.bfloat16().float() @ columns.T, 1, number_Nm)
 

@@ -5,7 +5,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.batchnorm import plan, shuffle, synchronise_bn, unshuffle
+from models.batchnorm import plan_shuffle, shuffle, synchronise_bn, unshuffle
 from tests.ranks import run_ranks
 
 SEED = 7
@@ -16,7 +16,7 @@ def there_and_back(local_batch: int) -> tuple[Tensor, Tensor, Tensor]:
     rank, world_size = dist.get_rank(), dist.get_world_size()
     everything = torch.rand(world_size * local_batch, 3, 4, 5, generator=torch.Generator().manual_seed(0))
     images = everything[rank * local_batch :][:local_batch].contiguous(memory_format=torch.channels_last)
-    route = plan(local_batch, rank, world_size, seed=SEED)
+    route = plan_shuffle(local_batch, rank, world_size, seed=SEED)
     shuffled = shuffle(images, route)
     assert shuffled.is_contiguous(memory_format=torch.channels_last)
     return images, shuffled, unshuffle(shuffled.flatten(1), route)
@@ -44,7 +44,7 @@ def test_images_travel_and_return() -> None:
 
 @pytest.mark.parametrize(("local_batch", "world_size"), [(1, 1), (5, 1), (1, 4), (8, 3), (32, 8)])
 def test_ranks_agree_on_who_sends_what(local_batch: int, world_size: int) -> None:
-    routes = [plan(local_batch, rank, world_size, seed=3) for rank in range(world_size)]
+    routes = [plan_shuffle(local_batch, rank, world_size, seed=3) for rank in range(world_size)]
     for rank, route in enumerate(routes):
         assert sum(route.sends) == sum(route.receives) == local_batch
         assert route.receives == [other.sends[rank] for other in routes]
@@ -52,8 +52,8 @@ def test_ranks_agree_on_who_sends_what(local_batch: int, world_size: int) -> Non
 
 
 def test_another_seed_is_another_exchange() -> None:
-    assert not torch.equal(plan(32, 0, 2, seed=1).send_B, plan(32, 0, 2, seed=2).send_B)
-    assert torch.equal(plan(32, 0, 2, seed=1).send_B, plan(32, 0, 2, seed=1).send_B)
+    assert not torch.equal(plan_shuffle(32, 0, 2, seed=1).send_B, plan_shuffle(32, 0, 2, seed=2).send_B)
+    assert torch.equal(plan_shuffle(32, 0, 2, seed=1).send_B, plan_shuffle(32, 0, 2, seed=1).send_B)
 
 
 def make_network(momentum: float = 0.3, rows: bool = False) -> nn.Module:

@@ -1,6 +1,6 @@
-"""The games of this folder with the Triton kernels, in Triton's interpreter.
+"""The tests of contrastive loss and bank with the Triton kernels, in Triton's interpreter.
 
-It must be chosen before the kernels are imported: the tests run in a pytest process of their own.
+The interpreter must be chosen before the kernels are imported, so the tests run in a pytest process of their own.
 """
 
 import os
@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("tests", ["test_golden.py", "test_contrast.py"])
-def test_games_with_triton(tests: str, tmp_path: Path) -> None:
+def test_with_triton(tests: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/models/{tests}"],
         cwd=ROOT,

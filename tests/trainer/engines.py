@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tests.trainer.small import VIT, small_config
-from trainer.build import fill_bank
+from trainer.build import initialise_negatives
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines.base import unshard
@@ -56,7 +56,7 @@ def make_rank_info(ranks_per_node: int | None = None) -> RankInfo:
 
 def build_train_step(config: Config, rank_info: RankInfo) -> TrainStep:
     train_step = TrainStep(config, rank_info)
-    fill_bank(train_step.method.bank, config, rank_info, range(config.data.batch_size))  # type: ignore[arg-type]
+    initialise_negatives(train_step.method, config, rank_info, range(config.data.batch_size))  # type: ignore[arg-type]
     return train_step
 
 

@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from models.negatives.bank import Bank, make_mesh
+from models.negatives.bank import Bank
+from models.negatives.base import BankSettings, make_mesh
 from tests.ranks import run_ranks
 from tests.trainer.engines import build_train_step, make_config, make_rank_info, train
 from trainer.engines.base import unshard
@@ -29,7 +30,7 @@ ROWS, DIM = 7, 3  # no number of ranks here divides ROWS
 
 def make_bank(rows: int = ROWS, dim: int = DIM) -> Bank:
     mesh = make_mesh("sharded", torch.device("cpu"), ranks_per_node=1)
-    return Bank(rows, dim, mesh, kernels="reference", temperature=0.02, momentum=0.9, weight_decay=0.0)
+    return Bank(BankSettings(size=rows, weight_decay=0.0), dim, mesh)
 
 
 def state_of(bank: Bank, step: int) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from models.negatives.bank import Bank
 from tests.ranks import run_ranks
 from tests.trainer.engines import make_config, make_rank_info
 from trainer.config import Config
@@ -51,8 +52,9 @@ def allocated(config: Config) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         rank_info = make_rank_info()
         train_step = TrainStep(config, rank_info)
-        assert train_step.method.bank
-        train_step.method.bank.fill(torch.randn_like(train_step.method.bank.w_KD))
+        bank = train_step.method.negatives
+        assert isinstance(bank, Bank)
+        bank.fill(torch.randn_like(bank.w_KD))
         # Let gloo's threads, which exist by now, run first: they hold what they send until they get a core.
         os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
         for step in range(STEPS):

@@ -84,9 +84,9 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "data": {"views": [{"size": 16}, {"size": 16}, {"size": 12, "scale": [0.1, 0.5]}]},
         "method": {"symmetric": True, "crops": "mean"},
     },
-    "own key only, random bank, reference": {
+    "own key only, random bank": {
         "method": {"batch_keys": False},
-        "bank": {"init": "random", "kernels": "reference", "lr_final": 0.1},
+        "bank": {"init": "random", "lr_final": 0.1},
     },
     "vit, adamw, accumulation": {
         "model": VIT,

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from models.negatives.bank import Bank, make_mesh
+from models.negatives.bank import Bank
+from models.negatives.base import BankSettings, make_mesh
 from models.negatives.contrast import contrast
 from trainer import distributed
 from trainer.bench.harness import environment, print_table, write_result
@@ -42,18 +43,18 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
     """
     momentum = 0.0 if velocity == "none" else MOMENTUM
     with distributed.process_group("cpu") as rank_info:
-        bank = Bank(
-            negatives,
-            dim,
-            make_mesh("sharded", rank_info.device, rank_info.local_world_size),
-            kernels="chunked",
-            temperature=ADVERSARY_TEMPERATURE,
-            momentum=momentum,
-            weight_decay=WEIGHT_DECAY,
-            precision=DTYPES[precision],
-            weights=DTYPES[weights],
-            velocity=None if velocity == "none" else DTYPES[velocity],
+        settings = BankSettings.model_validate(
+            {
+                "size": negatives,
+                "temperature": ADVERSARY_TEMPERATURE,
+                "momentum": momentum,
+                "weight_decay": WEIGHT_DECAY,
+                "weights": weights,
+                "velocity": velocity,
+            }
         )
+        mesh = make_mesh("sharded", rank_info.device, rank_info.local_world_size)
+        bank = Bank(settings, dim, mesh, DTYPES[precision])
         generator = torch.Generator().manual_seed(0)
 
         def unit(count: int) -> torch.Tensor:
@@ -69,11 +70,10 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
                 result = contrast(q_ND, k_ND, bank, TEMPERATURE, batch_keys=True)
                 result.loss_N.mean().backward()
             with phases("adversary"):
-                stats = bank.step([result.rows(1 / rows)], LR * (1 - momentum) / (1 - MOMENTUM), seed=step)
+                bank.update([[result.bank_update(1 / rows)]], LR * (1 - momentum) / (1 - MOMENTUM), seed=step)
             halves.append(phases.pop())
-        values = [float(result.loss_N.detach().mean()), *bank.metrics(stats).values()]
+        values = [float(result.loss_N.detach().mean()), *bank.metrics().values()]
         assert all(map(math.isfinite, values)), values
-    tensors = [x for x in (bank.w_KD, bank.v_KD, bank.n_KD) if x is not None]
     small, large = (materialised_peak(rows, k, dim) for k in (8192, 16384))
     peak = small + (large - small) / 8192 * (negatives - 8192)
     return {
@@ -85,7 +85,7 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
         "velocity": velocity,
         "score_seconds": [half["score"] for half in halves],
         "adversary_seconds": [half["adversary"] for half in halves],
-        "bank_bytes": sum(x.nbytes for x in tensors),
+        "bank_bytes": sum(x.nbytes for x in bank.tensors()),
         "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         "materialised_bytes": round(peak) + 2 * 4 * negatives * dim,
         **environment(),

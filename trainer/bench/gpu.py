@@ -17,8 +17,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from kernels import reference
-from kernels.triton import functions as triton_kernels
+from kernels import ops, reference
 from kernels.triton import tiles
 from trainer.bench import static
 from trainer.bench.harness import environment, measure_gpu, print_table, write_result
@@ -199,16 +198,16 @@ def tune(device: torch.device, repeats: int, shape: tuple[int, int] = (4096, 655
 
 
 def _score(case: NegativesCase) -> object:
-    return kernel_score(case, triton_kernels)
+    return kernel_score(case, ops.triton_kernels())
 
 
 def _adversary(case: NegativesCase) -> object:
     coef_N = torch.full((len(case.q_ND),), 1e-20, device=case.q_ND.device)
-    return kernel_adversary(case, triton_kernels, coef_N, lr=0.0)  # repeated calls must not move the bank
+    return kernel_adversary(case, ops.triton_kernels(), coef_N, lr=0.0)  # repeated calls must not move the bank
 
 
 def _hardest(case: NegativesCase) -> object:
-    return triton_kernels.hardest(case.q_ND, case.n_KD, None, 16)
+    return ops.triton_kernels().hardest(case.q_ND, case.n_KD, None, 16)
 
 
 _CALLS: dict[str, Callable[[NegativesCase], object]] = {"score": _score, "adversary": _adversary, "hardest": _hardest}
@@ -222,9 +221,9 @@ def _check(
     case.w_KD = case.w_KD.to(getattr(torch, weights))
     case.v_KD = None if velocity is None else torch.zeros_like(case.w_KD, dtype=getattr(torch, velocity))
     exact = case.map(Tensor.double)
-    score, exact_score = kernel_score(case, triton_kernels), kernel_score(exact, reference)
+    score, exact_score = kernel_score(case, ops.triton_kernels()), kernel_score(exact, reference)
     coef_N = 1 / (exact_score.za_N * n)
-    stats = kernel_adversary(case, triton_kernels, coef_N.float())
+    stats = kernel_adversary(case, ops.triton_kernels(), coef_N.float())
     exact_stats = kernel_adversary(exact, reference, coef_N)
     values: dict[str, tuple[Tensor, Tensor]] = {
         **{name: (getattr(score, name), getattr(exact_score, name)) for name in score._fields},
@@ -256,7 +255,7 @@ def _time_steps(case: NegativesCase, dtype: str, repeats: int) -> list[dict[str,
         "materialised": (published, case.transposed),
         "torch.compile": (functools.partial(published, compile=compiled), case.transposed),
         "triton": (
-            functools.partial(kernel_step, implementation=triton_kernels),
+            functools.partial(kernel_step, implementation=ops.triton_kernels()),
             lambda: case.map(Tensor.clone).with_dtype(precision),
         ),
     }

@@ -12,14 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels import AdversaryStats, Score, chunked
+from kernels import AdversaryParams, AdversaryStats, Score, chunked
 from trainer.bench.harness import cpu_peak_bytes, environment, interleave, medians, print_table, seconds, write_result
 
 TEMPERATURE = 0.12
@@ -27,6 +26,7 @@ ADVERSARY_TEMPERATURE = 0.02
 LR = 3.0
 MOMENTUM = 0.9
 WEIGHT_DECAY = 1e-4
+PARAMS = AdversaryParams(ADVERSARY_TEMPERATURE, LR, MOMENTUM, WEIGHT_DECAY)
 
 _CPU = torch.device("cpu")
 # Largest difference of the two implementations, as a share of the largest value.
@@ -156,30 +156,22 @@ def random_case(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> Nega
     return NegativesCase(q_ND, k_ND, w_KD, torch.zeros_like(w_KD), w_KD.clone())
 
 
-def kernel_score(case: NegativesCase, implementation: ModuleType) -> Score:
+def kernel_score(case: NegativesCase, implementation: Any) -> Score:
     """Call `score` of an implementation (a module of `kernels`) at the published temperatures."""
     own_N = torch.arange(len(case.q_ND), device=case.q_ND.device)
     score: Score = implementation.score(case.q_ND, case.k_ND, own_N, case.n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE)
     return score
 
 
-def kernel_adversary(case: NegativesCase, implementation: ModuleType, coef_N: Tensor, lr: float = LR) -> AdversaryStats:
+def kernel_adversary(case: NegativesCase, implementation: Any, coef_N: Tensor, lr: float = LR) -> AdversaryStats:
     """Call `adversary_step` of an implementation with the published constants."""
     stats: AdversaryStats = implementation.adversary_step(
-        case.q_ND,
-        coef_N,
-        case.n_KD,
-        case.w_KD,
-        case.v_KD,
-        temperature=ADVERSARY_TEMPERATURE,
-        lr=lr,
-        momentum=MOMENTUM,
-        weight_decay=WEIGHT_DECAY,
+        case.q_ND, coef_N, case.n_KD, case.w_KD, case.v_KD, PARAMS._replace(lr=lr)
     )
     return stats
 
 
-def kernel_step(case: NegativesCase, implementation: ModuleType) -> StepResult:
+def kernel_step(case: NegativesCase, implementation: Any) -> StepResult:
     """Take the step with the kernels of an implementation."""
     q_ND, k_ND = case.q_ND, case.k_ND
     score = kernel_score(case, implementation)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
-from trainer.build import fill_bank
+from trainer.build import initialise_negatives
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.train_step import Rates, TrainStep
@@ -18,7 +18,7 @@ def build_step(config: Config, rank_info: RankInfo) -> TrainStep:
     """Build the training step of a configuration with random negatives."""
     train_step = TrainStep(config, rank_info)
     config = config.model_copy(update={"bank": config.bank.model_copy(update={"init": "random"})})
-    fill_bank(train_step.method.bank, config, rank_info, range(1 << 30))  # type: ignore[arg-type]
+    initialise_negatives(train_step.method, config, rank_info, range(1 << 30))  # type: ignore[arg-type]
     return train_step
 
 

@@ -36,7 +36,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
-from models.negatives.bank import Bank, gather, make_mesh
+from models.negatives.bank import Bank
+from models.negatives.base import BankSettings, gather, make_mesh
 from models.negatives.contrast import contrast
 from trainer.bench.harness import environment, print_table, write_result
 from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY
@@ -126,16 +127,10 @@ def run_case(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
             v_KD = torch.zeros_like(w_KD)
             step = partial(_take_published_step, q_ND, k_BD, w_KD, v_KD, mesh.get_group("replica"))
         else:
-            bank = Bank(
-                case.negatives,
-                case.dim,
-                mesh,
-                kernels="chunked",
-                temperature=ADVERSARY_TEMPERATURE,
-                momentum=MOMENTUM,
-                weight_decay=WEIGHT_DECAY,
-                precision=case.dtype,
+            settings = BankSettings(
+                size=case.negatives, temperature=ADVERSARY_TEMPERATURE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
             )
+            bank = Bank(settings, case.dim, mesh, case.dtype)
             bank.fill(w_KD[bank.first : bank.first + len(bank.w_KD)])
             w_KD = bank.w_KD
             step = partial(_take_bank_step, q_ND.requires_grad_(), k_BD, bank)
@@ -158,7 +153,7 @@ def report(results: list[dict[str, Any]], out: Path | None) -> None:
 def _take_bank_step(q_ND: Tensor, k_BD: Tensor, bank: Bank) -> None:
     result = contrast(q_ND, k_BD, bank, TEMPERATURE, batch_keys=True)
     result.loss_N.sum().backward()
-    bank.step([result.rows(1 / (len(q_ND) * dist.get_world_size()))], LR, seed=0)
+    bank.update([[result.bank_update(1 / (len(q_ND) * dist.get_world_size()))]], LR, seed=0)
 
 
 def _take_published_step(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor, group: dist.ProcessGroup) -> None:
@@ -166,7 +161,7 @@ def _take_published_step(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor,
     k_MD = gather(k_BD, group)
     own_N = torch.arange(len(q_ND)) + group.rank() * len(k_BD)
     n_KD = F.normalize(w_KD, dim=1).to(q_ND.dtype)
-    score = kernels.score(q_ND, k_MD, own_N, n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE, kernels="chunked")
+    score = kernels.score(q_ND, k_MD, own_N, n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE)
     # From zero velocity and with all rates 0, our step leaves the negative gradient in the velocity.
     g_KD = torch.zeros_like(w_KD)
     kernels.adversary_step(
@@ -175,11 +170,7 @@ def _take_published_step(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor,
         n_KD,
         w_KD,
         g_KD,
-        temperature=ADVERSARY_TEMPERATURE,
-        lr=0.0,
-        momentum=0.0,
-        weight_decay=0.0,
-        kernels="chunked",
+        kernels.AdversaryParams(ADVERSARY_TEMPERATURE, lr=0.0, momentum=0.0, weight_decay=0.0),
     )
     if group.size() > 1:
         dist.all_reduce(g_KD, group=group)

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.encoder import Encoder
-from models.negatives.bank import make_mesh
+from models.negatives.base import make_mesh
 from trainer.distributed import RankInfo
 from trainer.engines.base import EngineSettings, TorchEngine, blocks, make_contiguous, named_networks, prepare_blocks
 from trainer.engines.optim import Optim

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from models.encoder import Encoder
-from models.negatives.bank import make_mesh
+from models.negatives.base import make_mesh
 from models.teacher import ema_update
 from trainer.distributed import RankInfo
 from trainer.engines.base import EngineSettings, LossScale, State, make_contiguous, named_networks, prepare_blocks

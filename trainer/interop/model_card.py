@@ -49,7 +49,7 @@ def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.
 
 
 def _training(config: Config) -> list[tuple[str, str]]:
-    data, optim, bank = config.data, config.optim, config.bank
+    data, optim = config.data, config.optim
     said = [
         ("data", f"`{Path(data.train).name}`"),
         ("epochs", f"{config.run.epochs}"),
@@ -59,10 +59,8 @@ def _training(config: Config) -> list[tuple[str, str]]:
         ("embedding", f"{config.model.dim} dimensions"),
         ("seed", f"{config.run.seed}"),
     ]
-    if config.method.negatives == "bank":
-        said.append(("negatives", f"{bank.size:,}, learning rate {bank.lr:g}, temperature {bank.temperature:g}"))
-    elif config.method.negatives == "queue":
-        said.append(("negatives", f"{bank.size:,}"))
+    if negatives := config.method.describe_negatives(config.bank):
+        said.append(("negatives", negatives))
     return said
 
 

@@ -22,8 +22,7 @@ def step_flops(config: Config) -> float:
     keys, queries = config.method.key_views, config.method.query_views(len(sizes))
     networks = sum(forward[sizes[j]] for j in keys) + 3 * sum(forward[sizes[i]] for i in queries)
     rows = sum(i != j for j in keys for i in queries)
-    products = {"bank": 3, "queue": 2, "none": 0}[config.method.negatives]
-    return config.data.batch_size * (networks + products * 2.0 * rows * config.bank.size * config.model.dim)
+    return config.data.batch_size * (networks + rows * config.method.negatives_flops(config.bank, config.model.dim))
 
 
 def _forward(network: nn.Module, size: int) -> int:

@@ -19,10 +19,9 @@ from torch import Tensor
 from torch.profiler import record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import kernels
 from data.normalize import normalize, normalize_fused
+from kernels import chunked
 from kernels.triton.tiles import DIMS, best_splits, tiles
-from models.method import Method
 from trainer.build import build_encoder
 from trainer.config import Config, check_world
 from trainer.distributed import RankInfo
@@ -108,23 +107,21 @@ def _count(config: Config, rank_info: RankInfo) -> Counted:
         compress = config.engine.compress
         config = changed(config, {"engine": {"compress": "none"}})
     trace = StepTrace(rank_info.local_world_size)
-    with ShapeOnlyMode(_kernels()) as mode:
+    with ShapeOnlyMode(_kernels(triton=gpu and config.model.dim in DIMS)) as mode:
         train_step = TrainStep(config, rank_info)
         method, engine = train_step.method, train_step.engine
         if gpu:
-            _as_on_gpu(method, engine, config)
+            _as_on_gpu(engine)
         if isinstance(engine, ddp.DDP) and engine.wrapped is not None:
             # A fake group has no results for DDP's own reduction in C++ (torch 2.14).
             engine.wrapped.register_comm_hook(compress, _reduce_bucket)
         ledger = mode.ledger
         for network in filter(None, (method.student, method.teacher)):
             ledger.tag("networks", _held([*network.parameters(), *network.buffers()]))
-        if method.bank:
-            ledger.tag("bank", [x for x in (method.bank.w_KD, method.bank.v_KD, method.bank.n_KD) if x is not None])
-            if config.bank.init == "keys":
+        if method.negatives:
+            ledger.tag("bank", method.negatives.tensors())
+            if method.negatives.learned and config.bank.init == "keys":
                 _first_keys(config)
-        if method.queue:
-            ledger.tag("bank", [method.queue.n_KD])
         take = engine.step
 
         def step(lr: float) -> float:
@@ -178,21 +175,14 @@ def with_engine(config: Config, engine: str, placement: str, batch: int, gpu: st
     on_gpu = config.run.device != "cpu"
     if config.run.precision == "auto":
         values["run"]["precision"] = "bf16" if on_gpu and "bfloat16" in GPUS[gpu].flops else "fp32"
-    if on_gpu and config.bank.kernels == "triton":  # which a CPU does not have
-        values["bank"]["kernels"] = "auto"
     if on_gpu and engine.startswith("zero"):
         overlap = {"zero_optimization": {"overlap_comm": True}}
         settings["options"] = zero.merge(overlap, settings.get("options", {}), "")
     return Config.model_validate(values)
 
 
-def _as_on_gpu(method: Method, engine: Engine, config: Config) -> None:
-    """What a GPU would have chosen by itself: Triton's kernels, and optimizers that take all tensors at once."""
-    if config.bank.kernels == "auto":
-        owners: list[Any] = [method, method.bank, method.queue]
-        for owner in owners:
-            if hasattr(owner, "kernels"):
-                owner.kernels = "triton"
+def _as_on_gpu(engine: Engine) -> None:
+    """Choose what a GPU would choose by itself: optimizers that process all tensors at once."""
     optimizer: Any = getattr(engine, "zero", engine)
     for group in optimizer.optimizer.param_groups:
         if "foreach" in group:
@@ -224,7 +214,7 @@ def _normalize(images: Tensor, config: Config) -> Tensor:
 
 @torch.no_grad()
 def _first_keys(config: Config) -> None:
-    """As `trainer.build.fill_bank` does for the untrained encoder's keys, of a data set of at least 256 images."""
+    """Embed a chunk of images as `trainer.build.initialise_negatives` does, for a data set of at least 256 images."""
     encoder = build_encoder(config).to(memory_format=torch.channels_last)
     size = config.data.views[0].size
     images = torch.empty(256, size, size, 3, dtype=torch.uint8)
@@ -243,54 +233,22 @@ def _remembered(engine: Engine) -> list[Tensor]:
     return [x for p, slots in state.items() for x in (p, *slots.values()) if isinstance(x, Tensor)]
 
 
-def _kernels() -> dict[str, Callable[..., Any]]:
-    """The kernels' operators, as the Python code that they are."""
-
-    def score(name: str, q_ND: Tensor, k_MD: Tensor, own_N: Tensor | None, n_KD: Tensor, *temperatures: float) -> Any:
-        if name == "triton":
-            return _triton_score(q_ND, k_MD, n_KD)
-        return tuple(kernels.implementation(name).score(q_ND, k_MD, own_N, n_KD, *temperatures))
-
-    def adversary_step(
-        name: str,
-        q_ND: Tensor,
-        coef_N: Tensor,
-        n_KD: Tensor,
-        w_KD: Tensor,
-        v_KD: Tensor | None,
-        temperature: float,
-        lr: float,
-        momentum: float,
-        weight_decay: float,
-        seed: int,
-        first: int,
-    ) -> Any:
-        if name == "triton":
-            return tuple(q_ND.new_empty(len(w_KD), dtype=torch.float32) for _ in range(2))
-        step = kernels.implementation(name).adversary_step
-        return tuple(
-            step(
-                q_ND,
-                coef_N,
-                n_KD,
-                w_KD,
-                v_KD,
-                temperature=temperature,
-                lr=lr,
-                momentum=momentum,
-                weight_decay=weight_decay,
-                seed=seed,
-                first=first,
-            )
-        )
-
-    return {"adco::score": score, "adco::adversary_step": adversary_step}
+def _kernels(triton: bool) -> dict[str, Callable[..., Any]]:
+    """Return the kernels' operators as Python code: `kernels.chunked`, or what the Triton kernels allocate."""
+    if triton:
+        return {"adco::score": _triton_score, "adco::adversary_step": _triton_adversary_step}
+    return {
+        "adco::score": lambda *args: tuple(chunked.score(*args)),
+        "adco::adversary_step": lambda *args: tuple(chunked.adversary_step(*args)),
+    }
 
 
-def _triton_score(q_ND: Tensor, k_MD: Tensor, n_KD: Tensor) -> tuple[Tensor, ...]:
-    """What `kernels.triton.score.score` allocates, without its launch: partial sums of S splits."""
-    if q_ND.shape[1] not in DIMS:
-        raise ValueError(f"model.dim: got {q_ND.shape[1]}, the triton kernels need one of {DIMS}")
+def _triton_adversary_step(q_ND: Tensor, coef_N: Tensor, n_KD: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    return tuple(q_ND.new_empty(len(n_KD), dtype=torch.float32) for _ in range(2))
+
+
+def _triton_score(q_ND: Tensor, k_MD: Tensor, own_N: Tensor | None, n_KD: Tensor, *_: float) -> tuple[Tensor, ...]:
+    """Allocate what `kernels.triton.score.score` does, without its launch: partial sums of S splits."""
     tile = tiles("score", 80, q_ND.shape[1], q_ND.dtype)
     row_tiles = -(-len(q_ND) // tile.rows)
     column_tiles = -(-len(k_MD) // tile.columns) + -(-len(n_KD) // tile.columns)

@@ -141,19 +141,19 @@ def _bytes(x: Tensor) -> int:
 
 def _score(args: tuple[Any, ...]) -> tuple[float, float]:
     """Two products, and as T / T_a = 6 one exponential for both temperatures (`trainer.plan.roofline`)."""
-    _, q_ND, k_MD, _, n_KD, *_ = args
+    q_ND, k_MD, _, n_KD, *_ = args
     scores = float(len(q_ND) * (len(k_MD) + len(n_KD)))
     return 4 * scores * q_ND.shape[1], scores
 
 
 def _adversary_step(args: tuple[Any, ...]) -> tuple[float, float]:
-    _, q_ND, _, n_KD, *_ = args
+    q_ND, _, n_KD, *_ = args
     scores = float(len(q_ND) * len(n_KD))
     return 4 * scores * q_ND.shape[1], scores
 
 
 def _hardest(args: tuple[Any, ...]) -> tuple[float, float]:
-    _, q_ND, c_CD, *_ = args
+    q_ND, c_CD, *_ = args
     return 2.0 * len(q_ND) * len(c_CD) * q_ND.shape[1], 0.0
 
 

@@ -54,10 +54,10 @@ def draw_galleries(run: Path, config: Config, rank_info: RankInfo) -> tuple[list
     chosen = _spread(len(train), MAX_IMAGES)
     neighbours = find_neighbours(method.student, config, rank_info, train, val, chosen) if val else []
     negatives: list[Gallery] = []
-    if method.bank:
+    if method.negatives and method.negatives.learned:
         checkpoint.load(weights.parent, method.state_dict())
         method.loaded()
-        negatives = find_negatives(method.student, method.bank.n_KD, config, rank_info, train, chosen)
+        negatives = find_negatives(method.student, method.negatives.n_KD, config, rank_info, train, chosen)
     return neighbours, negatives
 
 

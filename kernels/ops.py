@@ -1,0 +1,125 @@
+"""The operators `adco::score`, `adco::adversary_step` and `adco::hardest`, registered with torch for each device.
+
+A CPU runs `kernels.chunked`. A CUDA device runs `kernels.triton` and falls back to `kernels.chunked`, with one warning,
+for queries that the Triton kernels do not take. With TRITON_INTERPRET=1 in the environment, a CPU runs the Triton
+kernels too, slowly, in Triton's interpreter: this is how the tests run the whole program on them.
+
+As custom operators they do not break the graph of torch.compile and work on fake tensors.
+"""
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
+
+import torch
+from torch import Tensor
+
+from kernels import chunked, reference
+from kernels.triton import tiles
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+log = logging.getLogger(__name__)
+
+
+class Implementation(NamedTuple):
+    """One implementation of the three operators."""
+
+    score: Callable[..., Any]
+    adversary_step: Callable[..., Any]
+    hardest: Callable[..., Any]
+
+
+@functools.cache
+def triton_kernels() -> Implementation:
+    """Import the Triton kernels, which a machine without a GPU need not have."""
+    from kernels.triton import adversary, hardest, score
+
+    return Implementation(score.score, adversary.adversary_step, hardest.hardest)
+
+
+def _run_chunked(name: str, *args: Any) -> tuple[Tensor, ...]:
+    return tuple(getattr(chunked, name)(*args))
+
+
+def _run_triton(name: str, *args: Any) -> tuple[Tensor, ...]:
+    if reason := tiles.unsupported(args[0]):
+        _warn_once(reason)
+        return _run_chunked(name, *args)
+    return tuple(getattr(triton_kernels(), name)(*args))
+
+
+@functools.cache
+def _warn_once(reason: str) -> None:
+    log.warning("%s: using the slower PyTorch implementation", reason)
+
+
+def _register(
+    specification: Callable[P, R],
+    schema: str,
+    fake: Callable[..., tuple[Tensor, ...]],
+    mutates_args: tuple[str, ...] = (),
+) -> Callable[P, R]:
+    """Register an operator with the name, signature and documentation of its specification.
+
+    Args:
+        specification: The function of `kernels.reference`. It returns a NamedTuple of tensors.
+        schema: The operator's arguments and results in torch's schema language.
+        fake: Makes empty results of the right shapes and dtypes, from the operator's arguments.
+        mutates_args: Names of the arguments that are updated in place.
+    """
+    name = specification.__name__
+    result_type = get_type_hints(specification)["return"]
+    on_cpu = _run_triton if tiles.INTERPRETED else _run_chunked
+    operator = torch.library.custom_op(
+        f"adco::{name}", functools.partial(on_cpu, name), mutates_args=mutates_args, device_types="cpu", schema=schema
+    )
+    operator.register_kernel("cuda", functools.partial(_run_triton, name))
+    operator.register_fake(fake)
+
+    @functools.wraps(specification)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        result: R = result_type(*operator(*args, **kwargs))
+        return result
+
+    return call
+
+
+def _empty(x: Tensor, *shape: int, like: Tensor) -> Tensor:
+    return x.new_empty(shape, dtype=torch.promote_types(like.dtype, torch.float32))
+
+
+def _fake_score(q_ND: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    z_N, za_N, top_N = (_empty(q_ND, len(q_ND), like=q_ND) for _ in range(3))
+    return z_N, _empty(q_ND, *q_ND.shape, like=q_ND), za_N, top_N
+
+
+def _fake_adversary_step(q_ND: Tensor, coef_N: Tensor, n_KD: Tensor, *_: Any) -> tuple[Tensor, ...]:
+    mass_K, grad_K = (_empty(n_KD, len(n_KD), like=q_ND) for _ in range(2))
+    return mass_K, grad_K
+
+
+def _fake_hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, *_: Any) -> tuple[Tensor, ...]:
+    return _empty(q_ND, len(q_ND), m, like=q_ND), q_ND.new_empty(len(q_ND), m, dtype=torch.int64)
+
+
+score = _register(
+    reference.score,
+    "(Tensor q_ND, Tensor k_MD, Tensor? own_N, Tensor n_KD, float temperature, float adversary_temperature)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_score,
+)
+adversary_step = _register(
+    reference.adversary_step,
+    "(Tensor q_ND, Tensor coef_N, Tensor(a!) n_KD, Tensor(b!) w_KD, Tensor(c!)? v_KD, float[] params,"
+    " SymInt seed=0, SymInt first=0) -> (Tensor, Tensor)",
+    _fake_adversary_step,
+    mutates_args=("n_KD", "w_KD", "v_KD"),
+)
+hardest = _register(
+    reference.hardest,
+    "(Tensor q_ND, Tensor c_CD, Tensor? own_N, SymInt m, float? below=None) -> (Tensor, Tensor)",
+    _fake_hardest,
+)

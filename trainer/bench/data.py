@@ -3,7 +3,6 @@
 The backend `pil` is the pipeline of the published code (`trainer.bench.pil`), for comparison.
 """
 
-import logging
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,18 +24,16 @@ from data.settings import DataSettings
 from data.sources.base import Source
 from data.views import Augment
 from trainer import distributed
-from trainer.bench import pil
-from trainer.bench.harness import environment, interleave, medians, print_table, seconds, synchronize, write_result
+from trainer.bench import harness, pil
 from trainer.bench.synthetic import build_step, frozen_rates, random_views
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.run.metrics import set_up_logging
 from trainer.run.sources import open_training
 
-log = logging.getLogger(__name__)
-
 Backend = Literal["cpu", "dali"]
 BACKENDS: tuple[Backend, ...] = ("cpu", "dali")
+Costs = dict[str, float]  # milliseconds per image by operation
 BATCH_PIXELS = 64 * 2 * 224 * 224  # workers deliver whole batches, so larger ones would make the clock coarse
 CPU_BATCH = 16  # images of a training step on a CPU, where larger batches take minutes and are no faster per image
 ENDLESS = 1 << 40  # steps
@@ -57,14 +54,10 @@ def run(config: Config, folder: Path, turn_seconds: float, repeats: int, workers
 
     Args:
         config: The configuration.
-        folder: Where the listing of a folder of images is stored.
+        folder: Receives the listing of a folder of images.
         turn_seconds: Length of a turn.
         repeats: Turns of each backend, and measurements of each operation.
         workers: Processes of cpu and dali; None for those of the configuration, but at least as many as pil has.
-
-    Returns:
-        A dictionary: turns and images_per_second (their median) of each backend; times_pil, the ratio to pil;
-        milliseconds per image of each operation; network_images_per_second; and what was run.
     """
     with distributed.process_group(config.run.device) as rank_info:
         set_up_logging(rank_info.rank)
@@ -83,8 +76,8 @@ def run(config: Config, folder: Path, turn_seconds: float, repeats: int, workers
         def turn(batches: Callable[[], Iterator[list[Tensor]]]) -> float:
             return batch_size * _batches_per_second(batches(), chunk, device, turn_seconds)
 
-        turns = interleave({name: partial(turn, batches) for name, batches in iterators.items()}, repeats)
-        speeds, facts = medians(turns), environment()
+        turns = harness.interleave({name: partial(turn, batches) for name, batches in iterators.items()}, repeats)
+        speeds, facts = harness.medians(turns), harness.environment()
         return {
             "data": data.train,
             "views": [view.size for view in data.views],
@@ -109,26 +102,23 @@ def run(config: Config, folder: Path, turn_seconds: float, repeats: int, workers
 def report(result: dict[str, Any], out: Path | None) -> None:
     """Print the result of `run` as two tables and a conclusion, and write it to `out` as JSON."""
     network, speeds, costs = result["network_images_per_second"], result["images_per_second"], result["milliseconds"]
-    print_table(
+    harness.print_rows(
         f"{result['data']}, views of {', '.join(map(str, result['views']))} pixels, batches of {result['batch_size']}",
-        ("", "processes", "images/s", "times pil", "share of the network's throughput"),
-        [
-            (
-                name,
-                str(result["workers"][name]),
-                f"{speed:,.0f}",
-                f"{result['times_pil'][name]:.2f}",
-                f"{100 * speed / network:,.0f} %",
-            )
-            for name, speed in speeds.items()
-        ],
+        {
+            "": str,
+            "processes": lambda name: str(result["workers"][name]),
+            "images/s": lambda name: f"{speeds[name]:,.0f}",
+            "times pil": lambda name: f"{result['times_pil'][name]:.2f}",
+            "share of the network's throughput": lambda name: f"{100 * speeds[name] / network:,.0f} %",
+        },
+        speeds,
     )
     totals = {name: sum(cost.values()) for name, cost in costs.items()}
     rows = [
         [operation, *(f"{costs[name][operation]:.3f} {costs[name][operation] / totals[name]:5.0%}" for name in costs)]
         for operation in costs["pil"]
     ]
-    print_table(
+    harness.print_table(
         "milliseconds per image and share of each operation, in one process",
         ("", *costs),
         [*rows, (), ("all", *(f"{total:.3f}  100%" for total in totals.values()))],
@@ -139,7 +129,7 @@ def report(result: dict[str, Any], out: Path | None) -> None:
         f"{result['backbone']} trains {network:,.{0 if network > 10 else 2}f} images/s on this device and data.backend "
         f"{result['backend']} makes {speed:,.0f}: training waits for data {waiting:.0f} % of the time."
     )
-    write_result(out, result)
+    harness.write_result(out, result)
 
 
 def _batches(name: Backend, source: Source, data: DataSettings, device: torch.device) -> Iterator[Batch]:
@@ -171,20 +161,18 @@ def _batches_per_second(batches: Iterator[object], chunk: int, device: torch.dev
     """Measure an iterator for a turn, without the batches that it prefetched at its start."""
     for _ in range(2 * chunk):
         next(batches)
-    synchronize(device)
+    harness.synchronize(device)
     count, began, passed = 0, time.perf_counter(), 0.0
     while passed < turn_seconds:
         for _ in range(chunk):
             next(batches)
         count += chunk
-        synchronize(device)
+        harness.synchronize(device)
         passed = time.perf_counter() - began
     return count / passed
 
 
-def _operation_costs(
-    source: Source, data: DataSettings, device: torch.device, repeats: int
-) -> dict[str, dict[str, float]]:
+def _operation_costs(source: Source, data: DataSettings, device: torch.device, repeats: int) -> dict[str, Costs]:
     """Return the milliseconds per image of each operation of each backend, in one process of one thread.
 
     They are processor time, which other jobs affect little; on a GPU, elapsed time, where DALI's decoding is part of
@@ -193,38 +181,30 @@ def _operation_costs(
     """
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     samples = batch_samples(len(source), 0, 0, data.batch_size, 0, 1)[1].tolist()
+    levels = _augment_levels(data.augment)
 
     def cost(action: Callable[[], object], images: int = data.batch_size) -> float:
         action()
-        return 1e3 * statistics.median(seconds(action, device, clock) for _ in range(repeats)) / images
+        return 1e3 * statistics.median(harness.seconds(action, device, clock) for _ in range(repeats)) / images
 
-    def pil_costs(read: float) -> dict[str, float]:
-        blank = [Image.new("RGB", (view.size, view.size)) for view in data.views] * data.batch_size
-        normalise = cost(lambda: [pil.NORMALIZE(image) for image in blank])
-        decode = cost(lambda: [np.asarray(pil.decode(source, i)) for i in samples])
-        views = [pil.Views(source, data, level) for level in _augment_levels(data.augment)]
-        return _differences(read, decode, [cost(partial(x.make, samples)) - normalise for x in views], normalise)
-
-    def backend_costs(name: Backend, read: float) -> dict[str, float]:
-        shapes = [(data.batch_size, view.size, view.size, 3) for view in data.views]
-        blank = [torch.zeros(shape, dtype=torch.uint8, device=device) for shape in shapes]
-        normalise = cost(lambda: [normalize(x, device) for x in blank])
-        decode = read
-        if name == "cpu" or device.type == "cpu":
-            decode = cost(lambda: [source.image(i) for i in samples])
-        made = []
-        for level in _augment_levels(data.augment):
-            settings = data.model_copy(update={"augment": level, "workers": 0})
-            batches = _batches(name, source, settings, device)
-            next(batches)
-            made.append(cost(partial(_take, batches, 2), 2 * data.batch_size))
-        return _differences(read, decode, made, normalise)
+    def cost_of_batches(name: Backend, level: Augment) -> float:
+        batches = _batches(name, source, data.model_copy(update={"augment": level, "workers": 0}), device)
+        return cost(lambda: [next(batches) for _ in range(2)], 2 * data.batch_size)
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in a worker process
     read = cost(lambda: [source.read(i) for i in samples])
-    costs = {"pil": pil_costs(read)}
-    costs |= {name: backend_costs(name, read) for name in BACKENDS}
+    decode = cost(lambda: [source.image(i) for i in samples])
+    blank = [torch.zeros(data.batch_size, v.size, v.size, 3, dtype=torch.uint8, device=device) for v in data.views]
+    normalise = cost(lambda: [normalize(x, device) for x in blank])
+    pil_decode = cost(lambda: [np.asarray(pil.decode(source, i)) for i in samples])
+    pil_blank = [Image.new("RGB", (view.size, view.size)) for view in data.views] * data.batch_size
+    pil_normalise = cost(lambda: [pil.NORMALIZE(image) for image in pil_blank])
+    pil_made = [cost(partial(pil.Views(source, data, level).make, samples)) - pil_normalise for level in levels]
+    costs = {"pil": _differences(read, pil_decode, pil_made, pil_normalise)}
+    for name in BACKENDS:
+        decoded = read if name == "dali" and device.type == "cuda" else decode
+        costs[name] = _differences(read, decoded, [cost_of_batches(name, level) for level in levels], normalise)
     torch.set_num_threads(threads)
     return costs
 
@@ -239,17 +219,12 @@ def _augment_levels(augment: Augment) -> list[Augment]:
     return levels
 
 
-def _differences(read: float, decode: float, made: list[float], normalise: float) -> dict[str, float]:
+def _differences(read: float, decode: float, made: list[float], normalise: float) -> Costs:
     """Return the cost of each operation from the costs of all operations up to each level of augmentation."""
     steps = [0.0, read, decode, *made]
     costs = [after - before for before, after in pairwise(steps)]
     names = ("read", "decode", "crop, resize", *OPERATIONS, "normalise")
     return dict(zip(names, (max(0.0, x) for x in (*costs, normalise)), strict=True))
-
-
-def _take(batches: Iterator[Batch], count: int) -> None:
-    for _ in range(count):
-        next(batches)
 
 
 def _training_throughput(config: Config, rank_info: RankInfo) -> float:
@@ -259,5 +234,5 @@ def _training_throughput(config: Config, rank_info: RankInfo) -> float:
     config = config.model_copy(update={"data": config.data.model_copy(update={"batch_size": batch_size})})
     train_step, views, rates = build_step(config, rank_info), random_views(config, rank_info), frozen_rates(config)
     warmup, steps = (3, 20) if on_gpu else (1, 3)
-    times = [seconds(lambda: train_step.step(views, 0, rates), rank_info.device) for _ in range(warmup + steps)]
+    times = [harness.seconds(lambda: train_step.step(views, 0, rates), rank_info.device) for _ in range(warmup + steps)]
     return batch_size / statistics.median(times[warmup:])

@@ -24,6 +24,8 @@ from rich.table import Table
 
 from trainer.run.files import write_json
 
+Columns = Mapping[str, Callable[[Any], str]]
+
 WIDTH = 160  # columns of a table that is written to a file instead of a terminal
 
 
@@ -127,15 +129,17 @@ def cpu_name() -> str:
     return next(names, platform.machine())
 
 
-def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> None:
-    """Print a table whose first `text_columns` columns are aligned left and whose numbers are aligned right.
+def print_rows(title: str, columns: Columns, rows: Iterable[Any], text_columns: int = 1) -> None:
+    """Print a table with a line for each row; `columns` maps each heading to the function that makes its cell."""
+    print_table(title, list(columns), [[cell(row) for cell in columns.values()] for row in rows], text_columns)
 
-    An empty row separates two sections.
-    """
+
+def print_table(title: str, headings: Sequence[str], cells: Iterable[Sequence[str]], text_columns: int = 1) -> None:
+    """Print a table of cells; the first `text_columns` columns are aligned left. An empty row ends a section."""
     table = Table(title=title, box=None)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number < text_columns else "right", no_wrap=True)
-    for row in rows:
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < text_columns else "right", no_wrap=True)
+    for row in cells:
         if row:
             table.add_row(*row)
         else:

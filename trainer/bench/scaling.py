@@ -11,20 +11,19 @@ import io
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.progress import track
 
-from trainer.bench.harness import print_table
+from trainer.bench.harness import print_rows
 from trainer.config import Config
 from trainer.config_file import load
 from trainer.report.page import render_page
 from trainer.run.files import read_json, write_atomically, write_json
 
 Kind = Literal["strong", "weak"]
-
-COLUMNS = ("", "nodes", "ranks", "batch", "images/s", "a rank", "speedup", "linear", "efficiency", "comm.", "data wait")
 
 
 class Point(NamedTuple):
@@ -46,21 +45,20 @@ class Point(NamedTuple):
     communication: float | None
     data_wait: float
 
-    def cells(self) -> list[str]:
-        """Return the row under `COLUMNS`."""
-        return [
-            self.kind,
-            str(self.nodes),
-            str(self.ranks),
-            f"{self.batch_size:,}",
-            f"{self.images_per_second:,.0f}",
-            f"{self.images_per_second_per_rank:,.1f}",
-            f"{self.speedup:.2f}",
-            f"{self.linear:.0f}",
-            f"{100 * self.efficiency:.1f} %",
-            "" if self.communication is None else f"{100 * self.communication:.1f} %",
-            f"{100 * self.data_wait:.1f} %",
-        ]
+
+COLUMNS: dict[str, Callable[[Point], str]] = {
+    "": lambda p: p.kind,
+    "nodes": lambda p: str(p.nodes),
+    "ranks": lambda p: str(p.ranks),
+    "batch": lambda p: f"{p.batch_size:,}",
+    "images/s": lambda p: f"{p.images_per_second:,.0f}",
+    "a rank": lambda p: f"{p.images_per_second_per_rank:,.1f}",
+    "speedup": lambda p: f"{p.speedup:.2f}",
+    "linear": lambda p: f"{p.linear:.0f}",
+    "efficiency": lambda p: f"{100 * p.efficiency:.1f} %",
+    "comm.": lambda p: "" if p.communication is None else f"{100 * p.communication:.1f} %",
+    "data wait": lambda p: f"{100 * p.data_wait:.1f} %",
+}
 
 
 def submit(
@@ -159,7 +157,7 @@ def _point(kind: str, result: dict[str, Any], smallest: dict[str, Any]) -> Point
 def report(folder: Path) -> None:
     """Print the table of all sizes and write scaling.json."""
     points = collect(folder)
-    print_table("", COLUMNS, [point.cells() for point in points])
+    print_rows("", COLUMNS, points)
     write_json(folder / "scaling.json", {"points": [point._asdict() for point in points]})
 
 
@@ -200,7 +198,7 @@ def plot(folder: Path) -> list[Path]:
         name=folder.resolve().name,
         image=f"data:image/png;base64,{base64.b64encode(image.getvalue()).decode()}",
         columns=COLUMNS,
-        rows=[point.cells() for point in points],
+        rows=[[cell(point) for cell in COLUMNS.values()] for point in points],
     )
     write_atomically(folder / "scaling.html", html)
     return [folder / "scaling.png", folder / "scaling.html"]

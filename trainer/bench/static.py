@@ -25,7 +25,7 @@ from kernels.triton.adversary import adversary_kernel
 from kernels.triton.hardest import hardest_kernel
 from kernels.triton.score import score_kernel
 from kernels.triton.tiles import Tiles, products, tiles
-from trainer.bench.harness import print_table
+from trainer.bench.harness import Columns, print_rows
 
 ARCHITECTURES = (80, 90)
 DIMS = (64, 128, 256)
@@ -101,25 +101,18 @@ def report(rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print the rows of `run` as a table for each architecture and write them to `out` as CSV."""
     counted = list(INSTRUCTIONS)[:-1]  # `LDL and STL` are the spills, which have a column
     for architecture in sorted({row["architecture"] for row in rows}):
-        print_table(
-            f"sm_{architecture}",
-            ("kernel", "D", "tile", "registers", "spilled", "shared", "programs", "occupancy", *counted),
-            [
-                (
-                    _label(row),
-                    str(row["dim"]),
-                    f"{row['rows']}x{row['columns']} {row['warps']}w {row['stages']}s",
-                    str(row["registers"]),
-                    str(row["spilled"]),
-                    f"{row['shared'] / 1024:.0f} KiB",
-                    str(row["programs"]),
-                    f"{row['warps_per_processor']} ({100 * row['occupancy']:.0f} %)",
-                    *(str(row[name]) for name in counted),
-                )
-                for row in rows
-                if row["architecture"] == architecture
-            ],
-        )
+        columns: Columns = {
+            "kernel": _label,
+            "D": lambda row: str(row["dim"]),
+            "tile": lambda row: f"{row['rows']}x{row['columns']} {row['warps']}w {row['stages']}s",
+            "registers": lambda row: str(row["registers"]),
+            "spilled": lambda row: str(row["spilled"]),
+            "shared": lambda row: f"{row['shared'] / 1024:.0f} KiB",
+            "programs": lambda row: str(row["programs"]),
+            "occupancy": lambda row: f"{row['warps_per_processor']} ({100 * row['occupancy']:.0f} %)",
+            **{name: lambda row, name=name: str(row[name]) for name in counted},  # type: ignore[misc]
+        }
+        print_rows(f"sm_{architecture}", columns, [row for row in rows if row["architecture"] == architecture])
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         with out.open("w", encoding="utf-8", newline="") as file:

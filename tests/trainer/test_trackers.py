@@ -1,6 +1,7 @@
 """Trackers: rows in the formats of TensorBoard, Weights & Biases and Prometheus."""
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +84,7 @@ def test_weights_and_biases_offline(tmp_path: Path, group: None, monkeypatch: py
     settings = MonitorSettings(tensorboard=False, wandb="project")
     record(tmp_path, 0, settings, 10, 20)
     first = (tmp_path / "wandb" / "id").read_text()
+    time.sleep(1.1)  # wandb loses the rows of a run whose directory, named by id and second, exists already
     record(tmp_path, 20, settings, 30)
     rows = wandb_rows(tmp_path)
     assert [row["step"] for row in rows] == ["10", "20", "30"]

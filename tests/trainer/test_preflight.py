@@ -9,12 +9,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
+from tests.ranks import run_ranks
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.config_file import dump
+from trainer.distributed import RankInfo
 from trainer.ops.node_checks import find_problems, node_address
-from trainer.ops.preflight import Fault, NodeExchange, NodeReport, Peer, _choose_peers, _connect, find_faults
+from trainer.ops.preflight import (
+    AllReduceSpeed,
+    Fault,
+    NodeExchange,
+    NodeReport,
+    Peer,
+    _choose_peers,
+    _connect,
+    _measure_speeds,
+    find_faults,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,6 +125,26 @@ def test_the_address_of_the_interface_that_gloo_uses(monkeypatch: pytest.MonkeyP
     assert node_address() == "127.0.0.1"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "none7")
     assert node_address() == ""
+
+
+def measure(ranks_per_node: int) -> tuple[list[dict[str, float]], AllReduceSpeed]:
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    rank_info = RankInfo(torch.device("cpu"), rank, world_size, ranks_per_node)
+    return _measure_speeds(rank_info, rank // ranks_per_node, world_size // ranks_per_node)
+
+
+@pytest.mark.parametrize(("ranks_per_node", "link"), [(1, "with a neighbour"), (2, "in the node")])
+def test_speeds_of_every_node(ranks_per_node: int, link: str) -> None:
+    """Each rank creates only the groups that it belongs to; all ranks get the speeds of all nodes."""
+    first, *others = run_ranks(4, measure, ranks_per_node)
+    assert [other[0] for other in others] == [first[0]] * 3
+    speeds, total = first
+    assert len(speeds) == 4 // ranks_per_node
+    for node_speeds in speeds:
+        assert node_speeds.keys() == {"matmul TFLOP/s", f"all-reduce {link} GB/s"}
+        assert min(node_speeds.values()) > 0
+    assert total.gb_per_second > 0
+    assert total.mib == 4
 
 
 @pytest.fixture

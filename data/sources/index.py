@@ -32,21 +32,12 @@ class Listing(LabelledSource):
 
     def __init__(
         self,
-        root: Path,
+        root: Path,  # the path that was listed
         classes: list[str],
-        labels: NDArray[np.int64],
-        names: NDArray[np.uint8],
-        offsets: NDArray[np.int64],
+        labels: NDArray[np.int64],  # [n]
+        names: NDArray[np.uint8],  # all names, one after another
+        offsets: NDArray[np.int64],  # [n + 1], such that name i is names[offsets[i] : offsets[i + 1]]
     ) -> None:
-        """Store a list.
-
-        Args:
-            root: The folder or the shards that were listed.
-            classes: Names of the classes.
-            labels: Indices into `classes`, int64 [n].
-            names: All names, one after another, uint8.
-            offsets: Name i is `names[offsets[i] : offsets[i + 1]]`, int64 [n + 1].
-        """
         super().__init__(classes, labels)
         self.root = root
         self._names = SharedArray(names)

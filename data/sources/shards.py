@@ -41,26 +41,12 @@ class Shards(Listing):
         names: NDArray[np.uint8],
         offsets: NDArray[np.int64],
         *,
-        files: NDArray[np.uint8],
-        file_sizes: NDArray[np.int64],
-        file_of: NDArray[np.int32],
-        starts: NDArray[np.int64],
-        sizes: NDArray[np.int64],
+        files: NDArray[np.uint8],  # paths of the shards, joined by NUL bytes
+        file_sizes: NDArray[np.int64],  # in bytes, when the shards were listed
+        file_of: NDArray[np.int32],  # [n] index of each image's shard
+        starts: NDArray[np.int64],  # [n] offset of each image in its shard, in bytes
+        sizes: NDArray[np.int64],  # [n] in bytes
     ) -> None:
-        """Store a list; for the first five arguments see `Listing`.
-
-        Args:
-            root: The path that stands for the shards.
-            classes: Names of the classes.
-            labels: Indices into `classes`, int64 [n].
-            names: All names, one after another.
-            offsets: Offsets of the names.
-            files: Paths of the shards, joined by NUL bytes.
-            file_sizes: Sizes of the shards in bytes when they were listed.
-            file_of: Index of each image's shard, int32 [n].
-            starts: Offset of each image in its shard in bytes, int64 [n].
-            sizes: Size of each image in bytes, int64 [n].
-        """
         super().__init__(root, classes, labels, names, offsets)
         self.files = split_names(files, self.SEPARATOR)
         self._file_sizes = file_sizes

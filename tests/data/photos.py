@@ -1,4 +1,4 @@
-"""Photographs for tests: the two that scikit-learn brings, in many cuts, and a folder of others where there is one."""
+"""Photographs for tests: many crops of the two in scikit-learn, and an optional folder of others."""
 
 import io
 import os
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-FOLDER = Path(os.environ.get("PHOTOS", ".data/photos"))  # class/picture.jpg, as many as there are
+FOLDER = Path(os.environ.get("PHOTOS", ".data/photos"))  # class/image.jpg
 
 
 def jpeg(picture: NDArray[np.uint8], mode: str = "RGB", orientation: int = 1, quality: int = 90) -> bytes:
-    """`picture` as a JPEG file, with an EXIF orientation if it is not 1."""
+    """Return `picture` as a JPEG file, with an EXIF orientation if it is not 1."""
     exif = Image.Exif()
     if orientation != 1:
         exif[0x0112] = orientation
@@ -23,7 +23,7 @@ def jpeg(picture: NDArray[np.uint8], mode: str = "RGB", orientation: int = 1, qu
 
 
 def cuts(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:
-    """`count` photographs, uint8 [H, W, 3], sides from 60 to 640: parts of two real ones, reduced and mirrored."""
+    """Return `count` crops of two photographs, reduced and mirrored, uint8 [H, W, 3] with sides from 60 to 640."""
     rng = np.random.default_rng(seed)
     photographs = [Image.fromarray(image) for image in load_sample_images().images]
     pictures = []
@@ -39,7 +39,7 @@ def cuts(count: int, seed: int = 0) -> list[NDArray[np.uint8]]:
 
 
 def write_photos(root: Path, count: int = 40) -> Path:
-    """`count` JPEG files in one folder: colour, some grey, some with an EXIF orientation, of several qualities."""
+    """Write `count` JPEG files of several qualities into one folder; some are grey or have an EXIF orientation."""
     (root / "c").mkdir(parents=True)
     for i, picture in enumerate(cuts(count)):
         mode = "L" if i % 10 == 3 else "RGB"

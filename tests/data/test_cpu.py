@@ -11,18 +11,18 @@ from torchvision.transforms import functional as tvf
 
 from data.cpu import render, render_center, resize
 from data.views import Augment, View, crop_box, draw
-from tests.data.pictures import photograph
+from tests.data.images import photograph
 from tests.data.test_views import moved
 
 
 def detailed(height: int, width: int) -> NDArray[np.uint8]:
-    """A picture with edges of one pixel, on which a resize without antialiasing fails."""
+    """An image with edges of one pixel, on which a resize without antialiasing fails."""
     noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return cv2.addWeighted(photograph(height, width), 0.5, noise, 0.5, 0)
 
 
 def distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
-    """The largest difference, in grey levels, of two pictures of one shape."""
+    """Return the largest difference of two images in grey levels."""
     assert a.shape == b.shape
     return int(np.abs(a.astype(int) - b).max())
 
@@ -39,7 +39,7 @@ def distance(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
         ((1, 1), (8, 8)),
     ],
 )
-def test_resize_is_pillows(source: tuple[int, int], target: tuple[int, int]) -> None:
+def test_resize_equals_pillow(source: tuple[int, int], target: tuple[int, int]) -> None:
     picture = detailed(*source)
     before = picture.copy()
     ours = resize(picture, *target)
@@ -59,7 +59,7 @@ def test_resize_of_a_crop_reads_only_the_crop() -> None:
     assert (resize(crop, 16, 16) == resize(crop.copy(), 16, 16)).all()
 
 
-def test_crop_is_the_box() -> None:
+def test_crop_equals_the_box() -> None:
     picture = detailed(120, 160)
     params = draw(0, 0, np.arange(20), 0, View(size=48), Augment(flip=0, jitter=0, gray=0, blur=0))
     for i in range(20):
@@ -68,7 +68,7 @@ def test_crop_is_the_box() -> None:
         assert distance(render(picture, params, i, 48), np.asarray(cropped)) <= 1
 
 
-def test_render_changes_nothing_by_default_and_never_its_input() -> None:
+def test_render_without_changes_keeps_the_image_and_never_changes_its_input() -> None:
     picture = detailed(32, 32)
     before = picture.copy()
     assert (render(picture, moved(), 0, 32) == picture).all()
@@ -77,7 +77,7 @@ def test_render_changes_nothing_by_default_and_never_its_input() -> None:
     assert (picture == before).all()
     assert view.shape == (32, 32, 3)
     assert view.dtype == np.uint8
-    view[:] = 0  # not a view of the picture either
+    view[:] = 0  # the result does not share memory with the image
     assert (picture == before).all()
 
 
@@ -88,14 +88,14 @@ def test_flip() -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 1.0, 1.7, 2.0])
 @pytest.mark.parametrize("size", [8, 64])
-def test_blur_is_torchvisions(sigma: float, size: int) -> None:
+def test_blur_equals_torchvision(sigma: float, size: int) -> None:
     picture = detailed(size, size)
     window = 2 * math.ceil(3 * sigma) + 1
     theirs = tvf.gaussian_blur(torch.from_numpy(picture).permute(2, 0, 1), [window, window], [sigma, sigma])
     assert distance(render(picture, moved(sigma=sigma), 0, size), theirs.permute(1, 2, 0).numpy()) <= 1
 
 
-def test_blur_is_nearly_the_wide_one_of_the_recipes() -> None:
+def test_blur_is_close_to_the_wide_window_of_the_recipes() -> None:
     picture = detailed(64, 64)
     for sigma in (0.1, 1.0, 2.0):
         wide = tvf.gaussian_blur(torch.from_numpy(picture).permute(2, 0, 1), [23, 23], [sigma, sigma])
@@ -123,8 +123,8 @@ def test_solarize_comes_after_color_and_blur() -> None:
     assert (render(picture, moved(solarize=1, **changes), 0, 64) == np.minimum(plain, 255 - plain)).all()
 
 
-def test_contrast_turns_about_the_mean_of_the_crop() -> None:
-    # A dark left half, a bright right half: without contrast each crop is its own mean, not the picture's.
+def test_contrast_keeps_the_mean_of_the_crop() -> None:
+    # The left half is dark and the right half bright: without contrast each crop becomes its own mean, not the image's.
     picture = np.full((100, 100, 3), 230, np.uint8)
     picture[:, :50] = 30
     one, none = np.ones(50), np.zeros(50)
@@ -144,7 +144,7 @@ def test_bright_colors_are_clamped() -> None:
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (256, 256), (300, 260), (230, 400)])
-def test_render_center_of_photographs_is_torchvisions(size: tuple[int, int]) -> None:
+def test_render_center_of_photographs_equals_torchvision(size: tuple[int, int]) -> None:
     picture = detailed(*size)
     scaled = tvf.resize(torch.from_numpy(picture).permute(2, 0, 1), 256, antialias=True)
     theirs = tvf.center_crop(scaled, [224, 224]).permute(1, 2, 0).numpy()
@@ -152,7 +152,7 @@ def test_render_center_of_photographs_is_torchvisions(size: tuple[int, int]) -> 
 
 
 @pytest.mark.parametrize("shape", [(28, 28), (20, 20), (8, 8)])
-def test_render_center_keeps_all_of_a_small_picture(shape: tuple[int, int]) -> None:
+def test_render_center_keeps_all_of_a_small_image(shape: tuple[int, int]) -> None:
     picture = detailed(*shape)
     assert (render_center(picture, 28) == resize(picture, 28, 28)).all()
     if shape == (28, 28):

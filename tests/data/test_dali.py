@@ -1,4 +1,4 @@
-"""The DALI backend on the CPU, the same graph as on a GPU: pictures, order, resuming, and what cannot be read."""
+"""The DALI backend on the CPU, with the graph of a GPU: pixels, order, resuming, and unreadable images."""
 
 import io
 import logging
@@ -17,8 +17,8 @@ from data.loader import train_batches
 from data.order import batch_samples
 from data.sources.open import ImageFolder, Source, open_source
 from data.views import Augment, View
+from tests.data.images import photograph, write_folder
 from tests.data.photos import FOLDER, jpeg, write_photos
-from tests.data.pictures import photograph, write_folder
 from tests.data.settings import CPU, data_settings
 from tests.data.test_loader import Broken, assert_same, joined
 
@@ -27,7 +27,7 @@ JITTER = NOTHING | {"jitter": 1.0, "brightness": 0.0, "contrast": 0.0, "saturati
 MULTI_CROP = [View(size=112), View(size=112), View(size=48, scale=(0.05, 0.14)), View(size=72, scale=(0.1, 0.4))]
 
 
-def made(
+def make_batches(
     source: Source,
     views: list[View],
     augment: Augment,
@@ -39,7 +39,7 @@ def made(
     workers: int = 0,
     batch_size: int = 8,
 ) -> list[Batch]:
-    """The batches of a backend. Without worker processes DALI's reader runs in this one."""
+    """Return the batches of a backend. Without worker processes DALI's reader runs in this process."""
     assert backend in ("cpu", "dali")
     settings = data_settings(
         views=tuple(views), augment=augment, batch_size=batch_size, workers=workers, backend=backend
@@ -50,9 +50,10 @@ def made(
 def distances(
     source: Source, views: list[View], augment: Augment, batches: int, batch_size: int
 ) -> NDArray[np.float64]:
-    """Mean absolute difference of each view that DALI made from that of the CPU backend, in grey levels."""
+    """Return the mean absolute difference between DALI's and the CPU backend's views, per view, in grey levels."""
     pairs = zip(
-        *(made(source, views, augment, b, stop=batches, batch_size=batch_size) for b in ("dali", "cpu")), strict=True
+        *(make_batches(source, views, augment, b, stop=batches, batch_size=batch_size) for b in ("dali", "cpu")),
+        strict=True,
     )
     found = []
     for ours, theirs in pairs:
@@ -67,7 +68,7 @@ def distances(
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """40 JPEG photographs; grey and turned ones among them."""
+    """40 JPEG photographs; some are grey or rotated by EXIF."""
     return open_source(write_photos(tmp_path_factory.mktemp("photos")))
 
 
@@ -91,14 +92,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Source:
         ("solarize", NOTHING | {"solarize": 1}),
     ],
 )
-def test_one_operation_is_the_cpu_backends(photos: Source, name: str, settings: dict[str, float]) -> None:
+def test_one_operation_matches_the_cpu_backend(photos: Source, name: str, settings: dict[str, float]) -> None:
     found = distances(photos, [View(size=96), View(size=96)], Augment(**settings), batches=4, batch_size=40)
     assert len(found) == 320
-    assert found.max() <= 2, name  # what is promised
-    assert np.median(found) <= 0.5, name  # what is measured: rounding, and one pixel along the crop's edge
+    assert found.max() <= 2, name  # the documented tolerance
+    assert np.median(found) <= 0.5, name  # measured: rounding, and one pixel along the crop's edge
 
 
-def test_the_chain_is_the_cpu_backends_in_multi_crop(photos: Source) -> None:
+def test_all_operations_match_the_cpu_backend_in_multi_crop(photos: Source) -> None:
     found = distances(photos, MULTI_CROP, Augment(solarize=0.2), batches=3, batch_size=40)
     assert len(found) == 480
     assert found.max() <= 4
@@ -106,7 +107,7 @@ def test_the_chain_is_the_cpu_backends_in_multi_crop(photos: Source) -> None:
 
 
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no photographs in {FOLDER}")
-def test_the_chain_on_other_photographs() -> None:
+def test_all_operations_on_other_photographs() -> None:
     source = open_source(FOLDER)
     batch = min(100, len(source))
     found = distances(source, [View(size=224), View(size=224), MULTI_CROP[2]], Augment(solarize=0.2), 2, batch)
@@ -114,7 +115,7 @@ def test_the_chain_on_other_photographs() -> None:
     assert np.median(found) <= 0.5
 
 
-def test_pictures_that_the_reader_decodes(small: Source) -> None:
+def test_images_decoded_by_the_reader(small: Source) -> None:
     assert distances(small, MULTI_CROP, Augment(solarize=0.2), batches=3, batch_size=8).max() <= 2
 
 
@@ -133,28 +134,30 @@ def test_pixels_are_not_decoded(tmp_path: Path) -> None:
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
 def test_the_next_ten_batches_after_a_resume_are_the_same(small: Source, backend: str) -> None:
     views, augment = MULTI_CROP[:3], Augment(solarize=0.2)
-    straight = made(small, views, augment, backend, stop=17)
-    assert_same(made(small, views, augment, backend, start=7, stop=17), straight[7:])
+    straight = make_batches(small, views, augment, backend, stop=17)
+    assert_same(make_batches(small, views, augment, backend, start=7, stop=17), straight[7:])
 
 
 def test_workers_make_the_same_batches(small: Source, photos: Source) -> None:
     for source in (small, photos):
         views, augment = MULTI_CROP[:3], Augment(solarize=0.2)
-        with_workers = made(source, views, augment, stop=6, workers=2)
-        assert_same(with_workers, made(source, views, augment, stop=6))
+        with_workers = make_batches(source, views, augment, stop=6, workers=2)
+        assert_same(with_workers, make_batches(source, views, augment, stop=6))
         if source is small:
-            assert_same(made(source, views, augment, start=2, stop=6, workers=1), with_workers[2:])
+            assert_same(make_batches(source, views, augment, start=2, stop=6, workers=1), with_workers[2:])
 
 
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_each_epoch_has_each_sample_once(small: Source, backend: str, world_size: int) -> None:
-    # 24 samples in batches of 6 are 4 steps; in batches of 9, 2 steps, and 6 samples are dropped, others each time.
+    # 24 samples in batches of 6 are 4 steps; in batches of 9, 2 steps, and each epoch drops 6 other samples.
     for batch_size, steps in ((6, 4), (9, 2)):
         if batch_size % world_size:
             continue
         ranks = [
-            made(small, [View(size=8)], Augment(blur=0), backend, 0, 5 * steps, rank, world_size, batch_size=batch_size)
+            make_batches(
+                small, [View(size=8)], Augment(blur=0), backend, 0, 5 * steps, rank, world_size, batch_size=batch_size
+            )
             for rank in range(world_size)
         ]
         assert [len(batches) for batches in ranks] == [5 * steps] * world_size
@@ -170,12 +173,14 @@ def test_each_epoch_has_each_sample_once(small: Source, backend: str, world_size
 
 
 def test_ranks_together_make_the_same_global_batch(small: Source) -> None:
-    ranks = [made(small, [View(size=16)] * 2, Augment(), rank=rank, world_size=2) for rank in range(2)]
-    assert_same([joined(parts) for parts in zip(*ranks, strict=True)], made(small, [View(size=16)] * 2, Augment()))
+    ranks = [make_batches(small, [View(size=16)] * 2, Augment(), rank=rank, world_size=2) for rank in range(2)]
+    assert_same(
+        [joined(parts) for parts in zip(*ranks, strict=True)], make_batches(small, [View(size=16)] * 2, Augment())
+    )
 
 
-def test_batches_stay_as_they_are(small: Source) -> None:
-    # They share memory with DALI.
+def test_later_batches_do_not_overwrite_earlier_ones(small: Source) -> None:
+    # Batches share memory with DALI.
     settings = data_settings(views=(View(size=16),), batch_size=8, backend="dali")
     batches: Iterator[Batch] = train_batches(small, settings, 3, 0, 1, 0, 9, CPU)
     first = next(batches)
@@ -185,7 +190,7 @@ def test_batches_stay_as_they_are(small: Source) -> None:
     assert not torch.equal(later[-1].views[0], before)
 
 
-# What cannot be read
+# Unreadable images
 
 
 def png16(picture: NDArray[np.uint8]) -> bytes:
@@ -194,7 +199,7 @@ def png16(picture: NDArray[np.uint8]) -> bytes:
     return file.getvalue()
 
 
-def test_odd_files_are_as_with_the_cpu_backend(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unusual_files_match_the_cpu_backend(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     picture = photograph(60, 90)
     whole = jpeg(picture)
     middle = len(whole) // 2
@@ -217,48 +222,48 @@ def test_odd_files_are_as_with_the_cpu_backend(tmp_path: Path, caplog: pytest.Lo
         (tmp_path / "c" / name).write_bytes(data)
     source = ImageFolder.scan(tmp_path)
     views, augment = [View(size=32)], Augment(blur=0)
-    ours, theirs = (made(source, views, augment, b, stop=4, batch_size=12) for b in ("dali", "cpu"))
+    ours, theirs = (make_batches(source, views, augment, b, stop=4, batch_size=12) for b in ("dali", "cpu"))
     for a, b in zip(ours, theirs, strict=True):
         assert a.samples.tolist() == b.samples.tolist()
         assert a.unreadable == b.unreadable
-        # A thin picture is nearly all edge, and of the one with zeros the decoders make different things.
+        # A thin image consists mostly of edges, and the decoders differ for the image with zeros.
         odd = {source.name(i) for i in a.samples[(a.views[0].float() - b.views[0].float()).abs().mean((1, 2, 3)) > 2]}
         assert odd <= {"c/zeros.jpg"}
     assert {source.name(i) for i, _ in ours[0].unreadable} >= {"c/cut.jpg", "c/empty.jpg", "c/text.jpg"}
 
 
-def test_a_picture_that_breaks_the_pipeline_costs_one_batch(
+def test_an_image_that_breaks_the_pipeline_costs_one_batch(
     small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     root = write_photos(tmp_path / "photos", count=12)
     source = ImageFolder.scan(root)
     (root / source.name(5)).write_bytes(b"\xff\xd8\xff nothing \xff\xd9")
-    # As if the headers had been good, the size a guess.
+    # Pretend that the header is valid, and guess a size.
     header = dali.jpeg_size
     monkeypatch.setattr(dali, "jpeg_size", lambda data: (50, 50) if b"nothing" in data else header(data))
     views, augment = [View(size=32)], Augment()
     with caplog.at_level(logging.WARNING):
-        ours = made(source, views, augment, stop=6, batch_size=4)
-    assert sum("DALI failed" in line for line in caplog.messages) == 2  # once an epoch
-    theirs = made(source, views, augment, "cpu", stop=6, batch_size=4)
+        ours = make_batches(source, views, augment, stop=6, batch_size=4)
+    assert sum("DALI failed" in line for line in caplog.messages) == 2  # once per epoch
+    theirs = make_batches(source, views, augment, "cpu", stop=6, batch_size=4)
     for a, b in zip(ours, theirs, strict=True):
         assert a.samples.tolist() == b.samples.tolist()
         assert a.unreadable == b.unreadable
         assert (a.views[0].float() - b.views[0].float()).abs().mean() < 1
 
 
-def test_a_pipeline_that_always_breaks_is_an_error(small: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pipeline_that_always_fails_raises(small: Source, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(self: object, stream: object) -> None:
         raise RuntimeError("encountered: no memory")
 
     monkeypatch.setattr(dali.Pipeline, "run", fails)
     with pytest.raises(RuntimeError, match="no memory"):
-        made(small, [View(size=8)], Augment(), stop=30)
+        make_batches(small, [View(size=8)], Augment(), stop=30)
 
 
 def test_nothing_readable() -> None:
     with pytest.raises(ValueError, match="5 images in a row cannot be read"):
-        made(Broken(5, good=-1), [View(size=8)], Augment(), batch_size=2)
+        make_batches(Broken(5, good=-1), [View(size=8)], Augment(), batch_size=2)
 
 
 def test_jpeg_size() -> None:
@@ -271,8 +276,8 @@ def test_jpeg_size() -> None:
         assert dali.jpeg_size(data) is None
 
 
-def test_the_graph_for_a_gpu_can_be_put_together(small: Source) -> None:
-    """Without a GPU it cannot run; but each operation is asked for where it should be, and exists there."""
+def test_the_graph_for_a_gpu_can_be_built(small: Source) -> None:
+    """It cannot run without a GPU, but each operation exists on the device that the graph requests."""
     dataset = TrainDataset(small, data_settings(views=tuple(MULTI_CROP), batch_size=8), 3, 0, 1)
     pipeline = dali._pipeline(dataset, 0, 4, torch.device("cuda", 0))
     pipeline._build_graph()

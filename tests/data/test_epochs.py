@@ -1,4 +1,4 @@
-"""Steps of an epoch and the samples in them, counted through the loader."""
+"""The steps and samples of an epoch, counted through the loader."""
 
 from typing import Literal
 
@@ -10,7 +10,7 @@ from data.loader import train_batches
 from data.order import Blocks, steps_per_epoch
 from data.sources.open import Source, open_source
 from data.views import View
-from tests.data.pictures import write_folder
+from tests.data.images import write_folder
 from tests.data.settings import CPU, data_settings
 
 BLOCKS = pytest.mark.parametrize("blocks", [None, Blocks(5, 3)], ids=["global", "block"])
@@ -20,7 +20,7 @@ BATCH, SEED = 12, 4
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """64 pictures: 5 steps of 12, 4 left over."""
+    """64 images: 5 steps of 12 and a remainder of 4."""
     return open_source(write_folder(tmp_path_factory.mktemp("data"), classes=4, per_class=16, size=12))
 
 
@@ -52,7 +52,7 @@ def test_five_epochs(source: Source, backend: Literal["cpu", "dali"], blocks: Bl
         read = [s for steps in ranks for batch in steps[5 * epoch : 5 * epoch + 5] for s in batch.samples.tolist()]
         assert len(read) == len(set(read)) == 60
         epochs.append(frozenset(read))
-    assert len(set(epochs)) > 1  # not always the same 4 are left out
+    assert len(set(epochs)) > 1  # each epoch drops other samples
 
 
 @BACKENDS

@@ -11,7 +11,7 @@ from data.sources.fashion_mnist import FILES, PACKAGE, complete, fetch, main
 
 
 def fill(folder: Path) -> Path:
-    """The four files, each with its own name inside."""
+    """Write the four files, each with its own name as its contents."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         (folder / name).write_text(name)
@@ -33,7 +33,7 @@ def from_torchvision(dest: Path) -> None:
 
 @pytest.fixture(autouse=True)
 def _offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing installed and nothing to download, unless a test says otherwise."""
+    """Make all sources of the files fail, unless a test replaces one."""
     monkeypatch.setattr(fashion_mnist, "INSTALLED", tmp_path / "not-installed")
     monkeypatch.setattr(fashion_mnist, "from_apt", from_apt)
     monkeypatch.setattr(fashion_mnist, "from_torchvision", from_torchvision)
@@ -54,7 +54,7 @@ def test_from_installed_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert_filled(tmp_path / "a" / "b")
 
 
-def test_what_is_there_is_kept(tmp_path: Path) -> None:
+def test_existing_files_are_kept(tmp_path: Path) -> None:
     dest = fill(tmp_path / "dest")
     assert complete(dest)
     assert fetch(dest) is None
@@ -71,7 +71,7 @@ def test_an_incomplete_package_is_not_enough(tmp_path: Path, monkeypatch: pytest
 
 
 def test_from_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Against commands that do to files what apt-get and dpkg do, and lists that are missing at first."""
+    """Fake commands do to files what apt-get and dpkg do; the package lists are missing at first."""
     commands = []
 
     def run(command: tuple[str, ...], cwd: str, check: bool, capture_output: bool) -> None:
@@ -138,7 +138,7 @@ def test_ways_are_tried_in_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert_filled(tmp_path / "dest")
 
 
-def test_failure_says_what_to_do(tmp_path: Path) -> None:
+def test_a_failure_names_the_remedy(tmp_path: Path) -> None:
     message = fetch(tmp_path / "dest") or ""
     assert f"apt-get install {PACKAGE}" in message
     assert "access to the internet for torchvision" in message

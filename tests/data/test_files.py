@@ -1,4 +1,4 @@
-"""Reading from storage that fails for a moment."""
+"""Reading from storage that fails temporarily."""
 
 import errno
 import os
@@ -9,19 +9,19 @@ import pytest
 
 from data.sources import files
 from data.sources.open import UnreadableImage, open_source
-from tests.data.pictures import write_folder
+from tests.data.images import write_folder
 
 
 @pytest.fixture
 def slept(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that were made; none is waited for."""
+    """The pauses between attempts, recorded instead of waited for."""
     pauses: list[float] = []
     monkeypatch.setattr("time.sleep", pauses.append)
     return pauses
 
 
 def failing(times: int, number: int) -> Callable[[], bytes]:
-    """Raises `times` OSErrors, then returns."""
+    """Return a function that raises `times` OSErrors and then returns."""
     left = [times]
 
     def read() -> bytes:
@@ -35,19 +35,19 @@ def failing(times: int, number: int) -> Callable[[], bytes]:
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOMEM])
 @pytest.mark.parametrize("times", [0, 1, 3])
-def test_a_moment_of_trouble(slept: list[float], number: int, times: int) -> None:
+def test_a_temporary_error(slept: list[float], number: int, times: int) -> None:
     assert files.retry(failing(times, number)) == b"data"
     assert slept == [0.1, 0.5, 2.0][:times]
 
 
-def test_lasting_trouble(slept: list[float]) -> None:
+def test_a_lasting_error(slept: list[float]) -> None:
     with pytest.raises(OSError, match="Input/output error"):
         files.retry(failing(99, errno.EIO))
     assert slept == [0.1, 0.5, 2.0]
 
 
 @pytest.mark.parametrize("number", [errno.ENOENT, errno.EACCES, errno.EISDIR, errno.ENOTDIR])
-def test_what_waiting_does_not_mend(slept: list[float], number: int) -> None:
+def test_permanent_errors_are_not_tried_again(slept: list[float], number: int) -> None:
     with pytest.raises(OSError, match=os.strerror(number)):
         files.retry(failing(1, number))
     assert slept == []
@@ -62,7 +62,7 @@ def test_a_librarys_error_is_not_tried_again(slept: list[float]) -> None:
     assert slept == []
 
 
-def test_a_stale_handle_is_open_again(tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stale_handle_is_opened_again(tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "x").write_bytes(b"0123456789")
     assert files.read_range(str(tmp_path / "x"), 2, 3) == b"234"
     stale, pread = files._open(str(tmp_path / "x")).descriptor, os.pread
@@ -79,7 +79,7 @@ def test_a_stale_handle_is_open_again(tmp_path: Path, slept: list[float], monkey
         files.read_range(str(tmp_path / "x"), 8, 6)
 
 
-def test_a_sample_survives_a_moment_of_trouble(
+def test_an_image_is_read_despite_a_temporary_error(
     tmp_path: Path, slept: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = open_source(write_folder(tmp_path / "data", classes=1, per_class=2))

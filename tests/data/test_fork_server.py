@@ -23,8 +23,8 @@ if __name__ == "__main__":
 """
 
 
-def test_a_signal_to_the_group_leaves_the_workers_alone(tmp_path: Path) -> None:
-    """As torchrun sends it; the rank then needs them to end its step."""
+def test_a_signal_to_the_process_group_does_not_reach_the_workers(tmp_path: Path) -> None:
+    """torchrun sends such a signal, and the rank still needs its workers to complete the step."""
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(tmp_path / "program.py")]

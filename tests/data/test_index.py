@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from data.sources.open import IdxImages, ImageFolder, UnreadableImage, decode, open_source
-from tests.data.pictures import photograph, write_folder
+from tests.data.images import photograph, write_folder
 
 
 def touch(*paths: Path) -> None:
@@ -42,7 +42,7 @@ def test_folder_of_classes(tmp_path: Path) -> None:
     assert (source.image(4) == photograph(41, 42, seed=4)).all()
 
 
-def test_nested_hidden_and_foreign_files(tmp_path: Path) -> None:
+def test_nested_hidden_and_other_files(tmp_path: Path) -> None:
     touch(
         tmp_path / "b" / "deep" / "er" / "1.jpg",
         tmp_path / "b" / "0.JPEG",
@@ -58,7 +58,7 @@ def test_nested_hidden_and_foreign_files(tmp_path: Path) -> None:
     )
     (tmp_path / "empty").mkdir()
     source = folder(tmp_path)
-    # An empty class keeps its number, so that parts of one data set agree on the labels.
+    # An empty class keeps its label, so that the splits of a data set have the same labels.
     assert source.classes == ["a", "b", "empty"]
     assert names(source) == ["a/x.png", "b/0.JPEG", "b/deep/er/1.jpg", "b/looks_like.png/2.bmp", "b/z.webp"]
     assert source.labels.tolist() == [0, 1, 1, 1, 1]
@@ -70,7 +70,7 @@ def test_order_does_not_depend_on_the_file_system(tmp_path: Path) -> None:
     assert names(folder(tmp_path)) == [f"c/{name}.png" for name in ("-", "10", "9", "B", "a", "é")]
 
 
-def test_loose_pictures_are_one_class(tmp_path: Path) -> None:
+def test_loose_images_are_one_class(tmp_path: Path) -> None:
     touch(tmp_path / "mine" / "2.png", tmp_path / "mine" / "1.jpg")
     (tmp_path / "mine" / "empty").mkdir()
     source = folder(tmp_path / "mine")
@@ -79,7 +79,7 @@ def test_loose_pictures_are_one_class(tmp_path: Path) -> None:
     assert source.labels.tolist() == [0, 0]
 
 
-def test_loose_pictures_beside_classes_are_refused(tmp_path: Path) -> None:
+def test_loose_images_beside_classes_are_refused(tmp_path: Path) -> None:
     touch(tmp_path / "a" / "1.png", tmp_path / "stray.png")
     with pytest.raises(ValueError, match=r"class folders and outside.*stray\.png"):
         open_source(tmp_path)
@@ -126,14 +126,14 @@ def test_odd_names(tmp_path: Path) -> None:
             assert (source.image(i) == photograph(8, 8)).all()
 
 
-# The saved listing
+# The index
 
 
 def test_index_is_used_instead_of_scanning(tmp_path: Path) -> None:
     root, index = write_folder(tmp_path / "data"), tmp_path / "runs" / "index.npz"
     first = folder(root, index)
     assert index.is_file()
-    assert [p.name for p in index.parent.iterdir()] == ["index.npz"]  # nothing temporary stays
+    assert [p.name for p in index.parent.iterdir()] == ["index.npz"]  # no temporary file remains
     (root / "c0" / "0.png").rename(root / "c0" / "new.png")
     again = folder(root, index)
     assert (names(again), again.classes) == (names(first), first.classes)
@@ -190,7 +190,7 @@ def test_index_travels_to_workers_as_shared_memory(tmp_path: Path) -> None:
     assert many.name(7) == "\0\0"
 
 
-# One picture
+# Decoding
 
 
 def encoded(picture: NDArray[np.uint8], kind: str, mode: str = "RGB", orientation: int | None = None) -> bytes:
@@ -221,7 +221,7 @@ def pillows(data: bytes) -> NDArray[np.uint8]:
         ("BMP", "RGB"),
     ],
 )
-def test_decode_is_pillows(kind: str, mode: str) -> None:
+def test_decode_equals_pillow(kind: str, mode: str) -> None:
     data = encoded(photograph(30, 50), kind, mode)
     ours = decode(data)
     assert ours.shape == (30, 50, 3)

@@ -15,7 +15,7 @@ from data.normalize import normalize
 from data.order import batch_samples
 from data.sources.open import ImageFolder, Source, UnreadableImage, open_source
 from data.views import Augment, View, draw
-from tests.data.pictures import photograph, write_folder
+from tests.data.images import photograph, write_folder
 from tests.data.settings import CPU, data_settings
 
 VIEWS = [View(size=32), View(size=32), View(size=16, scale=(0.05, 0.14))]
@@ -23,13 +23,13 @@ VIEWS = [View(size=32), View(size=32), View(size=16, scale=(0.05, 0.14))]
 
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
-    """24 readable pictures."""
+    """24 readable images."""
     return open_source(write_folder(tmp_path_factory.mktemp("data")))
 
 
 @pytest.fixture
 def damaged(tmp_path: Path) -> Source:
-    """24 pictures of which 0, 5, 6 and 23 cannot be read."""
+    """24 images; 0, 5, 6 and 23 cannot be read."""
     root = write_folder(tmp_path / "data")
     source = ImageFolder.scan(root)
     for i in (0, 5, 6, 23):
@@ -38,7 +38,7 @@ def damaged(tmp_path: Path) -> Source:
 
 
 class Broken:
-    """`count` samples, of which only `good` can be read."""
+    """`count` images; only `good` can be read."""
 
     def __init__(self, count: int, good: int) -> None:
         self.classes = ["c"]
@@ -89,13 +89,13 @@ def assert_same(a: list[Batch], b: list[Batch]) -> None:
 
 
 def joined(parts: tuple[Batch, ...]) -> Batch:
-    """The global batch of the local ones."""
+    """Join local batches to the global one."""
     views = [torch.cat(views) for views in zip(*(part.views for part in parts), strict=True)]
     unreadable = [image for part in parts for image in part.unreadable]
     return Batch(views, torch.cat([part.samples for part in parts]), unreadable)
 
 
-def test_a_batch_is_its_samples_rendered(source: Source) -> None:
+def test_a_batch_has_the_rendered_views_of_its_images(source: Source) -> None:
     batches = list(train(source))
     assert len(batches) == 4
     for step, batch in enumerate(batches):
@@ -140,7 +140,7 @@ def test_workers_make_the_same_batches(source: Source, damaged: Source) -> None:
         assert_same(list(train(data, workers=2)), list(train(data, workers=0)))
 
 
-def test_resuming_gives_the_tail(source: Source) -> None:
+def test_resuming_gives_the_remaining_batches(source: Source) -> None:
     straight = list(train(source, stop=8))
     assert_same(list(train(source, start=5, stop=8)), straight[5:])
     ranks = [train(source, start=5, stop=8, rank=rank, world_size=2) for rank in range(2)]
@@ -148,7 +148,7 @@ def test_resuming_gives_the_tail(source: Source) -> None:
     assert list(train(source, start=8, stop=8)) == []
 
 
-def test_idx_goes_through_workers_too(tmp_path: Path) -> None:
+def test_idx_with_workers(tmp_path: Path) -> None:
     images = np.stack([photograph(28, 28, seed)[..., 0] for seed in range(16)])
     header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in images.shape)
     (tmp_path / "x-images-idx3-ubyte").write_bytes(header + images.tobytes())
@@ -157,8 +157,8 @@ def test_idx_goes_through_workers_too(tmp_path: Path) -> None:
     assert_same(list(train(source, workers=1)), list(train(source)))
 
 
-def test_torchs_generator_is_left_alone(source: Source) -> None:
-    # Else whatever a model draws after a resume would differ from the run that was not interrupted.
+def test_torchs_generator_is_not_used(source: Source) -> None:
+    # Otherwise the model's random numbers after a resume would differ from those of an uninterrupted run.
     before = torch.random.get_rng_state()
     list(train(source, stop=1))
     list(eval_batches(source, np.arange(4), 16, 4, workers=0))
@@ -175,7 +175,7 @@ def test_unreadable_samples_are_replaced_and_listed(damaged: Source) -> None:
             tried = [sample, *replaced.get(sample, [])]
             assert shown == tried[-1]
             expected_bad += tried[:-1]
-            params = draw(3, 0, samples, 0, VIEWS[0], Augment(solarize=0.2))  # the parameters of the slot's own sample
+            params = draw(3, 0, samples, 0, VIEWS[0], Augment(solarize=0.2))  # the parameters of the unreadable image
             assert (batch.views[0][i].numpy() == render(damaged.image(shown), params, i, 32)).all()
         assert [sample for sample, _ in batch.unreadable] == expected_bad
         assert all(reason.startswith(damaged.name(sample)) for sample, reason in batch.unreadable)
@@ -184,7 +184,7 @@ def test_unreadable_samples_are_replaced_and_listed(damaged: Source) -> None:
 
 
 def test_more_than_a_hundred_unreadable_in_a_row() -> None:
-    seed = next(s for s in range(10_000) if batch_samples(200, s, 0, 1, 0, 1)[1][0] == 0)  # asks for sample 0 first
+    seed = next(s for s in range(10_000) if batch_samples(200, s, 0, 1, 0, 1)[1][0] == 0)  # the first image is 0
     (batch,) = train(Broken(200, good=99), stop=1, batch_size=1, seed=seed)
     assert batch.samples.tolist() == [99]
     assert len(batch.unreadable) == 99
@@ -198,7 +198,7 @@ def test_nothing_readable() -> None:
             list(train(Broken(5, good=-1), stop=1, batch_size=2, workers=workers))
 
 
-def test_train_errors_come_at_once(source: Source) -> None:
+def test_errors_are_raised_before_iterating(source: Source) -> None:
     with pytest.raises(ValueError, match="24 images do not fill one batch of 25"):
         train(source, batch_size=25)
     with pytest.raises(ValueError, match="8 does not divide evenly among 3"):
@@ -226,7 +226,7 @@ def test_eval_batches(source: Source) -> None:
 
 
 def test_eval_of_the_crops_of_an_epoch(source: Source) -> None:
-    """Those that training shows."""
+    """They equal the views of training."""
     *_, shown = train(source, stop=4, batch_size=8, seed=5)  # the first batch of the second epoch
     crops = Crops(VIEWS[0], Augment(solarize=0.2), 5, 1)
     (batch,) = eval_batches(source, shown.samples.numpy(), VIEWS[0].size, 8, 0, crops)
@@ -235,7 +235,7 @@ def test_eval_of_the_crops_of_an_epoch(source: Source) -> None:
     assert not batch.unreadable
 
 
-def test_eval_leaves_out_unreadable_samples(damaged: Source) -> None:
+def test_eval_skips_unreadable_images(damaged: Source) -> None:
     batches = list(eval_batches(damaged, np.arange(24), 16, batch_size=7, workers=2))
     pixels, samples, bad = joined_eval(batches)
     assert bad == [0, 5, 6, 23]

@@ -15,7 +15,7 @@ def test_permutation(n: int) -> None:
 
 
 def test_golden() -> None:
-    # Changing these changes every run: a resumed one would silently become another.
+    # A change of these values would silently change every resumed run.
     assert epoch_order(10, 0, 0).tolist() == [1, 6, 5, 4, 8, 3, 7, 9, 2, 0]
     assert epoch_order(10, 0, 1).tolist() == [1, 6, 9, 4, 7, 5, 2, 8, 3, 0]
     assert epoch_order(10, 1, 0).tolist() == [8, 1, 9, 7, 2, 6, 5, 4, 0, 3]
@@ -29,7 +29,7 @@ def test_epochs_and_seeds_are_unrelated() -> None:
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
 
 
-def test_all_permutations_are_as_likely() -> None:
+def test_all_permutations_are_equally_likely() -> None:
     n = 2400
     counts = Counter(tuple(epoch_order(4, 0, epoch).tolist()) for epoch in range(n))
     assert len(counts) == 24
@@ -37,7 +37,7 @@ def test_all_permutations_are_as_likely() -> None:
     assert sum((c - expected) ** 2 / expected for c in counts.values()) < 50  # 23 degrees of freedom, p = 0.001
 
 
-def test_order_is_protected_from_its_users() -> None:
+def test_the_order_is_read_only() -> None:
     with pytest.raises(ValueError, match="read-only"):
         epoch_order(10, 0, 0)[0] = 1
 
@@ -53,7 +53,7 @@ def test_ranks_together_read_the_global_batch(world_size: int) -> None:
 
 
 def test_steps_run_through_epochs() -> None:
-    steps = [batch_samples(53, 5, step, 12, 0, 1) for step in range(9)]  # 4 to an epoch, 5 samples left over
+    steps = [batch_samples(53, 5, step, 12, 0, 1) for step in range(9)]  # 4 per epoch, with a remainder of 5 images
     assert [epoch for epoch, _ in steps] == [0, 0, 0, 0, 1, 1, 1, 1, 2]
     for epoch in (0, 1):
         read = np.concatenate([samples for e, samples in steps if e == epoch])
@@ -99,24 +99,24 @@ def test_blocks_are_a_permutation(n: int, size: int, window: int) -> None:
 
 
 def test_blocks_golden() -> None:
-    # Changing these changes every run with this order: a resumed one would silently become another.
+    # A change of these values would silently change every resumed run with this order.
     assert in_blocks(10, 0, 0, 2, 2).tolist() == [1, 6, 7, 0, 8, 3, 9, 2, 5, 4]
     assert in_blocks(10, 0, 1, 2, 2).tolist() == [1, 2, 3, 0, 9, 4, 5, 8, 6, 7]
 
 
-def test_a_window_has_whole_blocks_from_anywhere() -> None:
+def test_a_window_has_complete_random_blocks() -> None:
     size, window = 10, 4
     order = in_blocks(1000, 1, 2, size, window)
     windows = [set((order[place : place + size * window] // size).tolist()) for place in range(0, 1000, size * window)]
     assert [len(blocks) for blocks in windows] == [window] * 25
     assert len(set.union(*windows)) == 100
-    assert sum(max(blocks) - min(blocks) for blocks in windows) > 25 * 40  # of 100, if they come from anywhere: 60
+    assert sum(max(blocks) - min(blocks) for blocks in windows) > 25 * 40  # the mean is 60 for random blocks of 100
     changes = (np.diff(order // size) != 0).sum()
-    assert changes > 600  # inside a window they are mixed: 3 of 4 neighbours are of other blocks
+    assert changes > 600  # images are mixed within a window: 3 of 4 neighbours are in different blocks
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_places_of_an_epoch_in_blocks(size: int) -> None:
+def test_positions_of_an_epoch_in_blocks(size: int) -> None:
     whole = in_blocks(500, 2, 1, size, 3)
     for start in range(0, 500, 23):
         for stop in (start + 1, min(500, start + 23), 500):
@@ -131,7 +131,7 @@ def test_blocks_differ_between_epochs_and_seeds() -> None:
             assert abs(np.corrcoef(a, b)[0, 1]) < 0.15
 
 
-def test_one_window_of_all_is_the_global_order() -> None:
+def test_a_window_of_all_blocks_is_the_global_order() -> None:
     assert in_blocks(1000, 5, 3, 10, 100).tolist() == epoch_order(1000, 5, 3).tolist()
 
 
@@ -141,7 +141,7 @@ def test_one_window_of_all_is_the_global_order() -> None:
 @pytest.mark.parametrize("blocks", [None, Blocks(16, 4)], ids=["global", "block"])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_five_epochs_have_each_sample_once(blocks: Blocks | None, world_size: int) -> None:
-    n, batch = 1000, 42  # 23 steps, 34 samples left over
+    n, batch = 1000, 42  # 23 steps, with a remainder of 34 images
     dropped = []
     for epoch in range(5):
         read: list[int] = []
@@ -152,7 +152,7 @@ def test_five_epochs_have_each_sample_once(blocks: Blocks | None, world_size: in
                 read += samples.tolist()
         assert len(read) == len(set(read)) == 23 * batch
         dropped.append(frozenset(range(n)) - set(read))
-    assert len(set(dropped)) == 5  # others in each epoch
+    assert len(set(dropped)) == 5  # each epoch drops other images
     assert batch_samples(n, 9, 5 * 23, batch, 0, world_size, blocks)[0] == 5
 
 

@@ -30,10 +30,10 @@ def splitmix64(state: int, count: int) -> list[int]:
 
 
 def test_published_vectors() -> None:
-    # Without counters the hash is the first output, and the generator's state moves on by GAMMA.
+    # Without counters the hash is the first output, and GAMMA advances the generator's state.
     assert [int(hash_counters(1234567 + i * GAMMA)[0]) for i in range(5)] == PUBLISHED
     assert int(hash_counters(0)[0]) == 0xE220A8397B1DCDAF
-    assert splitmix64(1234567, 5) == PUBLISHED  # so the plain version below is right
+    assert splitmix64(1234567, 5) == PUBLISHED  # so the plain version above is right
 
 
 def test_counters_are_absorbed_as_documented() -> None:
@@ -49,7 +49,7 @@ def _shifted(state: int) -> list[int]:
 
 
 def test_golden() -> None:
-    # Changing these changes every run: a resumed one would silently become another.
+    # A change of these values would silently change every resumed run.
     assert hash_counters(7, 1, 2, np.arange(3)).tolist() == [
         5105604414344456748,
         8104936063594381618,
@@ -77,7 +77,7 @@ def test_any_seed_is_taken_without_warnings(seed: int, recwarn: pytest.WarningsR
     assert not recwarn.list
 
 
-def test_every_counter_and_its_place_matter() -> None:
+def test_every_counter_and_its_position_matter() -> None:
     values = {
         int(hash_counters(*c)[0]) for c in [(0,), (0, 0), (0, 0, 0), (0, 1), (1, 0), (0, 0, 1), (0, 1, 0), (1, 1)]
     }

@@ -1,4 +1,4 @@
-"""Shards, Arrow, Parquet, CIFAR: the same pictures and labels as what they were made of, and refusals in one line."""
+"""Shards, Arrow, Parquet, CIFAR: the images and labels that were written are read, and errors have one line."""
 
 import io
 import json
@@ -18,7 +18,7 @@ from data.sources import files
 from data.sources.open import ImageFolder, Source, UnreadableImage, decode, open_source
 from data.sources.parquet import ParquetFiles
 from data.sources.shards import Shards
-from tests.data.pictures import photograph, write_folder
+from tests.data.images import photograph, write_folder
 
 
 def png(seed: int) -> bytes:
@@ -35,7 +35,7 @@ def write_tar(path: Path, members: dict[str, bytes], kind: int = tarfile.PAX_FOR
 
 
 def check(source: Source, pictures: list[bytes], labels: list[str]) -> None:
-    """That `source` has these pictures under these names of classes."""
+    """Assert that `source` has these images with these class names."""
     assert [source.read(i) for i in range(len(source))] == pictures
     assert all((source.image(i) == decode(p)).all() for i, p in enumerate(pictures))
     assert source.labels.dtype == np.int64
@@ -87,14 +87,14 @@ def test_classes_over_shards_and_their_names(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_long_and_foreign_names(tmp_path: Path, kind: int) -> None:
+def test_long_and_non_ascii_names(tmp_path: Path, kind: int) -> None:
     names = [f"{'d' * 60}/{'n' * 90}.png", f"{'e' * 60}/é 犬.png"]
     source = open_source(write_tar(tmp_path / "x.tar", {names[0]: png(0), names[1]: png(1)}, kind))
     check(source, [png(0), png(1)], ["d" * 60, "e" * 60])
     assert source.name(1) == f"x.tar/{names[1]}"
 
 
-def test_links_and_folders_in_a_shard_are_passed_over(tmp_path: Path) -> None:
+def test_links_and_folders_in_a_shard_are_ignored(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "x.tar", "w") as tar:
         for kind, name in ((tarfile.DIRTYPE, "c/d.png"), (tarfile.SYMTYPE, "c/s.png"), (tarfile.LNKTYPE, "c/l.png")):
             member = tarfile.TarInfo(name)
@@ -153,7 +153,7 @@ def test_a_damaged_label_is_refused(tmp_path: Path, label: dict[str, bytes]) -> 
         open_source(tmp_path / "x.tar")
 
 
-def test_pictures_that_are_gone_when_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_disappear_before_they_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "DELAYS", (0, 0))
     path = write_tar(tmp_path / "x.tar", {"c/0.png": png(0), "c/1.png": b"", "c/2.png": b"no", "c/3.png": png(3)})
     source = open_source(path)
@@ -178,7 +178,7 @@ def test_more_shards_than_files_may_be_open(tmp_path: Path, monkeypatch: pytest.
     assert files._open.cache_info().currsize <= 128
 
 
-# What a path stands for
+# The files that a path stands for
 
 
 def test_patterns(tmp_path: Path) -> None:
@@ -201,7 +201,7 @@ def test_splits_in_one_folder_are_not_mixed(tmp_path: Path) -> None:
     assert len(open_source(tmp_path / "train-*.tar")) == 2
 
 
-def test_shards_beside_folders_of_pictures_are_passed_over(tmp_path: Path) -> None:
+def test_shards_beside_folders_of_images_are_ignored(tmp_path: Path) -> None:
     write_folder(tmp_path, classes=2, per_class=2)
     write_tar(tmp_path / "c0.tar", {"0.png": png(0)})
     assert isinstance(open_source(tmp_path), ImageFolder)
@@ -273,7 +273,7 @@ FEATURES = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_ty
 
 
 def table(features: dict[str, Any] = FEATURES, labels: tuple[int | None, ...] = (1, 0, 1, 1, 0)) -> pa.Table:
-    """What `datasets` makes of five pictures, as it describes them."""
+    """Return a table of five images with the description that `datasets` writes."""
     images = pa.array([{"bytes": png(i), "path": None} for i in range(5)])
     columns = {"other": pa.array(["x"] * 5), "image": images, "label": pa.array(labels, pa.int64())}
     described = {"huggingface": json.dumps({"info": {"features": features}})}
@@ -345,11 +345,11 @@ def test_hugging_face_refusals(tmp_path: Path, kind: str) -> None:
             open_source(path)
 
 
-def test_pictures_outside_of_their_file(tmp_path: Path) -> None:
+def test_images_outside_of_their_file(tmp_path: Path) -> None:
     outside = pa.table({"image": pa.array([{"bytes": None, "path": "/data/0.png"}, {"bytes": png(1), "path": None}])})
     with pytest.raises(ValueError, match="1 rows have no bytes"):
         open_source(write_arrow(tmp_path / "x.arrow", outside))
-    source = open_source(write_parquet(tmp_path / "x.parquet", outside))  # known only when it is read
+    source = open_source(write_parquet(tmp_path / "x.parquet", outside))  # found only when the image is read
     assert source.read(1) == png(1)
     with pytest.raises(UnreadableImage, match=r"^x\.parquet/0/0: the row has no bytes"):
         source.read(0)
@@ -378,7 +378,7 @@ def test_several_splits(tmp_path: Path) -> None:
     assert len(open_source(tmp_path / "train")) == 5
 
 
-def test_damaged_row_groups_are_unreadable_samples(tmp_path: Path) -> None:
+def test_images_of_damaged_row_groups_are_unreadable(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", table())
     source = open_source(path)
     assert isinstance(source, ParquetFiles)
@@ -395,7 +395,7 @@ def test_damaged_row_groups_are_unreadable_samples(tmp_path: Path) -> None:
         source.image(4)
 
 
-def test_kept_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_row_groups_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from data.sources import parquet
 
     source = open_source(write_parquet(tmp_path / "x.parquet", table()))
@@ -460,7 +460,7 @@ def test_bad_cifar(tmp_path: Path) -> None:
             open_source(tmp_path / name)
 
 
-def test_refusals_are_one_line(tmp_path: Path) -> None:
+def test_errors_have_one_line(tmp_path: Path) -> None:
     for name in ("x.zip", "x.tar.gz", "x.lmdb"):
         (tmp_path / name).write_bytes(b"PK")
         with pytest.raises(ValueError, match=re.escape(name)) as caught:

@@ -1,4 +1,4 @@
-"""Our augmentation against torchvision's own transforms, on the same photographs: the same distributions.
+"""Our augmentation has the same distributions as torchvision's transforms on the same photographs.
 
 Both sides are reduced to numbers per view (crop area and aspect, and mean brightness, hue, blur energy of the
 pictures), whose samples the two-sample test of Kolmogorov and Smirnov compares. Each test can fail: see the last one.
@@ -21,13 +21,13 @@ from data.views import Augment, View, crop_boxes, draw
 from tests.data.photos import cuts
 
 N = 2000
-LEVEL = 1e-3  # of each test: fixed seeds, so it fails always or never
+LEVEL = 1e-3  # of each test; with fixed seeds it fails always or never
 SIZE = 48
 NOTHING = {"flip": 0.0, "jitter": 0.0, "gray": 0.0, "blur": 0.0}
 
 
 def differ(ours: NDArray, theirs: NDArray) -> float:
-    """The p-value: below LEVEL, the two are not of one distribution."""
+    """Return the p-value; below LEVEL, the two distributions differ."""
     return float(ks_2samp(ours, theirs).pvalue)
 
 
@@ -37,13 +37,13 @@ def pictures() -> list[NDArray[np.uint8]]:
 
 
 def ours(pictures: list[NDArray[np.uint8]], augment: Augment, count: int = N, size: int = SIZE) -> list[NDArray]:
-    """Views of the pictures in turn, made by the CPU backend."""
+    """Return views of the images in turn, made by the CPU backend."""
     params = draw(5, 0, np.arange(count), 0, View(size=size), augment)
     return [render(pictures[i % len(pictures)], params, i, size) for i in range(count)]
 
 
 def theirs(pictures: list[NDArray[np.uint8]], transform: transforms.Compose, count: int = N) -> list[NDArray]:
-    """As many by torchvision on PIL images."""
+    """Return as many views made by torchvision from PIL images."""
     torch.manual_seed(0)
     random.seed(0)
     images = [Image.fromarray(picture) for picture in pictures]
@@ -59,14 +59,14 @@ def brightness(views: list[NDArray]) -> NDArray[np.floating]:
 
 
 def hue(views: list[NDArray]) -> NDArray[np.floating]:
-    """The angle of the mean chroma in YIQ, in radians."""
+    """Return the angle of the mean chroma in YIQ, in radians."""
     means = np.array([view.mean((0, 1)) for view in views])
     i, q = means @ (0.596, -0.274, -0.322), means @ (0.211, -0.523, 0.312)
     return np.arctan2(q, i)
 
 
 def blur_energy(views: list[NDArray]) -> NDArray[np.floating]:
-    """How much fine detail is left: log of the Laplacian's mean square."""
+    """Measure fine detail: the logarithm of the Laplacian's mean square."""
     return np.array([math.log(1e-3 + (cv2.Laplacian(view, cv2.CV_32F) ** 2).mean()) for view in views])
 
 
@@ -95,7 +95,7 @@ def test_brightness_of_the_crop(pictures: list[NDArray[np.uint8]]) -> None:
 
 
 def test_jitter(pictures: list[NDArray[np.uint8]]) -> None:
-    """Brightness of the pictures, and their spread, with brightness and contrast drawn as the recipes do."""
+    """Compare brightness and its spread, with the recipes' distributions of brightness and contrast."""
     settings = NOTHING | {"jitter": 0.8, "saturation": 0.0, "hue": 0.0}
     jitter = transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0, 0)], p=0.8)
     a, b = ours(pictures, Augment(**settings)), theirs(pictures, transforms.Compose([crop(), jitter]))
@@ -117,7 +117,7 @@ def test_saturation(pictures: list[NDArray[np.uint8]]) -> None:
     assert abs(gray[0] - gray[1]) < 4 * math.sqrt(2 * 0.16 / N)
 
 
-def test_factors_are_drawn_alike() -> None:
+def test_factors_have_the_same_distribution() -> None:
     params = draw(5, 0, np.arange(N), 0, View(size=SIZE), Augment(jitter=1))
     torch.manual_seed(0)
     drawn = [transforms.ColorJitter.get_params((0.6, 1.4), (0.6, 1.4), (0.6, 1.4), (-0.1, 0.1)) for _ in range(N)]
@@ -127,7 +127,7 @@ def test_factors_are_drawn_alike() -> None:
 
 
 def test_hue(pictures: list[NDArray[np.uint8]]) -> None:
-    """How far colours are turned, and where they end up.
+    """Compare how far hues are rotated, and the resulting hues.
 
     torchvision turns in HSV, where the same angle is more for some colours and less for others than in YIQ. Over many
     pictures that evens out: it takes more than these draws to tell the two apart.
@@ -147,7 +147,7 @@ def test_hue(pictures: list[NDArray[np.uint8]]) -> None:
 
 def test_blur_energy(pictures: list[NDArray[np.uint8]]) -> None:
     count, size = 1500, 64
-    blur = transforms.GaussianBlur(23, (0.1, 2.0))  # with the window that the recipes fix
+    blur = transforms.GaussianBlur(23, (0.1, 2.0))  # with the fixed window of the recipes
     a = blur_energy(ours(pictures, Augment(**NOTHING | {"blur": 0.5}), count, size))
     b = blur_energy(theirs(pictures, transforms.Compose([crop(size), transforms.RandomApply([blur], p=0.5)]), count))
     assert differ(a, b) > LEVEL
@@ -155,12 +155,12 @@ def test_blur_energy(pictures: list[NDArray[np.uint8]]) -> None:
     def pil(image: Image.Image) -> Image.Image:
         return image.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0)))
 
-    # PIL's filter, which MoCo v2 and AdCo use, is a row of box filters. It blurs about as much.
+    # PIL's filter, which MoCo v2 and AdCo use, is a sequence of box filters. It blurs about as strongly.
     c = blur_energy(theirs(pictures, transforms.Compose([crop(size), transforms.RandomApply([pil], p=0.5)]), count))
     assert abs(np.median(a) - np.median(c)) < 0.15
 
 
-def test_other_distributions_are_told_apart(pictures: list[NDArray[np.uint8]]) -> None:
+def test_other_distributions_are_detected(pictures: list[NDArray[np.uint8]]) -> None:
     count = 1500
     off = {"saturation": 0.0, "hue": 0.0}
     strong, weak = (Augment(**NOTHING | off | {"jitter": 1.0, "brightness": x, "contrast": x}) for x in (0.4, 0.3))

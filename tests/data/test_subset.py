@@ -1,4 +1,4 @@
-"""Subsets: as many of each class, stable, nested; and those that a list of names chooses."""
+"""Subsets with equal numbers per class, which are stable and nested, and subsets from a list of names."""
 
 from pathlib import Path
 
@@ -7,11 +7,11 @@ import pytest
 
 from data.sources.open import ImageFolder
 from data.sources.subset import Subset, draw_balanced, find_named, read_names
-from tests.data.pictures import write_folder
+from tests.data.images import write_folder
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_as_many_of_each_class(seed: int) -> None:
+def test_equal_numbers_per_class(seed: int) -> None:
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(7), 100))
     chosen = draw_balanced(labels, 0.01, seed)
     assert np.bincount(labels[chosen]).tolist() == [1] * 7
@@ -22,7 +22,7 @@ def test_as_many_of_each_class(seed: int) -> None:
 
 
 def test_the_seed_decides() -> None:
-    """The numbers of one seed are written down here: a list that was drawn must stay what it is."""
+    """The images of one seed are stated here, because a published subset must not change."""
     labels = np.arange(40) % 4
     assert draw_balanced(labels, 0.2, 0).tolist() == FIRST
     assert draw_balanced(labels, 0.2, 1).tolist() != FIRST
@@ -31,7 +31,7 @@ def test_the_seed_decides() -> None:
 FIRST = [8, 10, 11, 17, 21, 27, 32, 34]
 
 
-def test_small_classes_give_way() -> None:
+def test_small_classes_are_used_up() -> None:
     labels = np.array([0] * 2 + [1] * 50 + [2] * 48)
     counts = np.bincount(labels[draw_balanced(labels, 0.2, 3)])
     assert counts.tolist() == [2, 9, 9]
@@ -52,8 +52,8 @@ def test_a_subset_is_a_source(source: ImageFolder) -> None:
     assert (part.image(1) == source.image(1)).all()
 
 
-def test_names_choose(source: ImageFolder, tmp_path: Path) -> None:
-    """By the whole name or, as ImageNet's lists have it, its last part alone."""
+def test_find_named(source: ImageFolder, tmp_path: Path) -> None:
+    """Images are found by the whole name or, as in ImageNet's lists, its last part."""
     root = Path(source.root)
     (root / "c0" / "0.png").rename(root / "c0" / "n0_7.png")
     source = ImageFolder.scan(root)
@@ -64,7 +64,7 @@ def test_names_choose(source: ImageFolder, tmp_path: Path) -> None:
     assert [source.name(i) for i in chosen.tolist()] == ["c0/2.png", "c0/n0_7.png"]
 
 
-def test_names_that_do_not_fit(source: ImageFolder, tmp_path: Path) -> None:
+def test_wrong_names(source: ImageFolder, tmp_path: Path) -> None:
     origin = tmp_path / "names.txt"
     with pytest.raises(ValueError, match=r"names\.txt: 1 of 2 names are not in the data, such as nowhere\.jpg"):
         find_named(source, [source.name(0), "nowhere.jpg"], origin)
@@ -75,7 +75,7 @@ def test_names_that_do_not_fit(source: ImageFolder, tmp_path: Path) -> None:
         read_names(origin)
 
 
-def test_a_name_of_several_pictures(tmp_path: Path) -> None:
+def test_a_name_of_several_images(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "1.jpg").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""python -m trainer data index | verify | shard | views."""
+"""The commands python -m trainer data index | verify | shard | views."""
 
 import tarfile
 from collections import Counter
@@ -17,7 +17,7 @@ from data.cpu import render_center
 from data.loader import train_batches
 from data.sources.open import ImageFolder, Source, open_source
 from data.views import View
-from tests.data.pictures import write_folder
+from tests.data.images import write_folder
 from tests.data.settings import CPU
 from tests.trainer.small import small_config
 from trainer.__main__ import app
@@ -25,7 +25,7 @@ from trainer.config_file import dump
 
 
 def run(*words: object) -> tuple[int, list[str]]:
-    """Exit code and lines of `python -m trainer data WORDS`."""
+    """Return exit code and lines of `python -m trainer data WORDS`."""
     result = CliRunner().invoke(app, ["data", *map(str, words)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -33,13 +33,13 @@ def run(*words: object) -> tuple[int, list[str]]:
 
 
 def content(source: Source) -> Counter[tuple[str, bytes | str]]:
-    """Every picture with its class, whatever the order."""
+    """Count the images with their classes, regardless of the order."""
     return Counter((source.classes[source.labels[i]], bytes(source.read(i))) for i in range(len(source)))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """24 pictures in 3 classes."""
+    """24 images in 3 classes."""
     return write_folder(tmp_path / "data")
 
 
@@ -84,9 +84,9 @@ def test_verify_needs_more_than_a_chunk(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("samples", [1, 7, 24, 1000])
-def test_shards_have_the_same_pictures(folder: Path, tmp_path: Path, samples: int) -> None:
+def test_shards_have_the_same_images(folder: Path, tmp_path: Path, samples: int) -> None:
     (folder / "empty").mkdir()
-    (folder / "c0/a.b.png").write_bytes(b"not looked at, only copied")
+    (folder / "c0/a.b.png").write_bytes(b"copied without decoding")
     (folder / "c0/0.jpg").write_bytes(b"of the same stem as 0.png")
     code, lines = run("shard", folder, tmp_path / "out", "--samples", samples)
     count = -(-26 // samples)
@@ -105,7 +105,7 @@ def test_shards_have_the_same_pictures(folder: Path, tmp_path: Path, samples: in
         assert labels != sorted(labels)  # shuffled, so that an order in blocks mixes classes
 
 
-def test_members_are_webdatasets(folder: Path, tmp_path: Path) -> None:
+def test_members_have_webdatasets_layout(folder: Path, tmp_path: Path) -> None:
     (folder / "c0/a.b.png").write_bytes(b"x")
     run("shard", folder, tmp_path / "out")
     with tarfile.open(tmp_path / "out/shard-000000.tar") as tar:
@@ -146,7 +146,7 @@ def test_shards_in_the_order_of_the_source(tmp_path: Path) -> None:
     assert source.name(3) == "shard-000001.tar/x_parquet/1/1-3.png"
 
 
-def test_an_interrupted_writing_goes_on(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_work_continues(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write, written = tools._write_shard, []
 
     def until_the_third(source: Source, samples: NDArray[np.int64], target: Path) -> None:
@@ -202,7 +202,7 @@ def test_nothing_is_overwritten(folder: Path, tmp_path: Path) -> None:
         pass
 
 
-def test_what_cannot_be_sharded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_data_that_cannot_be_sharded(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "test_batch.bin").write_bytes(bytes(3073))
     with pytest.raises(ValueError, match="stores pixels, not encoded images"):
         run("shard", tmp_path / "test_batch.bin", tmp_path / "out")
@@ -218,7 +218,7 @@ def test_what_cannot_be_sharded(folder: Path, tmp_path: Path, monkeypatch: pytes
         run("shard", folder, tmp_path / "other")
 
 
-def test_two_thousand_pictures_in_shards(tmp_path: Path) -> None:
+def test_two_thousand_images_in_shards(tmp_path: Path) -> None:
     """A folder, its shards and an index of them are the same data set."""
     folder, noise = tmp_path / "data", np.random.default_rng(0)
     for c in range(20):
@@ -234,7 +234,7 @@ def test_two_thousand_pictures_in_shards(tmp_path: Path) -> None:
 
 
 def test_views(folder: Path, tmp_path: Path) -> None:
-    """The whole image, then each view, as a batch of the loader has them."""
+    """Each row shows the image, then its views as in a batch of the loader."""
     views = [View(size=24, scale=(0.5, 1)), View(size=16, scale=(0.2, 0.5))]
     config = small_config(tmp_path, folder, data={"views": [view.model_dump() for view in views]})
     (tmp_path / "config.yaml").write_text(dump(config))

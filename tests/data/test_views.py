@@ -13,10 +13,10 @@ from torchvision.transforms import functional as tvf
 from data.cpu import render
 from data.random import VIEWS, uniform
 from data.views import Augment, View, ViewParams, color_matrix, crop_box, crop_boxes, draw
-from tests.data.pictures import photograph
+from tests.data.images import photograph
 
 N = 20_000
-SIGMAS = 4  # a test that compares with chance allows this many standard errors
+SIGMAS = 4  # statistical tests allow this many standard errors
 
 FIELDS = [
     "crop_height", "crop_width", "crop_position", "flip", "brightness", "contrast", "saturation", "hue", "gray",
@@ -31,13 +31,13 @@ def params() -> ViewParams:
 
 
 def moved(**changes: float) -> ViewParams:
-    """Parameters of one view that does nothing but `changes`: a crop of everything, no colour change."""
+    """Return parameters of one view with `changes` only: a crop of the complete image, no colour change."""
     values = {"brightness": 1.0, "contrast": 1.0, "saturation": 1.0} | changes
 
     def array(name: str) -> NDArray[np.float64]:
         return np.array([values.get(name, 0)], np.float64)
 
-    nowhere = np.full((1, 10), 99.0)  # no attempt fits, so the central crop, which a loose ratio makes everything
+    nowhere = np.full((1, 10), 99.0)  # no attempt fits, and a wide ratio makes the central crop the complete image
     return ViewParams(
         crop_height=nowhere,
         crop_width=nowhere,
@@ -55,7 +55,7 @@ def moved(**changes: float) -> ViewParams:
 
 
 def test_golden() -> None:
-    # Changing these changes every run: a resumed one would silently become another.
+    # A change of these values would silently change every resumed run.
     p = draw(3, 2, np.array([0, 41]), 1, View(size=224), Augment(solarize=0.3))
     pinned: dict[str, Any] = {
         "crop_position": [[0.26294153636066975, 0.04855506294399614], [0.024061938582190412, 0.023704372554721576]],
@@ -102,7 +102,7 @@ def test_probabilities(params: ViewParams) -> None:
         ("solarize", params.solarize, 0.2),
     ]:
         assert abs(applied.mean() - p) < SIGMAS * np.sqrt(p * (1 - p) / N), name
-    # Brightness, contrast, saturation and hue come together or not at all.
+    # Brightness, contrast, saturation and hue are changed together or not at all.
     for factor in (params.brightness, params.contrast, params.saturation):
         assert ((factor != 1) == jittered).all()
     assert (params.recolored == (jittered | params.gray)).all()
@@ -130,7 +130,7 @@ def test_ranges(params: ViewParams) -> None:
         assert np.abs(shares - 0.1).max() < SIGMAS * np.sqrt(0.09 / len(values)), name
 
 
-def test_parameters_of_a_view_are_unrelated(params: ViewParams) -> None:
+def test_parameters_of_a_view_are_uncorrelated(params: ViewParams) -> None:
     chosen = (params.hue != 0) & (params.sigma > 0)  # where they are not constants
     columns = [np.asarray(getattr(params, name), np.float64).reshape(N, -1)[chosen, :2].T for name in FIELDS]
     correlation = np.asarray(np.corrcoef(np.concatenate(columns)))
@@ -141,7 +141,7 @@ def test_parameters_of_a_view_are_unrelated(params: ViewParams) -> None:
     assert np.abs(correlation).max() < 5 / np.sqrt(chosen.sum())  # of 105 pairs
 
 
-def test_what_applies_is_unrelated(params: ViewParams) -> None:
+def test_applied_operations_are_independent(params: ViewParams) -> None:
     applied = np.stack([params.flip, params.hue != 0, params.gray, params.sigma > 0, params.solarize])
     correlation = np.asarray(np.corrcoef(applied))
     assert np.abs(correlation - np.eye(5)).max() < SIGMAS / np.sqrt(N)
@@ -161,7 +161,9 @@ def test_what_applies_is_unrelated(params: ViewParams) -> None:
         ({"solarize": 0}, {"solarize"}),
     ],
 )
-def test_switching_one_off_leaves_the_others(params: ViewParams, off: dict[str, float], touched: set[str]) -> None:
+def test_switching_one_off_does_not_change_the_others(
+    params: ViewParams, off: dict[str, float], touched: set[str]
+) -> None:
     other = draw(1, 0, np.arange(500), 0, View(size=224), Augment(**{"solarize": 0.2} | off))
     for name in FIELDS:
         value = getattr(other, name)
@@ -188,7 +190,7 @@ def test_multi_crop() -> None:
         share = boxes[:, 2] * boxes[:, 3] / (400 * 500)
         assert view.scale[0] - 0.01 < share.min() < view.scale[0] + 0.02
         assert view.scale[1] - 0.1 < share.max() < view.scale[1] + 0.01
-        # The kind of a view changes its crop only.
+        # The settings of a view change its crop only.
         other = draw(0, 0, samples, index, small if view is large else large, Augment())
         assert (p.hue == other.hue).all()
         assert (p.crop_position == other.crop_position).all()
@@ -217,8 +219,8 @@ def test_crops_lie_inside(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("size", [(375, 500), (500, 333), (32, 32), (10, 1000), (1000, 10), (100, 140), (80, 200)])
-def test_crop_is_torchvisions(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """RandomResizedCrop itself, fed with our random numbers, cuts the same box."""
+def test_crop_equals_torchvision(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """RandomResizedCrop with our random numbers gives the same box."""
     height, width = size
     count = 300
     u = uniform(4, VIEWS, 1, np.arange(count), 2, draws=22)
@@ -227,7 +229,7 @@ def test_crop_is_torchvisions(size: tuple[int, int], monkeypatch: pytest.MonkeyP
     positions: Iterator[float]
 
     def uniform_(self: torch.Tensor, low: float, high: float) -> torch.Tensor:
-        # In double: in single precision a side could round to another pixel.
+        # In double precision, because in single precision a side could round to another pixel.
         return torch.tensor([float(low) + (float(high) - float(low)) * next(attempts)], dtype=torch.float64)
 
     def randint(low: int, high: int, size: tuple[int, ...]) -> torch.Tensor:
@@ -244,7 +246,7 @@ def test_crop_is_torchvisions(size: tuple[int, int], monkeypatch: pytest.MonkeyP
 
 
 def yiq_steps(picture: NDArray[np.uint8], p: ViewParams, order: list[str]) -> NDArray[np.float64]:
-    """The colour changes of view 0 one after the other, as the module's docstring defines them."""
+    """Apply the colour changes of view 0 one after another, as the module's docstring defines them."""
     to_yiq = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
     y, i, q = np.moveaxis(picture @ to_yiq.T, -1, 0)
     cos, sin = np.cos(p.hue[0]), np.sin(p.hue[0])
@@ -271,7 +273,7 @@ def yiq_steps(picture: NDArray[np.uint8], p: ViewParams, order: list[str]) -> ND
         ["contrast", "hue", "brightness", "gray", "saturation"],
     ],
 )
-def test_color_matrix_is_the_steps_in_any_order(order: list[str], gray: int) -> None:
+def test_color_matrix_equals_the_steps_in_any_order(order: list[str], gray: int) -> None:
     picture = photograph(40, 50)
     p = moved(brightness=1.3, contrast=0.7, saturation=1.35, hue=0.5, gray=gray)
     m = color_matrix(p, 0, picture.mean((0, 1)))
@@ -295,7 +297,7 @@ def test_gray_has_equal_channels_and_keeps_luma() -> None:
 
 
 def color_distance(order: tuple[str, ...], factors: dict[str, float]) -> float:
-    """Mean distance, in grey levels, of our colour change from ColorJitter's in one of its orders."""
+    """Return the mean distance of our colour change from ColorJitter's in one of its orders, in grey levels."""
     picture = photograph(80, 100)
     ours = render(picture, moved(**factors | {"hue": 2 * np.pi * factors.get("hue", 0)}), 0, 64)
     theirs = torch.from_numpy(render(picture, moved(), 0, 64)).permute(2, 0, 1)
@@ -306,17 +308,17 @@ def color_distance(order: tuple[str, ...], factors: dict[str, float]) -> float:
 
 @pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
 @pytest.mark.parametrize("factor", [0.6, 0.9, 1.4])
-def test_one_color_change_is_torchvisions(name: str, factor: float) -> None:
-    assert color_distance((name,), {name: factor}) < 1  # which truncates where we round
+def test_one_color_change_equals_torchvision(name: str, factor: float) -> None:
+    assert color_distance((name,), {name: factor}) < 1  # torchvision truncates and we round
 
 
 @pytest.mark.parametrize("hue", [-0.1, -0.05, 0.05, 0.1])
-def test_hue_is_near_torchvisions(hue: float) -> None:
-    # HSV's hue changes luma too. A turn by as much in the other direction is twice as far.
+def test_hue_is_close_to_torchvision(hue: float) -> None:
+    # HSV's hue changes luma too. The same rotation in the other direction is twice as far.
     assert color_distance(("hue",), {"hue": hue}) < 100 * abs(hue)
 
 
-def test_hue_turns_the_way_hsv_does() -> None:
+def test_hue_rotates_in_the_direction_of_hsv() -> None:
     red = np.full((8, 8, 3), (200, 40, 40), np.uint8)
     r, g, b = render(red, moved(hue=0.5), 0, 8)[0, 0].tolist()
     assert r > g > b  # towards yellow
@@ -325,7 +327,7 @@ def test_hue_turns_the_way_hsv_does() -> None:
 
 
 @pytest.mark.parametrize(("hue", "bound"), [(0, 2), (0.07, 10), (-0.07, 10)])
-def test_color_changes_together_are_near_torchvisions(hue: float, bound: float) -> None:
+def test_combined_color_changes_are_close_to_torchvision(hue: float, bound: float) -> None:
     factors = {"brightness": 1.2, "contrast": 0.8, "saturation": 1.3, "hue": hue}
     distances = [color_distance(order, factors) for order in permutations(factors)]
     assert len(distances) == 24

@@ -1,4 +1,4 @@
-"""What is said while a run waits for data; what becomes of workers whose trainer is gone."""
+"""The log lines while a run waits for data, and the end of workers whose trainer is gone."""
 
 import logging
 import os
@@ -18,12 +18,12 @@ from data.loader import train_batches
 from data.sources.open import ImageFolder, UnreadableImage
 from data.views import View
 from data.watch import WatchedSource
-from tests.data.pictures import write_folder
+from tests.data.images import write_folder
 from tests.data.settings import CPU, data_settings
 
 
 class Slow(ImageFolder):
-    """Its first file takes a second."""
+    """A folder whose first file takes a second to read."""
 
     def read(self, i: int) -> bytes:
         if i == 0:
@@ -54,7 +54,7 @@ def test_the_file_that_a_worker_is_reading_is_named(
     assert re.fullmatch(r"waiting for data for \d+ s; reading c0/0\.png \(for \d+ s\)", named[-1])
 
 
-def test_nothing_is_said_while_data_come(
+def test_no_log_lines_while_batches_arrive(
     slow: ImageFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watch, "PATIENCE", 0.3)
@@ -66,14 +66,14 @@ def test_nothing_is_said_while_data_come(
             yield i
 
     for _ in watched.batches(steps()):
-        time.sleep(0.1)  # the trainer's own work does not count
+        time.sleep(0.1)  # the trainer's own work is not a wait for data
     for i in watched.batches(iter(range(2))):
         if i == 0:
             time.sleep(0.7)
     assert lines(caplog) == []
 
 
-def test_slow_augmentation_is_told_apart(
+def test_slow_augmentation_is_distinguished(
     slow: ImageFolder, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(watch, "PATIENCE", 0.2)
@@ -87,7 +87,7 @@ def test_slow_augmentation_is_told_apart(
     assert "no file is being read" in lines(caplog)[0]
 
 
-def test_a_read_that_fails_is_over(slow: ImageFolder) -> None:
+def test_a_failed_read_is_not_active(slow: ImageFolder) -> None:
     watched = WatchedSource(slow)
     (slow.root / slow.name(1)).unlink()
     with pytest.raises(UnreadableImage):
@@ -95,7 +95,7 @@ def test_a_read_that_fails_is_over(slow: ImageFolder) -> None:
     assert watched.active_reads() == []
 
 
-def test_threads_are_told_apart(slow: ImageFolder) -> None:
+def test_threads_are_distinguished(slow: ImageFolder) -> None:
     watched = WatchedSource(slow)
     threads = [threading.Thread(target=watched.read, args=(0,)) for _ in range(3)]
     for thread in threads:
@@ -121,7 +121,7 @@ def test_the_watching_thread_ends(slow: ImageFolder, monkeypatch: pytest.MonkeyP
     raise AssertionError("a thread is left")
 
 
-def test_a_workers_refusal_is_one_line(tmp_path: Path) -> None:
+def test_a_workers_error_has_one_line(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "data", classes=1, per_class=4)
     source = ImageFolder.scan(root)
     for path in root.rglob("*.png"):
@@ -154,7 +154,7 @@ if __name__ == "__main__":
 
 
 def descendants(process: int) -> set[int]:
-    """All processes below one, of /proc."""
+    """Return all descendants of a process, from /proc."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):

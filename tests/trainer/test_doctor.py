@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.data.pictures import write_folder
+from tests.data.images import write_folder
 from trainer.config import Config
 from trainer.ops.doctor import Check, print_checks, run_checks
 

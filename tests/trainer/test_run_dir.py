@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from data.sources.open import ImageFolder
-from tests.data.pictures import write_folder
+from tests.data.images import write_folder
 from tests.ranks import run_ranks
 from trainer.config import Config
 from trainer.config_file import load

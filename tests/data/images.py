@@ -1,4 +1,4 @@
-"""Pictures that tests of `data` share."""
+"""Images for tests of `data`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 def photograph(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
-    """Something like a photograph, uint8 [height, width, 3]: blotches of every size in muted colours."""
+    """Return a synthetic photograph, uint8 [height, width, 3], with blotches of all sizes in muted colours."""
     rng = np.random.default_rng(seed)
     picture = np.full((height, width, 3), 120, np.float32)
     for cells, strength in ((2, 40), (5, 25), (16, 12), (50, 6)):
@@ -19,7 +19,7 @@ def photograph(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
 
 
 def write_folder(root: Path, classes: int = 3, per_class: int = 8, size: int = 40) -> Path:
-    """Fills `root` with c0/0.png, c0/1.png, … of different sizes and returns it."""
+    """Write c0/0.png, c0/1.png, … of different sizes into `root` and return it."""
     for c in range(classes):
         (root / f"c{c}").mkdir(parents=True)
         for i in range(per_class):

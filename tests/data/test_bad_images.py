@@ -1,4 +1,4 @@
-"""Pictures as they are found in the wild: each is decoded as Pillow would, or refused; nothing crashes.
+"""Damaged and unusual image files: each is decoded as by Pillow, or refused; nothing crashes.
 
 The table of docs/data.md.
 """
@@ -18,7 +18,7 @@ from data.decode import decode
 from data.loader import train_batches
 from data.sources.open import open_source
 from data.views import View
-from tests.data.pictures import photograph
+from tests.data.images import photograph
 from tests.data.settings import CPU, data_settings
 
 PICTURE = photograph(30, 50)
@@ -33,7 +33,7 @@ def saved(picture: Image.Image | NDArray[Any], kind: str, **options: Any) -> byt
     return file.getvalue()
 
 
-def turned() -> Image.Exif:
+def rotated_exif() -> Image.Exif:
     exif = Image.Exif()
     exif[0x0112] = 6
     return exif
@@ -46,15 +46,15 @@ def with_alpha() -> Image.Image:
 
 
 def claiming(size: int) -> bytes:
-    """A JPEG of a few bytes whose header says size x size pixels."""
+    """Return a JPEG of a few bytes whose header claims size x size pixels."""
     data = bytearray(saved(RGB, "JPEG"))
     frame = data.index(b"\xff\xc0")
     data[frame + 5 : frame + 9] = size.to_bytes(2, "big") * 2
     return bytes(data)
 
 
-def mended(png: bytes) -> bytes:
-    """The chunks of a PNG with right checksums, as far as there are chunks: else a decoder looks at nothing else."""
+def with_checksums(png: bytes) -> bytes:
+    """Give the chunks of a PNG valid checksums, because a decoder stops at the first invalid one."""
     parts, place = [png[:8]], 8
     while place + 12 <= len(png):
         size = int.from_bytes(png[place : place + 4], "big")
@@ -67,7 +67,7 @@ def mended(png: bytes) -> bytes:
 JPEG, PNG = saved(RGB, "JPEG"), saved(RGB, "PNG")
 MOVING: dict[str, Any] = {"save_all": True, "append_images": [Image.fromarray(255 - PICTURE)]}
 
-# Name in a folder, bytes.
+# File name and contents.
 AS_PILLOW = {
     "jpeg.jpg": JPEG,
     "progressive.jpg": saved(RGB, "JPEG", progressive=True),
@@ -86,7 +86,7 @@ AS_PILLOW = {
     "1x1.png": saved(PICTURE[:1, :1], "PNG"),
     "20000x20.jpg": saved(photograph(20, 20_000), "JPEG"),
     "20x20000.png": saved(photograph(20_000, 20), "PNG"),
-    "turned by EXIF.jpg": saved(RGB, "JPEG", exif=turned()),
+    "rotated by EXIF.jpg": saved(RGB, "JPEG", exif=rotated_exif()),
     "animated.webp": saved(RGB, "WEBP", lossless=True, **MOVING),
     "animated.png": saved(RGB, "PNG", **MOVING),
     "an animated GIF.png": saved(RGB, "GIF", **MOVING),
@@ -106,27 +106,27 @@ REFUSED = {
     "damaged inside.jpg": JPEG[:400] + b"\x12\x34\x56" + JPEG[403:],
     "claims 60000 x 60000 pixels.jpg": claiming(60_000),
     "claims 65535 x 65535 pixels.jpg": claiming(65_535),
-    "claims 60000 x 60000 pixels.png": mended(PNG[:16] + (60_000).to_bytes(4, "big") * 2 + PNG[24:]),
+    "claims 60000 x 60000 pixels.png": with_checksums(PNG[:16] + (60_000).to_bytes(4, "big") * 2 + PNG[24:]),
     "claims 60000 x 60000 pixels.bmp": saved(RGB, "BMP")[:18]
     + (60_000).to_bytes(4, "little") * 2
     + saved(RGB, "BMP")[26:],
 }
 
 
-def pillows(data: bytes) -> NDArray[np.uint8]:
+def decode_with_pillow(data: bytes) -> NDArray[np.uint8]:
     return np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data))).convert("RGB"))
 
 
 @pytest.mark.parametrize("name", AS_PILLOW)
-def test_decoded_as_pillow_would(name: str) -> None:
-    ours, theirs = decode(AS_PILLOW[name]), pillows(AS_PILLOW[name])
+def test_decoded_as_by_pillow(name: str) -> None:
+    ours, theirs = decode(AS_PILLOW[name]), decode_with_pillow(AS_PILLOW[name])
     assert ours.dtype == np.uint8
     assert ours.shape == theirs.shape
     assert np.abs(ours.astype(int) - theirs).max() <= (1 if "CMYK" in name else 0)
 
 
-def test_grey_of_16_bits_keeps_its_high_byte() -> None:
-    """The one difference: Pillow clips what is above 255."""
+def test_16_bit_grey_keeps_its_high_byte() -> None:
+    """This is the only difference: Pillow clips values above 255."""
     assert (decode(saved(HIGH[..., 0] | LOW, "PNG")) == PICTURE[..., :1]).all()
 
 
@@ -134,14 +134,14 @@ def test_grey_of_16_bits_keeps_its_high_byte() -> None:
 def test_refused_by_both(name: str) -> None:
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z"):
         decode(REFUSED[name])
-    if not name.endswith(".bmp"):  # Pillow makes it and finds it cut short
+    if not name.endswith(".bmp"):  # Pillow decodes it and finds it cut short
         with pytest.raises((OSError, Image.DecompressionBombError, SyntaxError)):
-            pillows(REFUSED[name])
+            decode_with_pillow(REFUSED[name])
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("backend", ["cpu", "dali"])
-def test_all_of_them_in_an_epoch(tmp_path: Path, backend: Literal["cpu", "dali"], workers: int) -> None:
+def test_all_in_one_epoch(tmp_path: Path, backend: Literal["cpu", "dali"], workers: int) -> None:
     (tmp_path / "c").mkdir()
     for name, data in {**AS_PILLOW, **REFUSED}.items():
         (tmp_path / "c" / name).write_bytes(data)
@@ -155,8 +155,8 @@ def test_all_of_them_in_an_epoch(tmp_path: Path, backend: Literal["cpu", "dali"]
     assert {source.name(i) for i in batch.samples.tolist()} == {f"c/{name}" for name in AS_PILLOW}
 
 
-def mutated(data: bytes, rng: np.random.Generator) -> bytes:
-    """A file as bad disks, networks and people make them."""
+def damage(data: bytes, rng: np.random.Generator) -> bytes:
+    """Damage a file as disks, networks and people do."""
     changed = bytearray(data)
     for _ in range(rng.integers(1, 4)):
         if not changed:
@@ -181,11 +181,11 @@ def mutated(data: bytes, rng: np.random.Generator) -> bytes:
 SEEDS = {
     "JPEG": JPEG,
     "progressive JPEG": AS_PILLOW["progressive.jpg"],
-    "JPEG with EXIF": AS_PILLOW["turned by EXIF.jpg"],
+    "JPEG with EXIF": AS_PILLOW["rotated by EXIF.jpg"],
     "CMYK": AS_PILLOW["CMYK.jpg"],
     "PNG": PNG,
-    "PNG with a palette, mended": AS_PILLOW["palette with a transparent colour.png"],
-    "PNG of 16 bits, mended": AS_PILLOW["16 bit RGBA.png"],
+    "PNG with a palette, valid checksums": AS_PILLOW["palette with a transparent colour.png"],
+    "PNG of 16 bits, valid checksums": AS_PILLOW["16 bit RGBA.png"],
     "WebP": saved(RGB, "WEBP"),
     "WebP, lossless, animated": AS_PILLOW["animated.webp"],
     "BMP": saved(RGB, "BMP"),
@@ -193,13 +193,15 @@ SEEDS = {
 
 
 @pytest.mark.parametrize("kind", SEEDS)
-def test_mutated_files_are_decoded_or_refused(kind: str) -> None:
+def test_damaged_files_are_decoded_or_refused(kind: str) -> None:
     rng = np.random.default_rng(0)
     decoded = refused = 0
     for _ in range(500):
-        data = mutated(SEEDS[kind], rng)
-        if "mended" in kind:
-            data = mended(data[:16] + SEEDS[kind][16:24] + data[24:])  # a hundred megapixels of nothing take seconds
+        data = damage(SEEDS[kind], rng)
+        if "valid checksums" in kind:
+            data = with_checksums(
+                data[:16] + SEEDS[kind][16:24] + data[24:]
+            )  # decoding a hundred empty megapixels takes seconds
         try:
             image = decode(data)
         except ValueError:
@@ -211,4 +213,4 @@ def test_mutated_files_are_decoded_or_refused(kind: str) -> None:
             assert image.size > 0
             decoded += 1
     assert refused > 50
-    assert decoded > 5 or kind == "PNG"  # nearly any change shows in its checksums
+    assert decoded > 5 or kind == "PNG"  # its checksums reveal nearly every change

@@ -24,8 +24,10 @@ from data.cpu import render_center
 from data.loader import train_batches
 from data.order import epoch_order
 from data.settings import DataSettings
+from data.sources.base import Source, UnreadableImage
 from data.sources.folder import EXTENSIONS
-from data.sources.open import Listing, Source, UnreadableImage, open_source
+from data.sources.index import Listing
+from data.sources.open import open_source
 from data.sources.parquet import ParquetFiles
 
 CHUNK = 64  # images that a thread verifies at a time

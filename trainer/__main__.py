@@ -290,7 +290,7 @@ def scale_plot(folder: StudyPath) -> None:
 def data_index(
     src: DataPath, out: Annotated[Path, typer.Argument(help="The new index; data.train may name it", metavar="OUT.npz")]
 ) -> None:
-    """List the pictures of a folder or of shards once, for all runs to come: data.train=OUT.npz."""
+    """List the images of a folder or of shards once, so that runs with data.train=OUT.npz need no scan."""
     from data.tools import make_index
 
     print(make_index(src, out))
@@ -299,10 +299,10 @@ def data_index(
 @data_app.command("verify")
 def data_verify(
     src: DataPath,
-    out: Annotated[Path | None, typer.Option(help="Write an index without the bad pictures to this .npz file")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write an index of the readable images to this .npz file")] = None,
     threads: Threads = CORES,
 ) -> None:
-    """Read and decode every picture. Lists the bad ones with the reason; exit code 1 if there are any."""
+    """Read and decode every image. List the unreadable ones with the reason; the exit code is 1 if there are any."""
     from data.tools import verify
 
     bad, total = verify(src, out, threads)
@@ -315,12 +315,12 @@ def data_verify(
 def data_shard(
     src: DataPath,
     dest: Annotated[Path, typer.Argument(help="The new folder for the shards", metavar="DEST")],
-    samples: Annotated[int, typer.Option(help="Most pictures in a shard", min=1)] = 10_000,
-    shuffle: Annotated[bool, typer.Option(help="Write them in an order drawn from the seed, or in that of SRC")] = True,
+    samples: Annotated[int, typer.Option(help="Maximum number of images in a shard", min=1)] = 10_000,
+    shuffle: Annotated[bool, typer.Option(help="Shuffle the images with the seed, or keep the order of SRC")] = True,
     seed: int = 0,
     threads: Threads = CORES,
 ) -> None:
-    """Write a data set into tar shards of equal size, bytes as they are. After an interruption it goes on."""
+    """Write a data set as tar shards of equal size, with unchanged image files. Repeat the command to continue it."""
     from data.tools import write_shards
 
     print(write_shards(src, dest, samples, threads, seed if shuffle else None))
@@ -329,11 +329,11 @@ def data_shard(
 @data_app.command("views")
 def data_views(
     config: ConfigPath,
-    out: Annotated[Path, typer.Argument(help="The new picture", metavar="OUT.png")],
+    out: Annotated[Path, typer.Argument(help="The new image file", metavar="OUT.png")],
     overrides: Overrides = None,
-    samples: Annotated[int, typer.Option(help="Rows", min=1)] = 8,
+    samples: Annotated[int, typer.Option(help="Number of images", min=1)] = 8,
 ) -> None:
-    """Draw what a run would see: the first images of its first epoch, whole and as each of their views."""
+    """Draw the first images of a run's first epoch and their views."""
     from data.tools import draw_views
     from trainer.config_file import load
     from trainer.distributed import process_group

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from data.loader import train_batches
 from data.random import BANK, hash_counters
-from data.sources.open import Source
+from data.sources.base import Source
 from models.batchnorm import synchronise_bn
 from models.encoder import Encoder
 from models.method import Method

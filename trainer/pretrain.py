@@ -14,7 +14,7 @@ from data.batch import Batch
 from data.loader import train_batches
 from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
-from data.sources.open import Source
+from data.sources.base import Source
 from models.collapse import describe_collapse
 from trainer import distributed
 from trainer.build import full_student, initialise_negatives

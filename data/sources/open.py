@@ -18,18 +18,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from data.decode import decode
 from data.sources.arrow import scan_arrow
-from data.sources.base import Source, UnreadableImage
+from data.sources.base import Source
 from data.sources.cifar import TRAINING, CifarBinary
 from data.sources.folder import EXTENSIONS, ImageFolder
 from data.sources.idx import IdxImages
-from data.sources.index import Listing, read_index
+from data.sources.index import read_index
 from data.sources.parquet import ParquetFiles
 from data.sources.shards import ShardContents, Shards
 from data.sources.tar import scan_tar
-
-__all__ = ["IdxImages", "ImageFolder", "Listing", "Source", "UnreadableImage", "decode", "open_source"]
 
 # By suffix: the function that lists the images in a file.
 SHARD_FORMATS: dict[str, Callable[[Path], ShardContents]] = {".tar": scan_tar, ".arrow": scan_arrow}

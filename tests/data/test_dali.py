@@ -15,7 +15,9 @@ from data import dali
 from data.batch import Batch, TrainDataset
 from data.loader import train_batches
 from data.order import batch_samples
-from data.sources.open import ImageFolder, Source, open_source
+from data.sources.base import Source
+from data.sources.folder import ImageFolder
+from data.sources.open import open_source
 from data.views import Augment, View
 from tests.data.images import photograph, write_folder
 from tests.data.photos import FOLDER, jpeg, write_photos

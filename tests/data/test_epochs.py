@@ -8,7 +8,8 @@ import torch
 from data.batch import Batch
 from data.loader import train_batches
 from data.order import Blocks, steps_per_epoch
-from data.sources.open import Source, open_source
+from data.sources.base import Source
+from data.sources.open import open_source
 from data.views import View
 from tests.data.images import write_folder
 from tests.data.settings import CPU, data_settings

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from data.sources import files
-from data.sources.open import UnreadableImage, open_source
+from data.sources.base import UnreadableImage
+from data.sources.open import open_source
 from tests.data.images import write_folder
 
 

@@ -10,7 +10,11 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from data.sources.open import IdxImages, ImageFolder, UnreadableImage, decode, open_source
+from data.decode import decode
+from data.sources.base import UnreadableImage
+from data.sources.folder import ImageFolder
+from data.sources.idx import IdxImages
+from data.sources.open import open_source
 from tests.data.images import photograph, write_folder
 
 

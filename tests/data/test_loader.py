@@ -13,7 +13,9 @@ from data.cpu import render, render_center
 from data.loader import eval_batches, train_batches
 from data.normalize import normalize
 from data.order import batch_samples
-from data.sources.open import ImageFolder, Source, UnreadableImage, open_source
+from data.sources.base import Source, UnreadableImage
+from data.sources.folder import ImageFolder
+from data.sources.open import open_source
 from data.views import Augment, View, draw
 from tests.data.images import photograph, write_folder
 from tests.data.settings import CPU, data_settings

@@ -14,8 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from data.decode import decode
 from data.sources import files
-from data.sources.open import ImageFolder, Source, UnreadableImage, decode, open_source
+from data.sources.base import Source, UnreadableImage
+from data.sources.folder import ImageFolder
+from data.sources.open import open_source
 from data.sources.parquet import ParquetFiles
 from data.sources.shards import Shards
 from tests.data.images import photograph, write_folder

@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.sources.open import ImageFolder
+from data.sources.folder import ImageFolder
 from data.sources.subset import Subset, draw_balanced, find_named, read_names
 from tests.data.images import write_folder
 

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from data import tools
 from data.cpu import render_center
 from data.loader import train_batches
-from data.sources.open import ImageFolder, Source, open_source
+from data.sources.base import Source
+from data.sources.folder import ImageFolder
+from data.sources.open import open_source
 from data.views import View
 from tests.data.images import write_folder
 from tests.data.settings import CPU

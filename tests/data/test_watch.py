@@ -15,7 +15,8 @@ import pytest
 
 from data import watch
 from data.loader import train_batches
-from data.sources.open import ImageFolder, UnreadableImage
+from data.sources.base import UnreadableImage
+from data.sources.folder import ImageFolder
 from data.views import View
 from data.watch import WatchedSource
 from tests.data.images import write_folder

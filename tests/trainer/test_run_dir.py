@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data.sources.open import ImageFolder
+from data.sources.folder import ImageFolder
 from tests.data.images import write_folder
 from tests.ranks import run_ranks
 from trainer.config import Config

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from data.sources.open import Source
+from data.sources.base import Source
 from models.encoder import Encoder
 from trainer.distributed import RankInfo
 

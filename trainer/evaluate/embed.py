@@ -24,7 +24,8 @@ import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
 
-from data.sources.open import Source, open_source
+from data.sources.base import Source
+from data.sources.open import open_source
 from trainer import distributed
 from trainer.config import Config
 from trainer.distributed import RankInfo, raise_on_all_ranks

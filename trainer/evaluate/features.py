@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.batch import Crops
 from data.loader import eval_batches
-from data.sources.open import Source
+from data.sources.base import Source
 from models.encoder import Encoder
 from trainer.distributed import raise_on_all_ranks
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from timm.optim import param_groups_layer_decay
 
 from data.order import steps_per_epoch
-from data.sources.open import Source
+from data.sources.base import Source
 from data.sources.subset import Subset, draw_balanced, find_named, read_names
 from models.batchnorm import synchronise_bn
 from trainer.config import Config, Finetune

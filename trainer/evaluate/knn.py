@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
-from data.sources.open import Source
+from data.sources.base import Source
 from models.encoder import Encoder
 from trainer.evaluate.base import EvaluationContext, Evaluator, Results, labelled_sources
 from trainer.evaluate.features import Features, embed

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from data.batch import Crops
 from data.order import samples_between, steps_per_epoch
-from data.sources.open import Source
+from data.sources.base import Source
 from data.sources.subset import draw_balanced
 from data.views import Augment, View
 from models.encoder import Encoder

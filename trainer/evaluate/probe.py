@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.batch import Batch
 from data.loader import train_batches
 from data.order import steps_per_epoch
-from data.sources.open import Source
+from data.sources.base import Source
 from data.views import Augment, View
 from models.encoder import Encoder
 from trainer import loop

@@ -6,7 +6,7 @@ Shapes: P points, D dimensions, K neighbours.
 import numpy as np
 from numpy.typing import NDArray
 
-from data.sources.open import Source
+from data.sources.base import Source
 from trainer.report.page import image_data_url, render_page
 
 NEIGHBOURS = 12

@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from data.sources.open import Source
+from data.sources.base import Source
 from models.encoder import Encoder
 from trainer.build import build_method
 from trainer.config import Config

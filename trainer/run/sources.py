@@ -6,7 +6,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from data.settings import DataSettings
-from data.sources.open import Source, open_source
+from data.sources.base import Source
+from data.sources.open import open_source
 from trainer.config import Config
 from trainer.distributed import raise_on_all_ranks
 

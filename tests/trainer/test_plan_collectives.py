@@ -13,8 +13,9 @@ import torch
 from tests.ranks import run_ranks
 from tests.trainer.engines import NARROW, build_train_step, make_config, make_rank_info
 from trainer.config import Config
+from trainer.plan.cases import ENGINES, case_config
 from trainer.plan.collectives import Collective
-from trainer.plan.memory import ENGINES, STEPS, count, with_engine
+from trainer.plan.dry_run import STEPS, dry_run
 from trainer.plan.trace import CollectiveEvent, Event, StepTrace
 from trainer.train_step import Rates
 
@@ -51,7 +52,7 @@ def cases(world_size: int) -> dict[str, Config]:
     for name, (engine, placement, changes) in configs.items():
         sections = {"method": {"bn": "shuffle"}, "data": {"batch_size": 16, "views": [{"size": 16}] * 2}, **changes}
         config = make_config("resnet", model={**NARROW, "small_images": True, "stem_stride": 2}, **sections)
-        found[name] = with_engine(config, engine, placement, 16, "a100")
+        found[name] = case_config(config, engine, placement, 16, "a100")
     return found
 
 
@@ -78,9 +79,7 @@ def all_real(world_size: int) -> list[Found]:
 
 
 def all_predicted(world_size: int) -> list[Found]:
-    return [
-        calls(counted.events) for counted in count(list(cases(world_size).values()), world_size, per_node(world_size))
-    ]
+    return [calls(run.events) for run in dry_run(list(cases(world_size).values()), world_size, per_node(world_size))]
 
 
 def in_process(function: Callable[..., Any], *args: Any) -> Any:

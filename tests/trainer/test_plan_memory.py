@@ -15,7 +15,8 @@ from models.negatives.bank import Bank
 from tests.ranks import run_ranks
 from tests.trainer.engines import make_config, make_rank_info
 from trainer.config import Config
-from trainer.plan.memory import ENGINES, STEPS, Memory, count
+from trainer.plan.cases import ENGINES
+from trainer.plan.dry_run import STEPS, RankMemory, dry_run
 from trainer.train_step import Rates, TrainStep
 
 # Parameters and activations take about as much memory, so an error in either would show.
@@ -77,8 +78,8 @@ def all_allocated(world_size: int) -> list[int]:
     return measured
 
 
-def all_counted(world_size: int) -> list[Memory]:
-    return [counted.memory for counted in count(list(cases(world_size).values()), world_size, world_size)]
+def all_counted(world_size: int) -> list[RankMemory]:
+    return [run.memory for run in dry_run(list(cases(world_size).values()), world_size, world_size)]
 
 
 @functools.cache
@@ -87,7 +88,7 @@ def measured(world_size: int, attempt: int) -> dict[tuple[str, str], int]:
 
 
 @functools.cache
-def predicted(world_size: int) -> dict[tuple[str, str], Memory]:
+def predicted(world_size: int) -> dict[tuple[str, str], RankMemory]:
     with ProcessPoolExecutor(1, multiprocessing.get_context("forkserver")) as pool:
         return dict(zip(cases(world_size), pool.submit(all_counted, world_size).result(), strict=True))
 
@@ -113,4 +114,4 @@ def test_memory_within_a_tenth(world_size: int, network: str, engine: str) -> No
 )
 def test_fits(gib: int, gpu: str) -> None:
     """A tenth and 2 GiB must remain."""
-    assert Memory(gib * 2**30, 0, 0, 0, 0, "backward").fits_on == gpu
+    assert RankMemory(gib * 2**30, 0, 0, 0, 0, "backward").fits_on == gpu

@@ -1,4 +1,4 @@
-"""What a training step has to compute, and what a GPU can."""
+"""Counts the FLOPs of a training step."""
 
 import torch
 from torch import nn
@@ -9,24 +9,24 @@ from trainer.config import Config
 
 
 def step_flops(config: Config) -> float:
-    """FLOPs of one step of the whole batch, as the method asks for them: what is computed twice counts once.
+    """Return the FLOPs of one step of the global batch that the method needs: recomputation is not counted.
 
-    Forward and backward (twice the forward) of the student, forward of the teacher, and three products of queries
-    and negatives: similarities, the queries' gradient and, of learned ones, the negatives'.
+    It sums the student's forward and backward (twice the forward), the teacher's forward, and the products of queries
+    and negatives.
     """
     with torch.device("meta"):
         encoder = build_encoder(config)
-    encoder.eval()  # BatchNorm would want more than one image
-    forward = {size: _forward(encoder, size) for size in {view.size for view in config.data.views}}
+    encoder.eval()  # in training mode BatchNorm needs more than one image
     sizes = [view.size for view in config.data.views]
+    forward = {size: _forward_flops(encoder, size) for size in set(sizes)}
     keys, queries = config.method.key_views, config.method.query_views(len(sizes))
     networks = sum(forward[sizes[j]] for j in keys) + 3 * sum(forward[sizes[i]] for i in queries)
     rows = sum(i != j for j in keys for i in queries)
     return config.data.batch_size * (networks + rows * config.method.negatives_flops(config.bank, config.model.dim))
 
 
-def _forward(network: nn.Module, size: int) -> int:
-    """Of one image of `size` pixels."""
+def _forward_flops(network: nn.Module, size: int) -> int:
+    """Return the FLOPs of the forward pass of one image of size x size pixels."""
     with FlopCounterMode(display=False) as counter:
         network([torch.empty(1, 3, size, size, device="meta")])
     return counter.get_total_flops()

@@ -13,29 +13,14 @@ from rich.progress import track
 from data.order import steps_per_epoch
 from trainer.config import Config
 from trainer.plan.calibrate import Calibration, read_calibration
+from trainer.plan.cases import ENGINES, PlanCase, case_config, check_ranks, engine_name, replaced
+from trainer.plan.dry_run import DryRun, RankMemory, dry_run
 from trainer.plan.hardware import Cluster, make_cluster
-from trainer.plan.memory import ENGINES, Counted, Memory, changed, check_ranks, count, name_of, with_engine
 from trainer.plan.predict import StepTime, step_time
 from trainer.plan.request import PlanRequest
 
 SPEED_TOLERANCE = 0.02  # another engine or placement must be faster than the configuration's by more than this
 BATCH_TOLERANCE = 0.05  # the smallest batch is recommended whose speed is within this of the best
-
-
-class PlanCase(NamedTuple):
-    """What a row of the plan is for.
-
-    Attributes:
-        engine: A key of ENGINES.
-        placement: Placement of the bank.
-        nodes: Number of nodes.
-        images: Images per GPU in a step.
-    """
-
-    engine: str
-    placement: str
-    nodes: int
-    images: int
 
 
 class PlanRow(NamedTuple):
@@ -52,7 +37,7 @@ class PlanRow(NamedTuple):
 
     case: PlanCase
     gpus: int
-    memory: Memory
+    memory: RankMemory
     fits: bool
     step: StepTime
     hours: float
@@ -105,7 +90,7 @@ def make_plan(config: Config, request: PlanRequest) -> Plan:
         request = replace(request, gpu="cpu")
     cluster = make_cluster(request.gpu, request.gpus_per_node, request.net)
     timed = request.gpu != "cpu" or request.calibrate is not None
-    engines = ENGINES if request.all_engines else (name_of(config.engine),)
+    engines = ENGINES if request.all_engines else (engine_name(config.engine),)
     cases: list[PlanCase] = []
     skipped: dict[int, str] = {}
     for nodes in request.nodes:
@@ -138,25 +123,25 @@ class DryRuns:
 
     def __init__(self, config: Config, gpu: str) -> None:
         self.config, self.gpu = config, gpu
-        self.done: dict[tuple[PlanCase, int], Counted] = {}
+        self.done: dict[tuple[PlanCase, int], DryRun] = {}
 
     def __enter__(self) -> "DryRuns":
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trainer.plan.memory", "timm"])
+        context.set_forkserver_preload(["trainer.plan.dry_run", "timm"])
         self.pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, max_tasks_per_child=1)
         return self
 
     def __exit__(self, *_: object) -> None:
         self.pool.shutdown(cancel_futures=True)
 
-    def run(self, cases: Sequence[PlanCase], gpus_per_node: int) -> list[Counted]:
+    def run(self, cases: Sequence[PlanCase], gpus_per_node: int) -> list[DryRun]:
         """Return the dry run of each case, on nodes of so many GPUs."""
         groups: dict[tuple[int, bool], list[PlanCase]] = {}  # cases of one process, as importing DeepSpeed is slow
         for case in dict.fromkeys(cases):
             if (case, gpus_per_node) not in self.done:
                 groups.setdefault((case.nodes * gpus_per_node, case.engine.startswith("zero")), []).append(case)
         tasks = {
-            self.pool.submit(count, [self._config(case, gpus) for case in group], gpus, gpus_per_node): group
+            self.pool.submit(dry_run, [self._config(case, gpus) for case in group], gpus, gpus_per_node): group
             for (gpus, _), group in groups.items()
         }
         for task in track(tasks, "dry runs", console=Console(stderr=True), transient=True):
@@ -165,7 +150,7 @@ class DryRuns:
         return [self.done[case, gpus_per_node] for case in cases]
 
     def _config(self, case: PlanCase, gpus: int) -> Config:
-        return with_engine(self.config, case.engine, case.placement, case.images * gpus, self.gpu)
+        return case_config(self.config, case.engine, case.placement, case.images * gpus, self.gpu)
 
 
 def _calibrate(config: Config, request: PlanRequest, cluster: Cluster, dry_runs: DryRuns) -> Calibration:
@@ -173,13 +158,13 @@ def _calibrate(config: Config, request: PlanRequest, cluster: Cluster, dry_runs:
     assert request.calibrate
 
     def predict(nodes: int, gpus_per_node: int, images: int) -> StepTime:
-        case = PlanCase(name_of(config.engine), config.bank.placement, nodes, images)
-        (dry_run,) = dry_runs.run([case], gpus_per_node)
+        case = PlanCase(engine_name(config.engine), config.bank.placement, nodes, images)
+        (own_run,) = dry_runs.run([case], gpus_per_node)
         measured_on = cluster._replace(gpus_per_node=gpus_per_node)
-        return step_time(dry_run.events, measured_on, nodes * gpus_per_node, images * gpus_per_node)
+        return step_time(own_run.events, measured_on, nodes * gpus_per_node, images * gpus_per_node)
 
     batch_size = config.data.batch_size
-    own = with_engine(config, name_of(config.engine), config.bank.placement, batch_size, request.gpu)
+    own = case_config(config, engine_name(config.engine), config.bank.placement, batch_size, request.gpu)
     calibration = read_calibration(request.calibrate, own, cluster.gpu, predict)
     return calibration._replace(data_rate=request.data_rate or calibration.data_rate)
 
@@ -196,12 +181,12 @@ class _Planner(NamedTuple):
     def rows(self, cases: list[PlanCase]) -> list[PlanRow]:
         """Predict what cases take."""
         rows, per_node = [], self.cluster.gpus_per_node
-        for case, dry_run in zip(cases, self.dry_runs.run(cases, per_node), strict=True):
+        for case, run in zip(cases, self.dry_runs.run(cases, per_node), strict=True):
             gpus = case.nodes * per_node
-            step = step_time(dry_run.events, self.cluster, gpus, case.images * per_node, *self.calibration)
+            step = step_time(run.events, self.cluster, gpus, case.images * per_node, *self.calibration)
             steps = steps_per_epoch(self.images, case.images * gpus) * self.config.run.epochs
-            fits = dry_run.memory.fits(self.cluster.gpu.memory)
-            rows.append(PlanRow(case, gpus, dry_run.memory, fits, step, steps * step.seconds / 3600))
+            fits = run.memory.fits(self.cluster.gpu.memory)
+            rows.append(PlanRow(case, gpus, run.memory, fits, step, steps * step.seconds / 3600))
         return rows
 
     def recommend(self, case: PlanCase) -> tuple[list[PlanRow], PlanRow | None]:
@@ -210,7 +195,7 @@ class _Planner(NamedTuple):
         Returns:
             All candidates, and the smallest batch that is fast enough; None if none fits.
         """
-        own = case._replace(engine=name_of(self.config.engine))
+        own = case._replace(engine=engine_name(self.config.engine))
         candidates = self.rows([own._replace(engine=engine) for engine in sorted(ENGINES, key=own.engine.__ne__)])
         engine = _fastest(candidates).case.engine
         placements = self.rows(self._other_placements(own)) if candidates[0].memory.bank else []
@@ -231,7 +216,9 @@ class _Planner(NamedTuple):
             if placement == own.placement or (placement == "node" and own.nodes == 1):
                 continue
             try:
-                check_ranks(changed(self.config, {"bank": {"placement": placement}}), own.images * gpus, gpus, per_node)
+                check_ranks(
+                    replaced(self.config, {"bank": {"placement": placement}}), own.images * gpus, gpus, per_node
+                )
             except ValueError:
                 continue
             cases.append(own._replace(placement=placement))

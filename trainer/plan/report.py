@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import Config
-from trainer.plan.memory import ENGINES, OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS
+from trainer.plan.cases import ENGINES
+from trainer.plan.dry_run import OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS
 from trainer.plan.planner import Plan, PlanRow
 from trainer.plan.predict import BANDWIDTH, CUDA_CORES, JITTER, LAUNCH_SECONDS, TENSOR_CORES
 from trainer.plan.request import IMAGENET

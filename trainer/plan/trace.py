@@ -190,7 +190,7 @@ def _by_engine() -> bool:
     frame = sys._getframe(1)
     while frame is not None:
         file = frame.f_code.co_filename
-        if "/fsdp/" in file or "/deepspeed/" in file or "/plan/memory" in file:
+        if "/fsdp/" in file or "/deepspeed/" in file or "/plan/dry_run" in file:
             return True
         if "/models/" in file:
             return False

@@ -1,0 +1,234 @@
+"""The verbs `bench` and `scale` of the command line. Each imports what it needs, so that --help is quick."""
+
+import os
+import shlex
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", metavar="CONFIG")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="Values that replace the file's: optim.lr=0.06", metavar="[KEY=VALUE]...")
+]
+OutPath = Annotated[Path | None, typer.Option(help="Also write the results to this JSON file.")]
+StudyPath = Annotated[Path, typer.Argument(help="Directory of the study", metavar="FOLDER")]
+Precision = Literal["fp32", "fp16", "bf16"]
+
+bench_app = typer.Typer(no_args_is_help=True)
+scale_app = typer.Typer(no_args_is_help=True, help="Measure how throughput grows with the number of nodes.")
+
+
+@bench_app.callback()
+def bench() -> None:
+    """Measure speed and memory on this machine."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # to torch's profiler a machine without a GPU is an error
+
+
+@bench_app.command("kernels")
+def bench_kernels(
+    rows: Annotated[int, typer.Option(help="Queries N, and as many keys")] = 1024,
+    negatives: Annotated[int, typer.Option(help="Negatives K")] = 65536,
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
+    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many")] = 7,
+    static: Annotated[bool, typer.Option("--static", help="Registers, spills, instructions instead; no GPU")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Find this GPU's fastest tiles instead, keep them")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON (--static: CSV) here, too.")] = None,
+) -> None:
+    """The negatives step (loss, its gradient, bank update): ours against the formulation that stores N x K tensors.
+
+    --static: what the compiler makes of the Triton kernels for sm_80 and sm_90, and the least time each can take.
+    --tune: rewrites kernels/triton/tiles.csv for this GPU's architecture.
+    """
+    if static and tune:
+        raise ValueError("bench kernels: got --static and --tune, need one of them")
+    if static:
+        from trainer.bench import static as compiled
+        from trainer.plan import roofline
+
+        compiled.report(compiled.run(compiled.jobs()), out)
+        roofline.report(roofline.rows((256, 1024, 4096), (65536, 2**20), 128, "bfloat16"))
+        return
+    if tune:
+        from trainer.bench import gpu
+
+        gpu.tune(gpu.device(), repeats)
+        return
+    from trainer.bench import kernels
+
+    kernels.report(kernels.run(rows, negatives, dim, dtype, repeats), out)
+
+
+@bench_app.command("gpu")
+def bench_gpu(
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    dtype: Annotated[list[str], typer.Option(help="bfloat16, float16 or float32 (repeatable)")] = ["bfloat16"],  # noqa: B006
+    repeats: Annotated[int, typer.Option(help="Each time is the median of so many")] = 20,
+    out: OutPath = None,
+) -> None:
+    """The Triton kernels on this GPU: against fp64, the formulation that stores N x K tensors, and the roofline."""
+    from trainer.bench import gpu
+
+    if not gpu.report(gpu.run(gpu.device(), dim, tuple(dtype), repeats), out):
+        raise typer.Exit(1)
+
+
+@bench_app.command("bank")
+def bench_bank(
+    negatives: Annotated[int, typer.Option(help="Negatives K")] = 2**20,
+    rows: Annotated[int, typer.Option(help="Queries N, and as many keys")] = 256,
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    precision: Annotated[Precision, typer.Option(help="Type of queries, keys and unit rows in products")] = "fp32",
+    weights: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights")] = "fp32",
+    velocity: Annotated[Literal["fp32", "bf16", "none"], typer.Option(help="Type of the velocity")] = "fp32",
+    steps: Annotated[int, typer.Option(help="Steps to play")] = 3,
+    out: OutPath = None,
+) -> None:
+    """One process's step of the negatives with a bank as large as its memory; what storing N x K would take."""
+    from trainer.bench import bank
+
+    bank.report(bank.run(rows, negatives, dim, precision, weights, velocity, steps), out)
+
+
+@bench_app.command("step")
+def bench_step(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many")] = 15,
+    out: OutPath = None,
+) -> None:
+    """A training step of CONFIG against the bare forward, backward, optimizer and moving average of its networks."""
+    from trainer.bench import step
+    from trainer.config_file import load
+
+    step.report(step.run(load(config, overrides), repeats), out)
+
+
+@bench_app.command("throughput")
+def bench_throughput(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    mode: Annotated[
+        Literal["all", "full", "synthetic", "data"],
+        typer.Option(help="full: as in training; synthetic: without the loader; data: the loader alone"),
+    ] = "all",
+    steps: Annotated[int, typer.Option(help="Each time is the median of so many steps", min=2)] = 50,
+    warmup: Annotated[int, typer.Option(help="Steps before them", min=1)] = 10,
+    out: OutPath = None,
+) -> None:
+    """Images/s of training CONFIG on this machine, or under torchrun on many; time by phase, memory, MFU."""
+    from trainer.bench import throughput
+    from trainer.config_file import load
+
+    result = throughput.run(load(config, overrides), throughput.MODES if mode == "all" else (mode,), steps, warmup)
+    if int(os.environ.get("RANK", 0)) == 0:
+        throughput.report(result, out)
+
+
+@bench_app.command("compare")
+def bench_compare(
+    before: Annotated[Path, typer.Argument(help="A file of bench throughput --out", metavar="BEFORE.json")],
+    after: Annotated[Path, typer.Argument(help="Another", metavar="AFTER.json")],
+) -> None:
+    """Two results of bench throughput side by side."""
+    from trainer.bench import throughput
+
+    throughput.compare(before, after)
+
+
+@bench_app.command("save")
+def bench_save(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where to write; the system's temporary folder if not given")
+    ] = None,
+    saves: Annotated[int, typer.Option(help="Checkpoints to write", min=1)] = 3,
+    out: OutPath = None,
+) -> None:
+    """What a checkpoint of CONFIG costs: the copy that training waits for, and the steps beside which it is written."""
+    from trainer.bench import save
+    from trainer.config_file import load
+
+    save.report(save.run(load(config, overrides), folder, saves), out)
+
+
+@bench_app.command("traffic")
+def bench_traffic(
+    rows: Annotated[int, typer.Option(help="Queries N over all ranks, and as many keys")] = 4096,
+    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    negatives: Annotated[list[int], typer.Option(help="Negatives K (repeatable)")] = [65536, 2**20],  # noqa: B006
+    ranks: Annotated[
+        list[int], typer.Option(help="Ranks (repeatable); up to 8 are processes, more a fake group's rank 0")
+    ] = [64, 1024],  # noqa: B006
+    out: OutPath = None,
+) -> None:
+    """Bytes that a rank sends in a step of the negatives: our placements of the bank and the published formulation."""
+    from trainer.bench import traffic
+
+    traffic.report(traffic.run(rows, negatives, dim, ranks), out)
+
+
+@bench_app.command("data")
+def bench_data(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    seconds: Annotated[float, typer.Option(help="Length of one turn of a backend")] = 5.0,
+    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many turns")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Processes of cpu and dali")] = None,
+    out: OutPath = None,
+) -> None:
+    """Images/s of each data backend, what each operation costs, and how many images/s the network eats."""
+    import tempfile
+
+    from trainer.bench import data
+    from trainer.config_file import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        data.report(data.run(load(config, overrides), Path(folder), seconds, repeats, workers), out)
+
+
+@scale_app.command("submit")
+def scale_submit(
+    config: ConfigPath,
+    folder: StudyPath,
+    overrides: Overrides = None,
+    sizes: Annotated[str, typer.Option(help="Nodes, or with --local processes")] = "1,2,4",
+    kind: Annotated[
+        Literal["both", "strong", "weak"], typer.Option(help="strong: the batch stays; weak: it grows with the size")
+    ] = "both",
+    local: Annotated[bool, typer.Option("--local", help="Processes on this machine, no SLURM")] = False,
+    sbatch: Annotated[str, typer.Option(help="Options for sbatch: '--partition=gpu --gpus-per-node=8'")] = "",
+    mode: Annotated[Literal["full", "synthetic"], typer.Option(help="See bench throughput")] = "full",
+    steps: Annotated[int, typer.Option(help="Steps that are timed at each size", min=2)] = 50,
+    warmup: Annotated[int, typer.Option(help="Steps before them", min=1)] = 10,
+) -> None:
+    """Measure CONFIG at each size that FOLDER has no result of: one SLURM job each, or processes here."""
+
+    from trainer.bench.scaling import submit
+
+    try:
+        numbers = [int(size) for size in sizes.split(",")]
+    except ValueError:
+        raise ValueError(f"--sizes: got {sizes}, need numbers such as 1,2,4") from None
+    arguments = ["--mode", mode, "--steps", str(steps), "--warmup", str(warmup)]
+    kinds = ["strong", "weak"] if kind == "both" else [kind]
+    for line in submit(config, overrides or [], folder, numbers, kinds, local, shlex.split(sbatch), arguments):  # type: ignore[arg-type]
+        print(line)
+
+
+@scale_app.command("collect")
+def scale_collect(folder: StudyPath) -> None:
+    """The table of what is measured so far: images/s, speedup, efficiency, communication."""
+    from trainer.bench.scaling import report
+
+    report(folder)
+
+
+@scale_app.command("plot")
+def scale_plot(folder: StudyPath) -> None:
+    """FOLDER/scaling.png and scaling.html."""
+    from trainer.bench.scaling import plot
+
+    print(*plot(folder), sep="\n")

@@ -1,4 +1,4 @@
-"""The command line: python -m trainer VERB. Each verb imports what it needs, so that --help is quick."""
+"""The command line, `python -m trainer VERB`. Each verb imports what it needs, so that --help is quick."""
 
 import os
 import sys
@@ -8,46 +8,39 @@ from typing import Annotated, Literal
 
 import typer
 
+from trainer.bench.cli import ConfigPath, OutPath, Overrides, bench_app, scale_app
 from trainer.evaluate.registry import EVALUATIONS, Registration
 from trainer.plan.request import PlanRequest, parse_nodes
 
 app = typer.Typer(
     name="python -m trainer",
     help="Adversarial contrastive self-supervised learning of image representations.\n\n"
-    "All verbs that compute also run on several processes: torchrun --nproc-per-node N -m trainer VERB …",
+    "Verbs that train or evaluate also run on several processes: torchrun --nproc-per-node N -m trainer VERB …",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-bench_app = typer.Typer(no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
-data_app = typer.Typer(no_args_is_help=True, help="List, check and rewrite a data set.")
-app.add_typer(data_app, name="data")
-scale_app = typer.Typer(no_args_is_help=True, help="Study how throughput grows with nodes.")
 app.add_typer(scale_app, name="scale")
+data_app = typer.Typer(no_args_is_help=True, help="Index, check, shard and view a data set.")
+app.add_typer(data_app, name="data")
 
 CORES = len(os.sched_getaffinity(0))
 
-ConfigPath = Annotated[Path, typer.Argument(help="YAML file, such as configs/demo.yaml", metavar="CONFIG")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(help="Values that replace the file's: optim.lr=0.06", metavar="[KEY=VALUE]...")
-]
-RunPath = Annotated[Path, typer.Argument(help="Run directory of a pre-training", metavar="RUN")]
-Precision = Literal["fp32", "fp16", "bf16"]
-DataPath = Annotated[str, typer.Argument(help="What data.train may be: a folder, shards, an index", metavar="SRC")]
-Threads = Annotated[int, typer.Option(help="Pictures read at a time", min=1)]
-NetworkName = Annotated[Literal["student", "teacher"], typer.Option(help="Which of the run's networks")]
-Step = Annotated[int | None, typer.Option(help="Of the checkpoint, see run.keep_every; the newest if not given")]
-OutPath = Annotated[Path | None, typer.Option(help="Write the figures as JSON to this file, too.")]
+RunPath = Annotated[Path, typer.Argument(help="Run directory, pre-trained or imported", metavar="RUN")]
+DataPath = Annotated[str, typer.Argument(help="Images: anything that data.train accepts", metavar="SRC")]
+Threads = Annotated[int, typer.Option(help="Number of images to read at a time", min=1)]
+NetworkName = Annotated[Literal["student", "teacher"], typer.Option(help="Network of the run to use")]
+Step = Annotated[int | None, typer.Option(help="Step of the checkpoint, see run.keep_every; the newest if not given")]
 
 
 @app.command()
 def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
-    """Pre-train an encoder. In a run directory that has a checkpoint of the same run, it continues.
+    """Pre-train an encoder. The same command continues a run that was stopped.
 
-    SIGTERM, SIGUSR1, Ctrl-C, a file `stop` in the run directory, run.max_minutes or the end of a SLURM job's time make
-    it save and end with exit code 75 (under torchrun 0, and stopped.json in the run directory).
+    On SIGTERM, SIGUSR1, Ctrl-C, a file `stop` in the run directory, run.max_minutes or shortly before the end of a
+    SLURM job, it saves a checkpoint and exits with code 75 (under torchrun with code 0, and writes stopped.json).
     """
     from trainer.config_file import load
     from trainer.pretrain import pretrain
@@ -56,7 +49,7 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
 
 
 def _stoppable(work: Callable[[], None]) -> None:
-    """With the exit code that says so where it was asked to end early."""
+    """Call `work` and exit with the code for an early stop if it was asked to stop."""
     from trainer.ops.stop import Stopped, exit_code
 
     try:
@@ -68,9 +61,9 @@ def _stoppable(work: Callable[[], None]) -> None:
 
 @app.command()
 def replay(run: RunPath) -> None:
-    """Do the step again whose loss or gradient was not finite, and say which modules gave it first.
+    """Repeat the step whose loss or gradient was not finite and report the first modules with non-finite values.
 
-    On as many ranks as the run had: torchrun …; TRAINER_DEBUG=1 checks more.
+    Needs as many ranks as the run had: torchrun …; TRAINER_DEBUG=1 checks more.
     """
     from trainer.ops.replay import replay
 
@@ -80,14 +73,15 @@ def replay(run: RunPath) -> None:
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="A checkpoint, or a folder of timm's on Hugging Face", metavar="FILE")],
-    out: Annotated[Path, typer.Option(help="The new run directory")],
+    file: Annotated[Path, typer.Argument(help="Checkpoint file, or a folder of timm's format", metavar="FILE")],
+    out: Annotated[Path, typer.Option(help="Run directory to create")],
     overrides: Overrides = None,
-    backbone: Annotated[str | None, typer.Option(help="timm's name, such as resnet50, if FILE does not say")] = None,
+    backbone: Annotated[str | None, typer.Option(help="timm's name, such as resnet50, if not in FILE")] = None,
 ) -> None:
-    """Make a run directory of a checkpoint of AdCo, MoCo, BYOL, SimCLR, DINO, torchvision or timm: docs/ecosystem.md.
+    """Convert a checkpoint of AdCo, MoCo, BYOL, SimCLR, DINO, torchvision or timm to a run directory.
 
-    knn, embed and export work on it. KEY=VALUE are of its configuration, as model.small_images=true or data.train=….
+    knn, embed and export then work on it. KEY=VALUE sets its configuration, such as model.small_images=true or
+    data.train=…. See docs/ecosystem.md.
     """
     from trainer.interop.import_ import import_weights
 
@@ -96,18 +90,20 @@ def import_(
 
 @app.command()
 def export(
-    run: Annotated[Path, typer.Argument(help="Run directory, of a pre-training or imported", metavar="RUN")],
+    run: RunPath,
     to: Annotated[
-        Literal["timm", "torchvision", "detectron2", "onnx", "huggingface"], typer.Option("--format", help="For what")
+        Literal["timm", "torchvision", "detectron2", "onnx", "huggingface"],
+        typer.Option("--format", help="Format"),
     ],
-    out: Annotated[Path, typer.Option(help="The new file; for huggingface, the new folder")],
+    out: Annotated[Path, typer.Option(help="File to write; for huggingface, a folder")],
     network: NetworkName = "student",
     step: Step = None,
     licence: Annotated[str, typer.Option("--license", help="For the model card, such as apache-2.0")] = "unknown",
 ) -> None:
-    """Write the backbone of a run for timm, torchvision, detectron2, onnxruntime or Hugging Face: docs/ecosystem.md.
+    """Write the backbone of a run for timm, torchvision, detectron2, onnxruntime or Hugging Face.
 
-    The student by default: it is what AdCo, MoCo, SimCLR and BYOL evaluate. DINO evaluates its teacher.
+    The default is the student, which AdCo, MoCo, SimCLR and BYOL evaluate; DINO evaluates its teacher. See
+    docs/ecosystem.md.
     """
     from trainer.interop.export import export
     from trainer.interop.weights import CheckpointChoice
@@ -118,17 +114,17 @@ def export(
 
 @app.command()
 def embed(
-    run: Annotated[Path, typer.Argument(help="Run directory, of a pre-training or imported", metavar="RUN")],
+    run: RunPath,
     src: DataPath,
-    out: Annotated[Path, typer.Option(help="The new file: .parquet, or .npy with a .csv of names")],
+    out: Annotated[Path, typer.Option(help="File to write: .parquet, or .npy with names in a .csv")],
     overrides: Overrides = None,
     network: NetworkName = "student",
     step: Step = None,
-    points: Annotated[int, typer.Option(help="Images on the page beside OUT; 0: no page", min=0, max=5000)] = 2000,
+    points: Annotated[int, typer.Option(help="Number of images on the page; 0 for no page", min=0, max=5000)] = 2000,
 ) -> None:
-    """Features of all images of SRC with their names, and a page with a map of them and their nearest neighbours.
+    """Write the features of all images of SRC, and a page with a map of them and their nearest neighbours.
 
-    KEY=VALUE are of eval.batch_size, eval.size (pixels), run.device and the like. See docs/ecosystem.md.
+    KEY=VALUE sets eval.batch_size, eval.size (pixels), run.device and the like. See docs/ecosystem.md.
     """
     from trainer.evaluate.embed import embed
     from trainer.interop.weights import CheckpointChoice
@@ -168,7 +164,7 @@ for _verb, _registration in EVALUATIONS.items():
 
 @app.command()
 def report(run: RunPath) -> None:
-    """Write RUN/report.html: one page with curves, nearest neighbours and what the negatives look like."""
+    """Write RUN/report.html, a page with curves, nearest neighbours and the images nearest to the negatives."""
     from trainer.report.run import write_report
 
     print(write_report(run))
@@ -176,10 +172,10 @@ def report(run: RunPath) -> None:
 
 @app.command()
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories of pre-trainings", metavar="RUN...")],
-    out: Annotated[Path, typer.Option(help="The page to write")] = Path("compare.html"),
+    runs: Annotated[list[Path], typer.Argument(help="Run directories", metavar="RUN...")],
+    out: Annotated[Path, typer.Option(help="Page to write")] = Path("compare.html"),
 ) -> None:
-    """Several runs in one table and one page: accuracy against epochs, images seen and time, and what differs."""
+    """Compare runs in a table and a page: accuracy by epochs, images seen and time, and the settings that differ."""
     from trainer.report.compare import compare
 
     compare(runs, out)
@@ -188,15 +184,13 @@ def compare(
 
 @app.command()
 def doctor(
-    config: Annotated[Path | None, typer.Argument(help="Check that this machine has what it needs")] = None,
+    config: Annotated[Path | None, typer.Argument(help="YAML file whose needs to check", metavar="CONFIG")] = None,
     overrides: Overrides = None,
-    bad_nodes: Annotated[
-        Path | None, typer.Option(help="Under torchrun: write the names of nodes at fault here")
-    ] = None,
+    bad_nodes: Annotated[Path | None, typer.Option(help="Under torchrun: file for the names of faulty nodes")] = None,
 ) -> None:
-    """Tell what this machine has for training, and what a configuration needs and lacks.
+    """Check what this machine has for training, and whether it has what a configuration needs.
 
-    Under torchrun it compares all machines, and exits with 1 if one lacks something, differs, or is slow.
+    Under torchrun, compare all machines. The exit code is 1 if something is missing, or a machine differs or is slow.
     """
     from trainer.config_file import load
 
@@ -215,31 +209,29 @@ def doctor(
 
 @app.command("config")
 def show_config(
-    config: ConfigPath,
+    config: Annotated[
+        Path | None, typer.Argument(help="YAML file, such as configs/demo.yaml", metavar="CONFIG")
+    ] = None,
     overrides: Overrides = None,
-    get: Annotated[str | None, typer.Option(help="Only this value, such as run.dir")] = None,
-    nodes: Annotated[int, typer.Option(help="With --ranks-per-node", min=1)] = 1,
-    ranks_per_node: Annotated[int | None, typer.Option(help="Refuse what cannot train on so many ranks", min=1)] = None,
+    get: Annotated[str | None, typer.Option(help="Print only this value, such as run.dir")] = None,
+    nodes: Annotated[int, typer.Option(help="Number of nodes for --ranks-per-node", min=1)] = 1,
+    ranks_per_node: Annotated[
+        int | None, typer.Option(help="Fail if CONFIG cannot train on so many ranks", min=1)
+    ] = None,
+    explain: Annotated[
+        str | None, typer.Option(help="Explain a key or section, such as bank.lr or engine", metavar="KEY")
+    ] = None,
+    reference: Annotated[bool, typer.Option("--reference", help="Print the page docs/configuration.md")] = False,
 ) -> None:
-    """Print the resolved configuration, with everything that CONFIG leaves to the defaults."""
-    from trainer.config import check_world
-    from trainer.config_file import dump, flatten, load
+    """Print the complete configuration, including the defaults of keys that CONFIG does not set."""
+    from trainer.report import config_reference
 
-    resolved = load(config, overrides)
-    if ranks_per_node:
-        check_world(resolved, nodes * ranks_per_node, ranks_per_node)
-    if get is None:
-        print(dump(resolved), end="")
-        return
-    values = flatten(resolved.model_dump(mode="json"))
-    if get not in values:
-        raise ValueError(f"--get {get}: no such value; python -m trainer config {config} lists them")
-    print(values[get])
+    print(config_reference.show(config, overrides, get, nodes, ranks_per_node, explain, reference))
 
 
 @data_app.command("index")
 def data_index(
-    src: DataPath, out: Annotated[Path, typer.Argument(help="The new index; data.train may name it", metavar="OUT.npz")]
+    src: DataPath, out: Annotated[Path, typer.Argument(help="Index to write; data.train accepts it", metavar="OUT.npz")]
 ) -> None:
     """List the images of a folder or of shards once, so that runs with data.train=OUT.npz need no scan."""
     from data.tools import make_index
@@ -336,7 +328,7 @@ def show_plan(
 
 
 def main() -> None:
-    """One line and exit code 1 for what a user can mend; TRAINER_TRACEBACK=1 shows where it came from."""
+    """Run a verb. User errors end with one line and exit code 1; TRAINER_TRACEBACK=1 shows the traceback."""
     try:
         app()
     except (ValueError, OSError) as error:

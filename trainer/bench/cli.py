@@ -22,24 +22,24 @@ scale_app = typer.Typer(no_args_is_help=True, help="Measure how throughput grows
 @bench_app.callback()
 def bench() -> None:
     """Measure speed and memory on this machine."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # to torch's profiler a machine without a GPU is an error
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # hides errors of torch's profiler without a GPU
 
 
 @bench_app.command("kernels")
 def bench_kernels(
-    rows: Annotated[int, typer.Option(help="Queries N, and as many keys")] = 1024,
-    negatives: Annotated[int, typer.Option(help="Negatives K")] = 65536,
-    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    rows: Annotated[int, typer.Option(help="Number of queries N, and of keys")] = 1024,
+    negatives: Annotated[int, typer.Option(help="Number of negatives K")] = 65536,
+    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding")] = 128,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
-    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many")] = 7,
-    static: Annotated[bool, typer.Option("--static", help="Registers, spills, instructions instead; no GPU")] = False,
-    tune: Annotated[bool, typer.Option("--tune", help="Find this GPU's fastest tiles instead, keep them")] = False,
-    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON (--static: CSV) here, too.")] = None,
+    repeats: Annotated[int, typer.Option(help="Number of repetitions; results are medians")] = 7,
+    static: Annotated[bool, typer.Option("--static", help="Count registers and instructions; needs no GPU")] = False,
+    tune: Annotated[bool, typer.Option("--tune", help="Find and store this GPU's fastest tile sizes")] = False,
+    out: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file (--static: CSV).")] = None,
 ) -> None:
-    """The negatives step (loss, its gradient, bank update): ours against the formulation that stores N x K tensors.
+    """Time loss, gradient and bank update against the formulation that stores N x K tensors.
 
-    --static: what the compiler makes of the Triton kernels for sm_80 and sm_90, and the least time each can take.
-    --tune: rewrites kernels/triton/tiles.csv for this GPU's architecture.
+    --static compiles the Triton kernels for sm_80 and sm_90 and prints the least time each can take.
+    --tune rewrites kernels/triton/tiles.csv for this GPU's architecture.
     """
     if static and tune:
         raise ValueError("bench kernels: got --static and --tune, need one of them")
@@ -62,12 +62,12 @@ def bench_kernels(
 
 @bench_app.command("gpu")
 def bench_gpu(
-    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding")] = 128,
     dtype: Annotated[list[str], typer.Option(help="bfloat16, float16 or float32 (repeatable)")] = ["bfloat16"],  # noqa: B006
-    repeats: Annotated[int, typer.Option(help="Each time is the median of so many")] = 20,
+    repeats: Annotated[int, typer.Option(help="Number of repetitions; times are medians")] = 20,
     out: OutPath = None,
 ) -> None:
-    """The Triton kernels on this GPU: against fp64, the formulation that stores N x K tensors, and the roofline."""
+    """Check the Triton kernels on this GPU against fp64; time them against N x K tensors and the roofline."""
     from trainer.bench import gpu
 
     if not gpu.report(gpu.run(gpu.device(), dim, tuple(dtype), repeats), out):
@@ -76,16 +76,16 @@ def bench_gpu(
 
 @bench_app.command("bank")
 def bench_bank(
-    negatives: Annotated[int, typer.Option(help="Negatives K")] = 2**20,
-    rows: Annotated[int, typer.Option(help="Queries N, and as many keys")] = 256,
-    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
+    negatives: Annotated[int, typer.Option(help="Number of negatives K")] = 2**20,
+    rows: Annotated[int, typer.Option(help="Number of queries N, and of keys")] = 256,
+    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding")] = 128,
     precision: Annotated[Precision, typer.Option(help="Type of queries, keys and unit rows in products")] = "fp32",
     weights: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights")] = "fp32",
     velocity: Annotated[Literal["fp32", "bf16", "none"], typer.Option(help="Type of the velocity")] = "fp32",
-    steps: Annotated[int, typer.Option(help="Steps to play")] = 3,
+    steps: Annotated[int, typer.Option(help="Number of steps")] = 3,
     out: OutPath = None,
 ) -> None:
-    """One process's step of the negatives with a bank as large as its memory; what storing N x K would take."""
+    """Time one process's bank update, and compare its memory with that of storing N x K tensors."""
     from trainer.bench import bank
 
     bank.report(bank.run(rows, negatives, dim, precision, weights, velocity, steps), out)
@@ -95,10 +95,10 @@ def bench_bank(
 def bench_step(
     config: ConfigPath,
     overrides: Overrides = None,
-    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many")] = 15,
+    repeats: Annotated[int, typer.Option(help="Number of repetitions; results are medians")] = 15,
     out: OutPath = None,
 ) -> None:
-    """A training step of CONFIG against the bare forward, backward, optimizer and moving average of its networks."""
+    """Time a training step of CONFIG against the bare forward, backward, optimizer and moving average."""
     from trainer.bench import step
     from trainer.config_file import load
 
@@ -113,11 +113,11 @@ def bench_throughput(
         Literal["all", "full", "synthetic", "data"],
         typer.Option(help="full: as in training; synthetic: without the loader; data: the loader alone"),
     ] = "all",
-    steps: Annotated[int, typer.Option(help="Each time is the median of so many steps", min=2)] = 50,
-    warmup: Annotated[int, typer.Option(help="Steps before them", min=1)] = 10,
+    steps: Annotated[int, typer.Option(help="Number of timed steps; times are medians", min=2)] = 50,
+    warmup: Annotated[int, typer.Option(help="Number of steps before the timed ones", min=1)] = 10,
     out: OutPath = None,
 ) -> None:
-    """Images/s of training CONFIG on this machine, or under torchrun on many; time by phase, memory, MFU."""
+    """Measure images/s of training CONFIG here, or under torchrun on many machines; time by phase, memory, MFU."""
     from trainer.bench import throughput
     from trainer.config_file import load
 
@@ -128,10 +128,10 @@ def bench_throughput(
 
 @bench_app.command("compare")
 def bench_compare(
-    before: Annotated[Path, typer.Argument(help="A file of bench throughput --out", metavar="BEFORE.json")],
-    after: Annotated[Path, typer.Argument(help="Another", metavar="AFTER.json")],
+    before: Annotated[Path, typer.Argument(help="File written by bench throughput --out", metavar="BEFORE.json")],
+    after: Annotated[Path, typer.Argument(help="Another such file", metavar="AFTER.json")],
 ) -> None:
-    """Two results of bench throughput side by side."""
+    """Compare two results of bench throughput."""
     from trainer.bench import throughput
 
     throughput.compare(before, after)
@@ -142,12 +142,12 @@ def bench_save(
     config: ConfigPath,
     overrides: Overrides = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Where to write; the system's temporary folder if not given")
+        Path | None, typer.Option(help="Folder to write to; the system's temporary folder if not given")
     ] = None,
-    saves: Annotated[int, typer.Option(help="Checkpoints to write", min=1)] = 3,
+    saves: Annotated[int, typer.Option(help="Number of checkpoints to write", min=1)] = 3,
     out: OutPath = None,
 ) -> None:
-    """What a checkpoint of CONFIG costs: the copy that training waits for, and the steps beside which it is written."""
+    """Time a checkpoint of CONFIG: the copy that training waits for, and training steps while it is written."""
     from trainer.bench import save
     from trainer.config_file import load
 
@@ -156,15 +156,15 @@ def bench_save(
 
 @bench_app.command("traffic")
 def bench_traffic(
-    rows: Annotated[int, typer.Option(help="Queries N over all ranks, and as many keys")] = 4096,
-    dim: Annotated[int, typer.Option(help="Dimensions D")] = 128,
-    negatives: Annotated[list[int], typer.Option(help="Negatives K (repeatable)")] = [65536, 2**20],  # noqa: B006
+    rows: Annotated[int, typer.Option(help="Number of queries N over all ranks, and of keys")] = 4096,
+    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding")] = 128,
+    negatives: Annotated[list[int], typer.Option(help="Number of negatives K (repeatable)")] = [65536, 2**20],  # noqa: B006
     ranks: Annotated[
-        list[int], typer.Option(help="Ranks (repeatable); up to 8 are processes, more a fake group's rank 0")
+        list[int], typer.Option(help="Number of ranks (repeatable); up to 8 are processes, more are simulated")
     ] = [64, 1024],  # noqa: B006
     out: OutPath = None,
 ) -> None:
-    """Bytes that a rank sends in a step of the negatives: our placements of the bank and the published formulation."""
+    """Count the bytes that a rank sends per step for each placement of the bank and the published formulation."""
     from trainer.bench import traffic
 
     traffic.report(traffic.run(rows, negatives, dim, ranks), out)
@@ -174,12 +174,12 @@ def bench_traffic(
 def bench_data(
     config: ConfigPath,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(help="Length of one turn of a backend")] = 5.0,
-    repeats: Annotated[int, typer.Option(help="Each figure is the median of so many turns")] = 3,
-    workers: Annotated[int | None, typer.Option(help="Processes of cpu and dali")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds per measurement of a backend")] = 5.0,
+    repeats: Annotated[int, typer.Option(help="Number of measurements; results are medians")] = 3,
+    workers: Annotated[int | None, typer.Option(help="Worker processes of the backends cpu and dali")] = None,
     out: OutPath = None,
 ) -> None:
-    """Images/s of each data backend, what each operation costs, and how many images/s the network eats."""
+    """Measure images/s of each data backend, the cost of each operation, and images/s that training needs."""
     import tempfile
 
     from trainer.bench import data
@@ -194,17 +194,17 @@ def scale_submit(
     config: ConfigPath,
     folder: StudyPath,
     overrides: Overrides = None,
-    sizes: Annotated[str, typer.Option(help="Nodes, or with --local processes")] = "1,2,4",
+    sizes: Annotated[str, typer.Option(help="Numbers of nodes, or of processes with --local")] = "1,2,4",
     kind: Annotated[
-        Literal["both", "strong", "weak"], typer.Option(help="strong: the batch stays; weak: it grows with the size")
+        Literal["both", "strong", "weak"], typer.Option(help="strong: fixed batch size; weak: fixed per node")
     ] = "both",
-    local: Annotated[bool, typer.Option("--local", help="Processes on this machine, no SLURM")] = False,
+    local: Annotated[bool, typer.Option("--local", help="Run processes on this machine, without SLURM")] = False,
     sbatch: Annotated[str, typer.Option(help="Options for sbatch: '--partition=gpu --gpus-per-node=8'")] = "",
-    mode: Annotated[Literal["full", "synthetic"], typer.Option(help="See bench throughput")] = "full",
-    steps: Annotated[int, typer.Option(help="Steps that are timed at each size", min=2)] = 50,
-    warmup: Annotated[int, typer.Option(help="Steps before them", min=1)] = 10,
+    mode: Annotated[Literal["full", "synthetic"], typer.Option(help="Mode of bench throughput")] = "full",
+    steps: Annotated[int, typer.Option(help="Number of timed steps at each size", min=2)] = 50,
+    warmup: Annotated[int, typer.Option(help="Number of steps before the timed ones", min=1)] = 10,
 ) -> None:
-    """Measure CONFIG at each size that FOLDER has no result of: one SLURM job each, or processes here."""
+    """Measure CONFIG at each size that FOLDER has no result for, by one SLURM job each or by local processes."""
 
     from trainer.bench.scaling import submit
 
@@ -220,7 +220,7 @@ def scale_submit(
 
 @scale_app.command("collect")
 def scale_collect(folder: StudyPath) -> None:
-    """The table of what is measured so far: images/s, speedup, efficiency, communication."""
+    """Print a table of the results so far: images/s, speedup, efficiency, communication."""
     from trainer.bench.scaling import report
 
     report(folder)
@@ -228,7 +228,7 @@ def scale_collect(folder: StudyPath) -> None:
 
 @scale_app.command("plot")
 def scale_plot(folder: StudyPath) -> None:
-    """FOLDER/scaling.png and scaling.html."""
+    """Write FOLDER/scaling.png and FOLDER/scaling.html."""
     from trainer.bench.scaling import plot
 
     print(*plot(folder), sep="\n")

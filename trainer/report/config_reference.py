@@ -39,12 +39,33 @@ class Entry(NamedTuple):
     variants: list[str]
 
 
-def resolved(path: Path, overrides: list[str] | None, get: str | None, nodes: int, ranks_per_node: int | None) -> str:
-    """Return the complete configuration as YAML, or only the value of the key `get`.
+def show(
+    path: Path | None,
+    overrides: list[str] | None = None,
+    get: str | None = None,
+    nodes: int = 1,
+    ranks_per_node: int | None = None,
+    key: str | None = None,
+    page: bool = False,
+) -> str:
+    """Return the text that the options of `python -m trainer config` ask for.
+
+    Args:
+        path: the YAML file.
+        overrides: `section.key=value` for each value to change.
+        get: return only the value of this key.
+        nodes: number of nodes.
+        ranks_per_node: check that the configuration can train on that many ranks.
+        key: explain this key or section instead; needs no file.
+        page: return the page of all keys instead; needs no file.
 
     Raises:
-        ValueError: the file is not valid, does not suit the number of ranks, or has no such key.
+        ValueError: the file is not valid or does not suit the number of ranks, or there is no such key.
     """
+    if page or key:
+        return reference() if page else explain(str(key))
+    if path is None:
+        raise ValueError("config: need CONFIG, --explain KEY or --reference")
     config = load(path, overrides)
     if ranks_per_node:
         check_world(config, nodes * ranks_per_node, ranks_per_node)
@@ -52,7 +73,7 @@ def resolved(path: Path, overrides: list[str] | None, get: str | None, nodes: in
         return dump(config).rstrip("\n")
     values = flatten(config.model_dump(mode="json"))
     if get not in values:
-        raise ValueError(f"--get {get}: no such value; python -m trainer config {path} lists them")
+        raise ValueError(f"--get {get}: unknown key; python -m trainer config {path} lists all keys")
     return str(values[get])
 
 

@@ -5,13 +5,18 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data.settings import RESUMABLE, DataSettings
 from models import acssl, adco, byol, moco, simclr
 from models.negatives.base import BankSettings, num_shards
 from trainer.engines import ddp, fsdp, zero
 from trainer.engines.optim import Optim
+from trainer.evaluate.finetune import Settings as FinetuneSettings
+from trainer.evaluate.knn import Settings as EvalSettings
+from trainer.evaluate.linear import Settings as LinearSettings
+from trainer.evaluate.linear_fast import Settings as FastLinearSettings
+from trainer.evaluate.voc07 import Settings as Voc07Settings
 from trainer.schema import Section, default_variant
 
 # The keys of section `method` depend on its `name`. Register a new method here.
@@ -93,107 +98,6 @@ class Model(Section):
     )
 
 
-class Eval(Section):
-    """Weighted kNN on the frozen backbone, every `knn_every` epochs and at the end; 0: never while training.
-
-    size and batch_size: of every evaluation.
-    """
-
-    knn_every: int = Field(10, ge=0)
-    k: int = Field(200, ge=1)
-    temperature: float = Field(0.1, gt=0)
-    batch_size: int = Field(256, ge=1)
-    size: int | None = Field(None, ge=8)  # pixels; None: that of views[0]
-
-
-def _share(value: tuple[float, float]) -> tuple[float, float]:
-    low, high = value
-    if not 0 < low <= high <= 1:
-        raise ValueError("need (low, high) with 0 < low <= high <= 1")
-    return value
-
-
-Share = Annotated[tuple[float, float], AfterValidator(_share)]
-
-
-class Linear(Section):
-    """The linear protocol, see `trainer.evaluate.linear`. Images are of the size of kNN's, eval.size.
-
-    lr and lr_final for a batch as it is, batch_size that of all ranks; scale: of the random crops, in shares of the
-    picture's area. save_every in steps. fast: see `Fast`.
-    """
-
-    lr: float = Field(10.0, gt=0)
-    lr_final: float = Field(0.01, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
-    batch_size: int = Field(256, ge=1)
-    epochs: int = Field(100, ge=1)
-    scale: Share = (0.08, 1.0)
-    seed: int = Field(0, ge=0, lt=2**63)
-    save_every: int = Field(1000, ge=1)
-    fast: bool = False
-
-
-class Fast(Section):
-    """The fast linear protocol, see `trainer.evaluate.linear_fast`: every lr with every weight decay, for features of
-    which the average squared length is 1. holdout: share of the training images on which the best is chosen. crops:
-    random ones of each training image, as linear.scale says; 0 for the central view alone.
-    """
-
-    lrs: tuple[float, ...] = (0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1000.0)
-    weight_decays: tuple[float, ...] = (0.0, 1e-6, 1e-5, 1e-4)
-    batch_size: int = Field(1024, ge=1)
-    epochs: int = Field(20, ge=1)
-    holdout: float = Field(0.1, gt=0, lt=1)
-    crops: int = Field(4, ge=0)
-
-    @field_validator("lrs", "weight_decays")
-    @classmethod
-    def _some(cls, values: tuple[float, ...]) -> tuple[float, ...]:
-        if not values or min(values) < 0:
-            raise ValueError("need at least one number, none below 0")
-        return values
-
-
-class Finetune(Section):
-    """Fine-tuning with few labels, see `trainer.evaluate.finetune`; lr is per 256 images of a batch of all ranks.
-
-    labels: share of the training images whose labels are used, drawn by subset_seed, or subset_list: file with their
-    names. seeds: of the head and the order; one training each. epochs: None for 60 up to 1 % of the labels, else 30.
-    head_lr: the head's learning rate is that many times lr; layer_decay: each layer's is that many times the next's.
-    """
-
-    labels: float = Field(0.01, gt=0, le=1)
-    subset_list: str | None = None
-    subset_seed: int = Field(0, ge=0, lt=2**63)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    optimizer: Literal["sgd", "adamw"] = "sgd"
-    lr: float = Field(0.05, gt=0)
-    head_lr: float = Field(1.0, gt=0)
-    layer_decay: float = Field(1.0, gt=0, le=1)
-    weight_decay: float = Field(0.0, ge=0)
-    batch_size: int = Field(256, ge=1)
-    epochs: int | None = Field(None, ge=1)
-    scale: Share = (0.08, 1.0)
-    save_every: int = Field(1000, ge=1)
-
-    @field_validator("seeds")
-    @classmethod
-    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
-            raise ValueError("need different numbers from 0 on")
-        return seeds
-
-
-class Voc07(Section):
-    """SVMs on frozen features, see `trainer.evaluate.voc07`. costs: C, tried by cross-validation; folds: of it."""
-
-    root: str = "VOCdevkit/VOC2007"
-    costs: tuple[float, ...] = (*(10.0**power for power in range(-7, 3)), *(0.5**power for power in range(4, 20)))
-    folds: int = Field(3, ge=2)
-    seed: int = Field(0, ge=0, lt=2**31)
-
-
 class MonitorSettings(Section):
     """Where log rows go besides metrics.jsonl."""
 
@@ -227,21 +131,29 @@ class Config(Section):
         description="How student, teacher and optimizer are distributed over the ranks; `kind` chooses the engine.",
         json_schema_extra=RESUMABLE,  # an engine changes rounding errors only, as the number of ranks does
     )
-    eval: Eval = Field(
-        Eval(),
+    eval: EvalSettings = Field(
+        EvalSettings(),
         description="kNN on the frozen backbone while training; image and batch size of every evaluation.",
         json_schema_extra=RESUMABLE,
     )
-    linear: Linear = Field(
-        Linear(), description="Linear evaluation: one classifier on the frozen backbone.", json_schema_extra=RESUMABLE
+    linear: LinearSettings = Field(
+        LinearSettings(),
+        description="Linear evaluation: one classifier on the frozen backbone.",
+        json_schema_extra=RESUMABLE,
     )
-    fast: Fast = Field(
-        Fast(), description="Fast linear evaluation: many classifiers on stored features.", json_schema_extra=RESUMABLE
+    fast: FastLinearSettings = Field(
+        FastLinearSettings(),
+        description="Fast linear evaluation: many classifiers on stored features.",
+        json_schema_extra=RESUMABLE,
     )
-    finetune: Finetune = Field(
-        Finetune(), description="Fine-tuning of the whole network with few labels.", json_schema_extra=RESUMABLE
+    finetune: FinetuneSettings = Field(
+        FinetuneSettings(),
+        description="Fine-tuning of the whole network with few labels.",
+        json_schema_extra=RESUMABLE,
     )
-    voc07: Voc07 = Field(Voc07(), description="SVMs on PASCAL VOC 2007 features.", json_schema_extra=RESUMABLE)
+    voc07: Voc07Settings = Field(
+        Voc07Settings(), description="SVMs on PASCAL VOC 2007 features.", json_schema_extra=RESUMABLE
+    )
     monitor: MonitorSettings = Field(
         MonitorSettings(), description="Where log rows go besides metrics.jsonl.", json_schema_extra=RESUMABLE
     )

@@ -12,10 +12,10 @@ from models.encoder import Encoder
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import NARROW, evaluate_here, write_run
 from tests.trainer.small import VIT, write_images
-from trainer.config import Config, Finetune
+from trainer.config import Config
 from trainer.engines.base import update
 from trainer.evaluate.base import Results
-from trainer.evaluate.finetune import EVALUATOR, groups, summarise
+from trainer.evaluate.finetune import EVALUATOR, Settings, parameter_groups, summarise
 from trainer.evaluate.probe import Classifier
 from trainer.ops.stop import Stopped
 
@@ -123,7 +123,7 @@ def test_the_mean_and_the_deviation() -> None:
 def test_learning_rates_of_layers(model: dict[str, Any]) -> None:
     encoder = Encoder(**model)
     network = Classifier(encoder, 3, frozen=False, seed=0)
-    found = groups(network, Finetune(layer_decay=0.5, head_lr=10, weight_decay=0.1))
+    found = parameter_groups(network, Settings(layer_decay=0.5, head_lr=10, weight_decay=0.1))
     assert sum(p.numel() for group in found for p in group["params"]) == sum(p.numel() for p in network.parameters())
     scales = {id(p): group["lr_scale"] for group in found for p in group["params"]}
     backbone = [scales[id(p)] for p in network.backbone.parameters()]
@@ -132,13 +132,13 @@ def test_learning_rates_of_layers(model: dict[str, Any]) -> None:
     assert scales[id(network.head.weight)] == 10
     decays = {id(p): group["weight_decay"] for group in found for p in group["params"]}
     assert all(decays[id(p)] == (0.1 if p.ndim > 1 else 0) for p in network.backbone.parameters() if p.ndim != 3)
-    even = groups(network, Finetune())
+    even = parameter_groups(network, Settings())
     assert {group["lr_scale"] for group in even} == {1.0}
 
 
 def test_the_rates_reach_the_optimizer() -> None:
     network = Classifier(Encoder(**NARROW), 3, frozen=False, seed=0)
-    found = groups(network, Finetune(layer_decay=0.1, head_lr=2.0))
+    found = parameter_groups(network, Settings(layer_decay=0.1, head_lr=2.0))
     optimizer = torch.optim.SGD(found, lr=1.0)
     for p in network.parameters():
         p.grad = torch.ones_like(p)

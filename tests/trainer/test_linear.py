@@ -1,4 +1,4 @@
-"""Linear evaluation, full and fast: what it reaches, that the backbone stays as it is and nothing is chosen on test."""
+"""Linear evaluation by both protocols: accuracy, a backbone that does not change, and no choice on the test images."""
 
 import json
 import os
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from typer.testing import CliRunner
 
 from data.loader import train_batches
+from data.views import Augment, View
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import NARROW, evaluate_here, write_run
 from tests.trainer.small import small_config, write_images
@@ -20,9 +21,7 @@ from trainer.__main__ import app
 from trainer.build import build_encoder
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.evaluate import linear
-from trainer.evaluate import linear_fast as heads
-from trainer.evaluate import probe as classifier
+from trainer.evaluate import fit, linear, linear_fast, probe
 from trainer.evaluate.base import Results
 from trainer.evaluate.linear import EVALUATOR
 from trainer.evaluate.probe import Classifier
@@ -54,7 +53,7 @@ def run(tmp_path: Path, images: Path) -> Path:
 
 @pytest.mark.usefixtures("small_group")
 @pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
-def test_what_can_be_told_apart_is(run: Path, settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_separable_classes_are_learned(run: Path, settings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     results = evaluate_here(EVALUATOR, run, settings)
     assert results["top1"] >= 0.98
     assert (results["top5"], results["images"], results["unreadable"]) == (1.0, 72, 0)
@@ -62,7 +61,7 @@ def test_what_can_be_told_apart_is(run: Path, settings: list[str], capsys: pytes
     assert json.loads((run / name / "results.json").read_text()) == results
     again = evaluate_here(EVALUATOR, run, settings, "again")
     assert {k: v for k, v in again.items() if k != "seconds"} == {k: v for k, v in results.items() if k != "seconds"}
-    assert evaluate_here(EVALUATOR, run, settings) == results  # finished: only shown
+    assert evaluate_here(EVALUATOR, run, settings) == results  # finished: printed only
     with pytest.raises(ValueError, match=rf"{name} holds another evaluation: seed was 0, now 1. Choose another --name"):
         evaluate_here(EVALUATOR, run, [*settings, "linear.seed=1"])
     with pytest.raises(ValueError, match=r"\.\./x"):
@@ -71,7 +70,7 @@ def test_what_can_be_told_apart_is(run: Path, settings: list[str], capsys: pytes
 
 @pytest.mark.usefixtures("small_group")
 def test_the_published_step(run: Path, images: Path) -> None:
-    """The head's first steps are those of a plain loop over the features of the same crops."""
+    """The weights are those of a plain loop over the features of the same crops."""
     settings = ["linear.epochs=2", "linear.batch_size=36", "linear.lr=10"]
     evaluate_here(EVALUATOR, run, settings)
     saved = checkpoint.newest(run / "linear" / "checkpoints")
@@ -83,8 +82,8 @@ def test_the_published_step(run: Path, images: Path) -> None:
     encoder = build_encoder(config).eval()
     data = config.data.model_copy(
         update={
-            "views": (classifier.View(size=16, scale=(0.08, 1)),),
-            "augment": classifier.Augment(jitter=0, gray=0, blur=0),
+            "views": (View(size=16, scale=(0.08, 1)),),
+            "augment": Augment(jitter=0, gray=0, blur=0),
         }
     )
     weight = torch.empty(3, 16).normal_(std=0.01, generator=torch.Generator().manual_seed(0)).requires_grad_()
@@ -109,7 +108,7 @@ def on_ranks(run: Path, settings: list[str]) -> Results:
 
 @pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
 def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path, settings: list[str]) -> None:
-    """Noise in the labels, so that not all is told."""
+    """The labels are noisy, so that the accuracy is below 1."""
     noisy = write_images(tmp_path / "noisy", each=25)
     for path in sorted(noisy.glob("class-0/*"))[:9]:
         path.rename(noisy / "class-1" / f"from-0-{path.name}")
@@ -137,15 +136,15 @@ def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path, setti
 
 
 @pytest.mark.usefixtures("small_group")
-def test_a_backbone_that_changes_is_noticed(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """BatchNorm in training mode, as in some published code."""
+def test_a_changed_backbone_is_an_error(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """BatchNorm is in training mode, as in some published code."""
     monkeypatch.setattr(Classifier, "train", torch.nn.Module.train)
     with pytest.raises(RuntimeError, match="the backbone has changed"):
         evaluate_here(EVALUATOR, run, FULL)
     assert not (run / "linear" / "results.json").exists()
 
 
-def test_a_fingerprint_sees_one_bit() -> None:
+def test_the_checksum_depends_on_every_bit() -> None:
     network = torch.nn.BatchNorm1d(3)
     before = weights_checksum(network)
     assert weights_checksum(network) == before
@@ -155,7 +154,7 @@ def test_a_fingerprint_sees_one_bit() -> None:
 
 @pytest.mark.usefixtures("small_group")
 def test_the_test_images_choose_nothing(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With other labels on them nothing is another but the accuracy; and they are looked at once."""
+    """Other labels on the test images change the accuracy only, and the images are used once."""
     poisoned = tmp_path / "poisoned"
     for c in range(3):
         (poisoned / f"class-{c}").parent.mkdir(exist_ok=True)
@@ -163,9 +162,9 @@ def test_the_test_images_choose_nothing(tmp_path: Path, images: Path, monkeypatc
     run = write_run(tmp_path / "run", images)
     calls = []
 
-    def score(*arguments: Any) -> classifier.Score:
+    def score(*arguments: Any) -> probe.Score:
         calls.append(arguments)
-        return classifier.score(*arguments)
+        return probe.score(*arguments)
 
     monkeypatch.setattr(linear, "score", score)
     good = evaluate_here(EVALUATOR, run, FAST, "good")
@@ -177,8 +176,8 @@ def test_the_test_images_choose_nothing(tmp_path: Path, images: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("small_group")
-def test_classes_that_the_test_images_list_otherwise(tmp_path: Path, images: Path) -> None:
-    """Only two of three classes there: their numbers are others."""
+def test_test_images_with_other_classes(tmp_path: Path, images: Path) -> None:
+    """The test images have two of three classes, with other indices."""
     few = tmp_path / "few"
     few.mkdir()
     for c in (1, 2):
@@ -190,7 +189,7 @@ def test_classes_that_the_test_images_list_otherwise(tmp_path: Path, images: Pat
 
 @pytest.mark.usefixtures("small_group")
 @pytest.mark.parametrize("settings", [FULL, FAST], ids=["full", "fast"])
-def test_images_that_cannot_be_read(tmp_path: Path, settings: list[str]) -> None:
+def test_unreadable_images(tmp_path: Path, settings: list[str]) -> None:
     train, test = write_images(tmp_path / "train"), write_images(tmp_path / "test", each=5)
     for folder in (train, test):
         (folder / "class-1" / "003.png").write_bytes(b"no picture")
@@ -200,31 +199,29 @@ def test_images_that_cannot_be_read(tmp_path: Path, settings: list[str]) -> None
     assert results["top1"] > 0.9
 
 
-def standardised(x_ND: torch.Tensor) -> heads.Cache:
+def standardised(x_ND: torch.Tensor, labels: list[int]) -> linear_fast.CachedFeatures:
     x_ND = torch.cat([x_ND, torch.empty(len(x_ND), 1)], dim=1)
-    mean_D, scale = heads._standardise(x_ND)
-    return heads.Cache(x_ND[:, None], np.arange(len(x_ND)), np.arange(len(x_ND)), mean_D, scale)
-
-
-class Labels:
-    def __init__(self, labels: list[int]) -> None:
-        self.labels, self.classes = np.array(labels), [str(c) for c in sorted(set(labels))]
+    mean_D, scale = linear_fast._standardise(x_ND)
+    samples, cpu = np.arange(len(x_ND)), torch.device("cpu")
+    return linear_fast.CachedFeatures(
+        x_ND[:, None], samples, np.array(labels), len(set(labels)), samples, mean_D, scale, cpu
+    )
 
 
 @pytest.mark.usefixtures("small_group")
-def test_each_head_learns_as_if_alone() -> None:
-    """Also beside one that diverges; and as by torch's SGD and autograd."""
+def test_each_classifier_trains_as_if_alone() -> None:
+    """The results are those of torch's SGD and autograd, although another classifier diverges."""
     generator = torch.Generator().manual_seed(0)
     x_ND, labels = 7 + 3 * torch.randn(60, 5, generator=generator), [i % 3 for i in range(60)]
-    features, rank_info = standardised(x_ND.clone()), RankInfo(torch.device("cpu"), 0, 1, 1)
+    features = standardised(x_ND.clone(), labels)
     assert features.x_NVD[:, 0, :-1].mean(0).abs().max() < 1e-6
     assert features.x_NVD[:, 0, :-1].square().sum(1).mean() == pytest.approx(1)
     fast = Config.model_validate(
         {"run": {"dir": "x", "epochs": 1}, "data": {"train": "x"}, "fast": {"batch_size": 60, "epochs": 7}}
     ).fast
-    samples, source = np.arange(60), Labels(labels)
+    samples = np.arange(60)
     pairs = [(1.0, 0.0), (1e38, 1.0), (3.0, 0.01)]
-    w_HCD = heads.train(features, source, samples, pairs, fast, 0, rank_info)  # type: ignore[arg-type]
+    w_HCD = linear_fast.train_classifiers(features, samples, pairs, fast, 0)
     assert not w_HCD[1].isfinite().all()
     for number in (0, 2):
         weight = torch.zeros(3, 6, requires_grad=True)
@@ -236,26 +233,26 @@ def test_each_head_learns_as_if_alone() -> None:
             F.cross_entropy(features.x_NVD[:, 0] @ weight.T, torch.tensor(labels)).backward()
             optimizer.step()
         torch.testing.assert_close(w_HCD[number], weight.detach(), rtol=1e-4, atol=1e-5)
-    layer = heads.as_layer(w_HCD[0], features)
+    layer = linear_fast.to_linear_layer(w_HCD[0], features)
     torch.testing.assert_close(
         x_ND @ layer["weight"].T + layer["bias"], features.x_NVD[:, 0] @ w_HCD[0].T, rtol=1e-4, atol=1e-5
     )
-    accuracies = heads._accuracies(features, source, samples, w_HCD, rank_info)  # type: ignore[arg-type]
+    accuracies = linear_fast._accuracies(features, samples, w_HCD)
     assert accuracies[1] == 0
     assert min(accuracies[0], accuracies[2]) > 0
 
 
-def test_features_that_memory_does_not_take_lie_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_that_do_not_fit_in_memory_are_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sysconf", lambda name: 1)
-    room = heads._allocate_features((10, 4), RankInfo(torch.device("cpu"), 0, 1, 1), tmp_path)
-    room[:] = 3
-    assert room.sum() == 120
+    features = linear_fast._allocate_features((10, 4), RankInfo(torch.device("cpu"), 0, 1, 1), tmp_path)
+    features[:] = 3
+    assert features.sum() == 120
     assert not list(tmp_path.iterdir()), "the file has no name"
 
 
 def interrupted(run: Path) -> str:
-    """Stopped in its fifth step, and then to the end."""
-    plain = classifier.update
+    """Stop the training in its fifth step, then run it to the end. Returns the message of the stop."""
+    plain = fit.update
     steps = []
 
     def update(*arguments: Any) -> None:
@@ -264,17 +261,17 @@ def interrupted(run: Path) -> str:
             os.kill(os.getpid(), signal.SIGTERM)
         plain(*arguments)
 
-    classifier.update = update  # type: ignore[assignment]
+    fit.update = update  # type: ignore[assignment]
     try:
         evaluate_here(EVALUATOR, run, FULL)
     except Stopped as stopped:
         words = str(stopped)
-    classifier.update = plain
+    fit.update = plain
     evaluate_here(EVALUATOR, run, FULL)
     return words
 
 
-def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
+def test_it_continues_after_a_stop(tmp_path: Path, images: Path) -> None:
     cut, whole = write_run(tmp_path / "cut", images), write_run(tmp_path / "whole", images)
     (words,) = run_ranks(1, interrupted, cut)
     assert words == "stopped after step 6 (SIGTERM): the same command resumes the run"
@@ -289,7 +286,7 @@ def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
 
 
 @pytest.mark.usefixtures("small_group")
-def test_what_is_refused(run: Path, tmp_path: Path, images: Path) -> None:
+def test_errors(run: Path, tmp_path: Path, images: Path) -> None:
     with pytest.raises(ValueError, match=r"give data\.val"):
         evaluate_here(EVALUATOR, run, ["data.val=null"])
     (run / "checkpoints").mkdir()

@@ -11,9 +11,8 @@ from data.sources.voc import read_split
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import evaluate_here, write_run
 from tests.trainer.small import write_images
-from trainer.config import Voc07
 from trainer.evaluate.base import Results
-from trainer.evaluate.voc07 import EVALUATOR, average_precision, classify, per_image
+from trainer.evaluate.voc07 import EVALUATOR, Settings, average_precision, classify, per_image
 
 RELEVANT = np.array([True, False, True, False, False, True, False, True])
 SCORES = np.arange(8, 0, -1) / 8
@@ -74,7 +73,7 @@ def test_difficult_pictures_count_for_nothing() -> None:
     noise = np.random.default_rng(0)
     labels = np.repeat([1, -1], 30)
     x = noise.normal(size=(60, 4)).astype(np.float32) + labels[:, None]
-    settings = Voc07(costs=(0.1, 1.0))
+    settings = Settings(costs=(0.1, 1.0))
     alone = classify(x, labels, x, labels, settings)
     wild = np.concatenate([x, -9 * x[:10]])
     marked = np.concatenate([labels, np.zeros(10, np.int64)])
@@ -83,9 +82,9 @@ def test_difficult_pictures_count_for_nothing() -> None:
     assert (beside["scores"][:60] == alone["scores"]).all()
     called_negative = classify(wild, np.where(marked == 0, -1, marked), x, labels, settings)
     assert (called_negative["scores"] != alone["scores"]).any()
-    with pytest.raises(ValueError, match="2 of 60 pictures show cats: too few for 3 folds"):
+    with pytest.raises(ValueError, match="2 of 60 images show cats: too few for 3 folds"):
         classify(x, np.array([1, 1] + [-1] * 58), x, labels, settings, "cats")
-    with pytest.raises(ValueError, match="no test picture shows cats"):
+    with pytest.raises(ValueError, match="no test image shows cats"):
         classify(x, labels, x, -np.ones(60, int), settings, "cats")
 
 

@@ -37,6 +37,11 @@ class Features(NamedTuple):
     samples_N: Tensor
 
 
+def image_size(config: "Config") -> int:
+    """Return the side of the evaluated images in pixels: eval.size, or that of the first view."""
+    return config.eval.size or config.data.views[0].size
+
+
 @torch.no_grad()
 def forward_images(
     network: nn.Module,
@@ -65,10 +70,11 @@ def forward_images(
     """
     from trainer.build import autocast_dtype
 
-    size = config.eval.size or config.data.views[0].size
     dtype = autocast_dtype(config, device)
     unreadable: list[tuple[int, str]] = []
-    for batch in eval_batches(source, samples, size, config.eval.batch_size, config.data.workers_for(device), crops):
+    for batch in eval_batches(
+        source, samples, image_size(config), config.eval.batch_size, config.data.workers_for(device), crops
+    ):
         unreadable += batch.unreadable
         if len(batch.samples):
             with evaluation_mode(network), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):

@@ -13,17 +13,33 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
+from pydantic import Field
 from torch import Tensor
 
 from data.sources.base import Source
 from models.encoder import Encoder
 from trainer.evaluate.base import EvaluationContext, Evaluator, Results, labelled_sources
 from trainer.evaluate.features import Features, embed
+from trainer.schema import Section
 
 if TYPE_CHECKING:
     from trainer.config import Config
 
 _CHUNK = 512  # queries of a rank that are classified together
+
+
+class Settings(Section):
+    """kNN on the frozen backbone, and what all evaluations share."""
+
+    knn_every: int = Field(
+        10, ge=0, description="Epochs between kNN evaluations while training; 0: at the start and end only."
+    )
+    k: int = Field(200, ge=1, description="Number of neighbours.")
+    temperature: float = Field(0.1, gt=0, description="Temperature of the neighbours' votes.")
+    batch_size: int = Field(256, ge=1, description="Images per forward pass of a rank, in every evaluation.")
+    size: int | None = Field(
+        None, ge=8, description="Side of the images in pixels, in every evaluation; null: that of the first view."
+    )
 
 
 def _folder_name(config: "Config", trained: "Config") -> str:

@@ -21,6 +21,7 @@ from trainer.config import Config
 from trainer.config_file import flatten
 from trainer.distributed import RankInfo, process_group
 from trainer.evaluate.base import RESULTS, EvaluationContext, Evaluator, Results
+from trainer.evaluate.features import image_size
 from trainer.evaluate.registry import load_evaluator
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.run.directory import lock_directory, read_config
@@ -74,7 +75,7 @@ def evaluate(
     checksum = weights_checksum(encoder.backbone)
     settings = {
         "backbone": checksum,
-        "size": config.eval.size or config.data.views[0].size,
+        "size": image_size(config),
         "precision": config.run.precision,
         **evaluator.settings(config),
     }

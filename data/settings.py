@@ -62,7 +62,7 @@ class DataSettings(BaseModel):
     workers: int | None = Field(
         None,
         ge=0,
-        description="Processes per rank that make batches (0: the training process makes them); None: as many as the "
+        description="Processes per rank that make batches (0: the training process makes them); null: as many as the "
         "machine's cores allow.",
         json_schema_extra=RESUMABLE,
     )

@@ -61,18 +61,8 @@ def build_method(config: Config, rank_info: RankInfo, student: Encoder | None = 
     return method.make(student, negatives)
 
 
-def build_engine(method: Method, config: Config, rank_info: RankInfo) -> Engine:
-    """What makes the game's student learn; student and teacher are spread over the ranks in place.
-
-    Raises ValueError where the configuration asks for what it cannot do.
-    """
-    precision = autocast_dtype(config, rank_info.device)
-    batch_size = config.data.batch_size
-    return config.engine.build(method.student, method.teacher, config.optim, batch_size, rank_info, precision)
-
-
 def full_student(method: Method, engine: Engine, config: Config, rank_info: RankInfo) -> Encoder:
-    """The student to evaluate, usable by each rank alone: a copy if ranks hold parts of it, or if it is compiled."""
+    """Return the complete student, which each rank can use alone; a copy if it is sharded or compiled. Collective."""
     weights = engine.weights()["student"]
     if not config.engine.compile and not any(isinstance(x, DTensor) for x in weights.values()):
         return method.student
@@ -82,10 +72,11 @@ def full_student(method: Method, engine: Engine, config: Config, rank_info: Rank
 
 
 def autocast_dtype(config: Config, device: torch.device) -> torch.dtype:
-    """That of run.precision; for auto bfloat16 where the device is made for it. float32 stands for no autocast."""
-    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    types = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    return types.get(config.run.precision, torch.bfloat16 if auto else torch.float32)
+    """Return the type of autocast. For `auto` it is bf16 where the device supports it; fp32 means no autocast."""
+    if config.run.precision != "auto":
+        return DTYPES[config.run.precision]
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if has_bf16 else torch.float32
 
 
 @torch.no_grad()

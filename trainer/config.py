@@ -174,17 +174,21 @@ class Config(Section):
 
 
 def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
-    """Raise ValueError where the configuration does not fit so many ranks."""
+    """Check that the configuration can train on that many ranks.
+
+    Raises:
+        ValueError: the batch or the negatives cannot be divided among the ranks.
+    """
     shards = num_shards(config.bank.placement, world_size, ranks_per_node)
     negatives = config.method.num_negatives(config.bank)
-    batch, parts = config.data.batch_size, config.optim.accumulate
-    if batch % (world_size * parts):
+    batch, accumulate = config.data.batch_size, config.optim.accumulate
+    if batch % (world_size * accumulate):
         raise ValueError(
             f"data.batch_size: {batch} does not divide among {world_size} ranks"
-            + (f" times {parts} parts (optim.accumulate)" if parts > 1 else "")
+            + (f" times {accumulate} micro-batches (optim.accumulate)" if accumulate > 1 else "")
         )
-    if config.method.bn != "sync" and batch // (world_size * parts) < 2:
-        raise ValueError(f"data.batch_size: {batch} leaves one image a rank and part, BatchNorm needs at least 2")
+    if config.method.bn != "sync" and batch // (world_size * accumulate) < 2:
+        raise ValueError(f"data.batch_size: {batch} gives micro-batches of one image, BatchNorm needs at least 2")
     if negatives and (shards - 1) * -(-negatives // shards) >= negatives:
         raise ValueError(
             f"bank.size: {negatives} negatives do not give each of {shards} ranks at least one; "

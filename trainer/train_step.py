@@ -11,7 +11,7 @@ from torch import Tensor
 
 from models.encoder import Encoder
 from models.method import Method
-from trainer.build import autocast_dtype, build_engine, build_method
+from trainer.build import autocast_dtype, build_method
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines.base import Engine, NotFinite
@@ -52,8 +52,10 @@ class TrainStep:
         """
         self.method: Method = build_method(config, rank_info, student)
         self.num_parameters = sum(p.numel() for p in self.method.student.parameters())  # before an engine shards them
-        self.engine: Engine = build_engine(self.method, config, rank_info)
         self.accumulate, self.precision = config.optim.accumulate, autocast_dtype(config, rank_info.device)
+        self.engine: Engine = config.engine.build(
+            self.method.student, self.method.teacher, config.optim, config.data.batch_size, rank_info, self.precision
+        )
         self.rank_info, self.phases = rank_info, PhaseTimer(rank_info.device)
 
     def step(self, views: list[Tensor], seed: int, rates: Rates) -> dict[str, Tensor]:

@@ -273,7 +273,9 @@ def test_batches_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"data\.batch_size: 256 does not divide among 3 ranks$"):
         check_world(config(), 3, 3)
     parts = changed(config(), optim={"accumulate": 3})
-    with pytest.raises(ValueError, match=r"256 does not divide among 2 ranks times 3 micro-batches \(optim\.accumulate\)$"):
+    with pytest.raises(
+        ValueError, match=r"256 does not divide among 2 ranks times 3 micro-batches \(optim\.accumulate\)$"
+    ):
         check_world(parts, 2, 2)
 
 

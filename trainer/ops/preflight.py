@@ -244,7 +244,7 @@ class AllReduceSpeed(NamedTuple):
 
 
 def _measure_speeds(rank_info: RankInfo, node: int, node_count: int) -> tuple[list[dict[str, float]], AllReduceSpeed]:
-    """Measure matrix products and all-reduces. Collective.
+    """Measure matrix products and all-reduces. Called by all ranks.
 
     Returns:
         The speeds of each node, which are those of its slowest rank, and the speed over all ranks.

@@ -37,7 +37,7 @@ class StepInputs(NamedTuple):
 
 
 def dump(folder: Path, step: int, train_step: TrainStep, inputs: StepInputs, error: NotFinite) -> str:
-    """Save what `replay` needs to repeat a failed step. Collective.
+    """Save what `replay` needs to repeat a failed step. Called by all ranks.
 
     Args:
         folder: The run directory.
@@ -138,7 +138,7 @@ def _watch(student: Encoder, teacher: Encoder | None) -> list[str]:
 
 
 def _report(facts: dict[str, Any], outcome: str, findings: list[str]) -> str:
-    """Combine the findings of all ranks. Collective; returns the report on rank 0."""
+    """Combine the findings of all ranks. Called by all ranks; returns the report on rank 0."""
     of_ranks: list[list[str]] = [[]] * dist.get_world_size()
     dist.all_gather_object(of_ranks, findings)
     lines = [f"step {facts['step']} in the run: {facts['error']}", f"step {facts['step']} now: {outcome}"]

@@ -26,7 +26,7 @@ class Stopped(Exception):
 
 
 class StopHandler:
-    """Decides whether to stop, equally on all ranks. The constructor, `should_stop` and `raise_stopped` are collective.
+    """Decides whether to stop, equally on all ranks. All methods are called by all ranks.
 
         with StopHandler(folder, deadline) as stop:
             for step in steps:

@@ -44,7 +44,7 @@ T = TypeVar("T")
 
 
 class Saver:
-    """Saves checkpoints in a background thread, one at a time. All methods are collective.
+    """Saves checkpoints in a background thread, one at a time. Methods except `done` are called by all ranks.
 
     Training waits only while the state is copied to host memory. The thread uses a process group of its own.
 
@@ -79,7 +79,7 @@ class Saver:
 
 
 def save(folder: Path, step: int, state: State, keep: int) -> bool:
-    """Write `state` as the checkpoint of `step` and delete all but the newest `keep`. Collective.
+    """Write `state` as the checkpoint of `step` and delete all but the newest `keep`. Called by all ranks.
 
     Returns False, on all ranks, if the file system refuses: this is logged and earlier checkpoints are kept.
     """
@@ -87,9 +87,9 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files match their checksums, or None. Collective; ranks share the reading.
+    """Return the newest checkpoint whose files match their checksums, or None.
 
-    Damaged checkpoints are logged and kept.
+    Called by all ranks, which share the reading. Damaged checkpoints are logged and kept.
     """
     for path in _list_on_rank_0(folder):
         damage = _find_damage(path)
@@ -101,9 +101,9 @@ def newest(folder: Path) -> Path | None:
 
 
 def find(folder: Path, step: int) -> Path:
-    """Return the checkpoint of a step after verifying its checksums. Collective; ranks share the reading.
+    """Return the checkpoint of a step after verifying its checksums.
 
-    Raises ValueError, on all ranks, if it does not exist or is damaged.
+    Called by all ranks, which share the reading. Raises ValueError, on all ranks, if it does not exist or is damaged.
     """
     found = {step_of(path): path for path in _list_on_rank_0(folder)}
     if step not in found:
@@ -114,7 +114,7 @@ def find(folder: Path, step: int) -> Path:
 
 
 def load(path: Path, state: State) -> None:
-    """Load a checkpoint into the tensors of `state`, in place. Collective.
+    """Load a checkpoint into the tensors of `state`, in place. Called by all ranks.
 
     Args:
         path: The checkpoint.

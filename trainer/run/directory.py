@@ -42,7 +42,7 @@ def read_config(folder: Path, overrides: list[str] | None = None) -> Config:
 
 @contextmanager
 def claim(config: Config, rank_info: RankInfo) -> Iterator[Path]:
-    """Lock the run directory, creating it if necessary, and store the configuration in it. Collective.
+    """Lock the run directory, creating it if necessary, and store the configuration in it. Called by all ranks.
 
     Raises ValueError, on all ranks, if the directory belongs to a run with another configuration, contains something
     else, or is in use.
@@ -53,7 +53,7 @@ def claim(config: Config, rank_info: RankInfo) -> Iterator[Path]:
 
 @contextmanager
 def lock_directory(folder: Path, rank_info: RankInfo, prepare: Callable[[Path], None]) -> Iterator[Path]:
-    """Create and lock a directory for this process group. Collective.
+    """Create and lock a directory for this process group. Called by all ranks.
 
     Args:
         folder: The directory.

@@ -42,7 +42,7 @@ class Averages:
         self.steps += 1
 
     def pop(self) -> dict[str, float]:
-        """Return the averages since the last call. Collective."""
+        """Return the averages since the last call. Called by all ranks."""
         assert self.sums is not None
         means = self.sums / self.steps
         dist.all_reduce(means)

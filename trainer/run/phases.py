@@ -63,7 +63,7 @@ class PhaseTimer:
 
 
 def gather_phase_times(seconds: dict[str, float], steps: int) -> dict[str, PhaseTimes]:
-    """Summarise the phase times of all ranks. Collective. `seconds` are this rank's sums over `steps` steps."""
+    """Summarise the phase times of all ranks; called by all. `seconds` are this rank's sums over `steps` steps."""
     mine = torch.tensor(list(seconds.values()), dtype=torch.float64) / steps
     ranks = [torch.zeros_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(ranks, mine)
@@ -102,7 +102,7 @@ def phase_metrics(phases: dict[str, PhaseTimes]) -> dict[str, Any]:
 
 
 def host_names() -> list[str]:
-    """Return the host name of each rank. Collective."""
+    """Return the host name of each rank. Called by all ranks."""
     names = [""] * dist.get_world_size()
     dist.all_gather_object(names, platform.node())
     return names

@@ -13,7 +13,7 @@ from trainer.distributed import raise_on_all_ranks
 
 
 def open_training(config: Config, folder: Path) -> Source:
-    """Open the training images only, and check the batch size against them. Collective.
+    """Open the training images only, and check the batch size against them. Called by all ranks.
 
     Raises:
         ValueError: On all ranks; see `open_sources` and `check_batch`.
@@ -32,7 +32,7 @@ def check_batch(config: Config, train: Source) -> None:
 
 
 def open_sources(data: DataSettings, folder: Path) -> tuple[Source, Source | None]:
-    """Open the training images and, if `data.val` is set, the validation images. Collective.
+    """Open the training images and, if `data.val` is set, the validation images. Called by all ranks.
 
     Args:
         data: The section `data` of the configuration.

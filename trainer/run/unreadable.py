@@ -34,13 +34,13 @@ class UnreadableImages:
                     log.warning("cannot write %s: %s", self.path, error)
 
     def total(self) -> int:
-        """Return the number of listed images, summed over all ranks. Collective."""
+        """Return the number of listed images, summed over all ranks. Called by all ranks."""
         count = torch.tensor(len(self.listed))
         dist.all_reduce(count)
         return int(count)
 
     def check_limit(self, seen: int, max_share: float) -> None:
-        """Raise ValueError, on all ranks, if too many images were unreadable since this start. Collective.
+        """Raise ValueError, on all ranks, if too many images were unreadable since this start. Called by all ranks.
 
         Args:
             seen: Number of images that all ranks have read since this start.

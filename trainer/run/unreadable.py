@@ -25,7 +25,7 @@ class UnreadableImages:
             self.encountered.add(sample)
             if sample not in self.listed:
                 self.listed.add(sample)
-                log.warning("image %d cannot be read, another one takes its place: %s", sample, reason)
+                log.warning("image %d cannot be read, another image replaces it: %s", sample, reason)
                 try:
                     # The reason contains a file name, which may contain any bytes and line breaks.
                     with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:

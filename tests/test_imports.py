@@ -1,7 +1,8 @@
-"""Imports run one way: trainer -> models -> kernels, trainer -> data."""
+"""The structure of the code: imports run one way and without cycles, and every file is short."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,49 @@ def test_imports_run_one_way(package: str) -> None:
         for name in OURS & set(imported(path)) - MAY_IMPORT[package]
     }
     assert not wrong
+
+
+def imported_modules(path: Path, root: Path) -> set[str]:
+    """The project's modules that a file imports when it is loaded; imports for type checking do not count."""
+    found: set[str] = set()
+    statements = list(ast.parse(path.read_text(encoding="utf-8"), str(path)).body)
+    for node in statements:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" not in ast.unparse(node.test):
+            statements += node.body + node.orelse
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {str(node.module), *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return {name for name in found if (root / name.replace(".", "/")).with_suffix(".py").exists()}
+
+
+def module_graph(root: Path, packages: list[str]) -> dict[str, set[str]]:
+    files = [path for package in packages for path in (root / package).rglob("*.py") if path.name != "__init__.py"]
+    return {".".join(path.relative_to(root).with_suffix("").parts): imported_modules(path, root) for path in files}
+
+
+def test_no_module_imports_itself_through_others() -> None:
+    try:
+        TopologicalSorter(module_graph(ROOT, list(MAY_IMPORT))).prepare()
+    except CycleError as error:
+        raise AssertionError(f"import cycle: {' <- '.join(error.args[1])}") from None
+
+
+def test_a_cycle_is_found(tmp_path: Path) -> None:
+    (tmp_path / "p").mkdir()
+    (tmp_path / "p/a.py").write_text("from p import b\n")
+    (tmp_path / "p/b.py").write_text("from p.c import x\n")
+    (tmp_path / "p/c.py").write_text("import typing\nif typing.TYPE_CHECKING:\n    import p.a\n")
+    TopologicalSorter(module_graph(tmp_path, ["p"])).prepare()
+    (tmp_path / "p/c.py").write_text("import p.a\n")
+    with pytest.raises(CycleError):
+        TopologicalSorter(module_graph(tmp_path, ["p"])).prepare()
+
+
+def test_files_are_short() -> None:
+    files = [path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")]
+    lengths = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 def test_no_other_packages() -> None:

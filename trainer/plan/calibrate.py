@@ -61,11 +61,7 @@ def read_calibration(path: Path, config: Config, gpu: Gpu, predict: Callable[[in
 
 
 def calibration_factors(step: StepTime, measured: dict[str, float]) -> dict[str, float]:
-    """Return measured over predicted time of the operators of each phase.
-
-    Args:
-        step: The prediction for the ranks and the batch of the measurement.
-        measured: Seconds by phase.
+    """Return measured over predicted time of the operators of each phase; `measured` is in seconds by phase.
 
     Raises:
         ValueError: A phase took less time than is predicted for its collectives alone.

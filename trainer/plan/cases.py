@@ -19,14 +19,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 class PlanCase(NamedTuple):
-    """What a row of the plan is for.
-
-    Attributes:
-        engine: A key of ENGINES.
-        placement: Placement of the negatives.
-        nodes: Number of nodes.
-        images: Images per GPU in a step.
-    """
+    """One training to predict: engine (a key of ENGINES), placement of the negatives, nodes, images per GPU in a step."""
 
     engine: str
     placement: str
@@ -48,14 +41,8 @@ def replaced(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
 def case_config(config: Config, engine: str, placement: str, batch_size: int, gpu: str) -> Config:
     """Return the configuration of a case, with the choices of `auto` made for the GPU.
 
-    Compilation is off, as a dry run cannot compile. ZeRO overlaps its communication on a GPU.
-
-    Args:
-        config: The configuration to plan for.
-        engine: A key of ENGINES; the settings of the configuration's own engine are kept.
-        placement: Placement of the negatives.
-        batch_size: Images of all ranks in a step.
-        gpu: A key of GPUS, or "cpu".
+    Settings of the configuration's own engine are kept. Compilation is off, as a dry run cannot compile; ZeRO overlaps
+    its communication on a GPU.
     """
     own = config.engine.model_dump() if engine == engine_name(config.engine) else {}
     shared = {"activation_checkpointing": config.engine.activation_checkpointing, "compile": False}

@@ -25,8 +25,7 @@ class Collective(NamedTuple):
 
     Attributes:
         operator: all_gather, reduce_scatter, all_reduce, broadcast or all_to_all.
-        shape: Shape of this rank's input.
-        dtype: Type of this rank's input.
+        shape: Shape of this rank's input; `dtype` is its type.
         ranks: Size of the group.
         sent: Bytes that this rank sends in the ring algorithm, which NCCL uses for large messages. For a broadcast, the
             bytes that every rank but the last passes on. A group of one rank sends nothing.
@@ -115,10 +114,7 @@ def _read(func: Any, arguments: dict[str, Any]) -> list[Collective]:
 def _kept_bytes(tensors: list[Tensor], splits: list[int] | None, group: dist.ProcessGroup) -> list[int]:
     """Return the bytes that stay on this rank of each input of an all-to-all.
 
-    Args:
-        tensors: One tensor for each rank, or one tensor that is split along its rows.
-        splits: Rows for each rank in the second case; None or empty for an even split.
-        group: The group.
+    The input is one tensor for each rank, or one tensor whose rows are split (evenly without `splits`).
     """
     if len(tensors) == group.size() > 1:
         return [x.nbytes if rank == group.rank() else 0 for rank, x in enumerate(tensors)]

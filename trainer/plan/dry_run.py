@@ -76,12 +76,7 @@ class RankMemory(NamedTuple):
 
 
 class DryRun(NamedTuple):
-    """The result of a dry run.
-
-    Attributes:
-        memory: The peak over all steps.
-        events: Operators and collectives of the last step, in order.
-    """
+    """The peak memory over all steps, and the operators and collectives of the last step in order."""
 
     memory: RankMemory
     events: list[Event]

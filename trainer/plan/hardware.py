@@ -81,12 +81,7 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 class Network(NamedTuple):
-    """The network between nodes.
-
-    Attributes:
-        gbits: Rate of one link in Gb/s.
-        links: Links of a node; None means one for each GPU.
-    """
+    """The network between nodes: Gb/s of one link, and links of a node (None: one for each GPU)."""
 
     gbits: float
     links: int | None = None
@@ -105,13 +100,7 @@ NETWORK_EFFICIENCY = 0.9  # github.com/NVIDIA/nccl-tests issues 100, 119 and 175
 
 
 class Cluster(NamedTuple):
-    """Nodes of the same kind.
-
-    Attributes:
-        gpu: The GPUs.
-        gpus_per_node: Number of GPUs in a node.
-        network: Bytes/s that a node reaches in each direction.
-    """
+    """Equal nodes; `network` is the bytes/s that a node reaches in each direction."""
 
     gpu: Gpu
     gpus_per_node: int
@@ -119,12 +108,7 @@ class Cluster(NamedTuple):
 
 
 def make_cluster(gpu: str, gpus_per_node: int, net: str) -> Cluster:
-    """Look up a cluster's constants.
-
-    Args:
-        gpu: A key of GPUS, or "cpu".
-        gpus_per_node: Number of GPUs in a node.
-        net: A key of NETWORKS, or a node's Gb/s as a number.
+    """Look up the constants of a GPU (a key of GPUS, or "cpu") and of a network (a key of NETWORKS, or a node's Gb/s).
 
     Raises:
         ValueError: A name is unknown, or the rate is not positive.

@@ -9,13 +9,7 @@ from torch import Tensor
 
 
 class MemoryPeak(NamedTuple):
-    """The moment at which most bytes were alive.
-
-    Attributes:
-        total: Bytes.
-        phase: The outermost `record_function` at that moment, or "".
-        parts: Bytes by tag; "" for storages without a tag.
-    """
+    """The most bytes that were alive at once, the phase of that moment, and bytes by tag ("" without a tag)."""
 
     total: int
     phase: str
@@ -27,8 +21,8 @@ class TrackedStorage:
 
     Attributes:
         created_in: Phase in which it was created.
-        size: Its present bytes.
-        tag: What it is part of, or "".
+        size: Its bytes now.
+        tag: The part of the memory that it counts for, or "".
         shape_only: Whether its values are undefined (`trainer.plan.shape_only`).
         end: Weak reference whose callback runs when the storage is freed.
     """
@@ -46,7 +40,7 @@ class MemoryLedger:
     Attributes:
         events: Storage, bytes that it grew by, and phase, in order.
         live: The storages that are alive, by address.
-        phase: The present phase; whoever uses the ledger sets it.
+        phase: The current phase, set by the owner of the ledger.
     """
 
     def __init__(self) -> None:

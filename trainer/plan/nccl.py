@@ -12,14 +12,7 @@ from trainer.plan.hardware import Cluster
 
 
 class Protocol(NamedTuple):
-    """Constants of one of NCCL's protocols.
-
-    Attributes:
-        base: Microseconds once per collective.
-        nvlink_hop: Microseconds per hop over NVLink.
-        network_hop: Microseconds per hop over the network.
-        bandwidth: Share of the bandwidth that the protocol reaches.
-    """
+    """Microseconds per collective, per hop over NVLink and per hop over the network; share of the bandwidth."""
 
     base: float
     nvlink_hop: float
@@ -43,9 +36,6 @@ def collective_seconds(collective: Collective, nodes: int, cluster: Cluster) -> 
         collective: The call, with the size of its group.
         nodes: Number of nodes that the group is spread over evenly.
         cluster: The hardware.
-
-    Returns:
-        Seconds.
     """
     ranks = collective.ranks
     if ranks == 1:

@@ -24,16 +24,7 @@ BATCH_TOLERANCE = 0.05  # the smallest batch is recommended whose speed is withi
 
 
 class PlanRow(NamedTuple):
-    """What a case takes.
-
-    Attributes:
-        case: The case.
-        gpus: Number of GPUs.
-        memory: Memory of a rank.
-        fits: Whether it fits into the GPU.
-        step: Time of a step.
-        hours: Time of the training without evaluation.
-    """
+    """The prediction for a case: a rank's memory, a step's time, and hours of the training without evaluation."""
 
     case: PlanCase
     gpus: int
@@ -57,11 +48,8 @@ class Plan(NamedTuple):
     """The plan of a training.
 
     Attributes:
-        request: What was asked.
-        cluster: The hardware.
-        calibration: Measured times that are used.
         rows: One row for each number of nodes and engine.
-        skipped: Reason by number of nodes for those that the configuration cannot train on.
+        skipped: Reasons by number of nodes, for those that the configuration cannot train on.
         candidates: Rows that were compared on the largest number of nodes.
         best: The recommended candidate; None if none fits or nothing was compared.
         timed: Whether times are predicted, which on a CPU needs a calibration.
@@ -179,7 +167,7 @@ class _Planner(NamedTuple):
     dry_runs: DryRuns
 
     def rows(self, cases: list[PlanCase]) -> list[PlanRow]:
-        """Predict what cases take."""
+        """Predict each case."""
         rows, per_node = [], self.cluster.gpus_per_node
         for case, run in zip(cases, self.dry_runs.run(cases, per_node), strict=True):
             gpus = case.nodes * per_node

@@ -22,12 +22,12 @@ OVERLAPPED_PHASES = ("teacher", "student", "backward")  # phases in which engine
 
 
 class PhaseTime(NamedTuple):
-    """The predicted time of one phase of a step.
+    """The predicted seconds of one phase of a step.
 
     Attributes:
         phase: Name of the phase.
-        compute: Seconds of operators that are limited by arithmetic.
-        memory: Seconds of operators that are limited by the memory bandwidth.
+        compute: Seconds of operators that arithmetic limits.
+        memory: Seconds of operators that the memory bandwidth limits.
         host: Seconds to launch the operators.
         network: Seconds in which the GPU only waits for collectives.
         hidden: Seconds of collectives that arithmetic overlaps.
@@ -56,13 +56,7 @@ class PhaseTime(NamedTuple):
 
 
 class StepTime(NamedTuple):
-    """The predicted time of a step.
-
-    Attributes:
-        phases: Its phases in order.
-        waiting: Seconds of waiting for the slowest rank.
-        data: Seconds of waiting for the loader.
-    """
+    """The predicted seconds of a step: of its phases, and of waiting for the slowest rank and for the loader."""
 
     phases: list[PhaseTime]
     waiting: float
@@ -116,11 +110,7 @@ def phase_time(name: str, events: Iterable[Event], cluster: Cluster, factor: flo
     An engine starts an all-gather when the block before starts, as FSDP2 and ZeRO-3 do. Its reductions may run until
     the phase ends. All other collectives block the operators.
 
-    Args:
-        name: The phase.
-        events: Its operators and collectives in order.
-        cluster: The hardware.
-        factor: Measured over predicted time of the operators.
+    `factor` is the measured over the predicted time of the operators.
     """
     by_limit = {True: 0.0, False: 0.0}  # seconds by whether the memory limits the operator
     compute_end = network_end = block_start = collectives = 0.0

@@ -9,12 +9,12 @@ N queries and as many keys, K negatives, D dimensions.
 
 from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from trainer.plan.hardware import GPUS, Gpu
 
-BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
 BY_CAPABILITY = {80: GPUS["a100"], 90: GPUS["h100"]}  # by compute capability
 
 
@@ -45,7 +45,7 @@ def score(gpu: Gpu, queries: int, negatives: int, dim: int, dtype: str) -> Roofl
     With T / T_a = 6 one exponential serves both temperatures.
     """
     columns = queries + negatives
-    size = BYTES[dtype]
+    size = getattr(torch, dtype).itemsize
     inputs, outputs = (queries + columns) * dim * size, queries * (dim + 3) * 4
     return _roofline(gpu, queries * columns, dim, dtype, inputs + outputs)
 
@@ -55,16 +55,9 @@ def adversary(
 ) -> Roofline:
     """Return the roofline of `kernels.adversary_step`.
 
-    Args:
-        gpu: The GPU.
-        queries: N.
-        negatives: K.
-        dim: D.
-        dtype: Of queries and unit negatives.
-        w_bytes: Bytes of an element of the weights.
-        v_bytes: Bytes of an element of the velocity; 0 if there is none.
+    `w_bytes` and `v_bytes` are the bytes of an element of the weights and of the velocity, 0 without velocity.
     """
-    size = BYTES[dtype]
+    size = getattr(torch, dtype).itemsize
     bank = negatives * dim * 2 * (size + w_bytes + v_bytes)  # read and written
     return _roofline(gpu, queries * negatives, dim, dtype, queries * (dim * size + 4) + bank + negatives * 2 * 4)
 

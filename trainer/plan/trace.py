@@ -22,15 +22,13 @@ from trainer.plan.collectives import Collective, CollectiveTrace, arguments_by_n
 
 
 class OperatorEvent(NamedTuple):
-    """One operator.
+    """One operator in a phase of the step ("" outside of all phases).
 
     Attributes:
-        phase: Phase of the step, "" outside of all phases.
-        name: The operator's name without namespace and overload.
         dtype: Type of its first floating-point tensor.
         flops: FLOPs of matrix products.
         bytes: Bytes that it reads and writes.
-        exponentials: Number of exponentials, unless it is an elementwise operator, whose bytes take longer.
+        exponentials: Number of exponentials; 0 for elementwise operators, whose bytes take longer.
     """
 
     phase: str
@@ -42,14 +40,7 @@ class OperatorEvent(NamedTuple):
 
 
 class CollectiveEvent(NamedTuple):
-    """One collective.
-
-    Attributes:
-        phase: Phase of the step, "" outside of all phases.
-        collective: The call.
-        nodes: Number of nodes that its group is spread over.
-        engine: Whether DDP, FSDP or ZeRO issued it, and not the method.
-    """
+    """One collective, the number of nodes of its group, and whether an engine issued it and not the method."""
 
     phase: str
     collective: Collective

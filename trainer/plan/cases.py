@@ -19,7 +19,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 
 
 class PlanCase(NamedTuple):
-    """One training to predict: engine (a key of ENGINES), placement of the negatives, nodes, images per GPU in a step."""
+    """A training to predict: engine (a key of ENGINES), placement of the negatives, nodes, images per GPU."""
 
     engine: str
     placement: str

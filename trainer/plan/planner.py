@@ -186,7 +186,9 @@ class _Planner(NamedTuple):
         own = case._replace(engine=engine_name(self.config.engine))
         candidates = self.rows([own._replace(engine=engine) for engine in sorted(ENGINES, key=own.engine.__ne__)])
         engine = _fastest(candidates).case.engine
-        placements = self.rows(self._other_placements(own)) if candidates[0].memory.bank else []
+        placements = (
+            self.rows(self._other_placements(own)) if self.config.method.num_negatives(self.config.bank) else []
+        )
         best = _fastest([candidates[0], *placements]).case._replace(engine=engine)
         candidates += placements
         batches = self.rows(self._other_batches(best, own.images, larger=any(row.fits for row in candidates)))

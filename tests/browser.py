@@ -1,6 +1,6 @@
-"""Chromium without a screen, spoken to over a pipe: opens a page, runs scripts in it, moves the mouse.
+"""Headless Chromium, controlled over a pipe: opens a page, runs scripts in it, moves the mouse.
 
-The protocol: https://chromedevtools.github.io/devtools-protocol/; a message is JSON and a NUL.
+The protocol is https://chromedevtools.github.io/devtools-protocol/. A message is JSON followed by a NUL.
 """
 
 import base64
@@ -20,11 +20,11 @@ FLAGS = (
 
 
 class Page:
-    """`problems`: what the console has warned of, what was thrown, and what was asked of a network."""
+    """A page of the browser. `problems` lists console warnings, exceptions, and requests to the network."""
 
     def __init__(self, reads: int, writes: int) -> None:
         self.reader, self.writes = os.fdopen(reads, "rb"), writes
-        self.left, self.number, self.session = b"", 0, ""
+        self.buffer, self.number, self.session = b"", 0, ""
         self.problems: list[str] = []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
@@ -45,23 +45,23 @@ class Page:
                 return result
 
     def receive(self) -> dict[str, Any]:
-        while b"\0" not in self.left:
-            part = self.reader.read1(1 << 20)
-            assert part, "the browser has ended"
-            self.left += part
-        text, _, self.left = self.left.partition(b"\0")
+        while b"\0" not in self.buffer:
+            chunk = self.reader.read1(1 << 20)
+            assert chunk, "the browser has ended"
+            self.buffer += chunk
+        text, _, self.buffer = self.buffer.partition(b"\0")
         message: dict[str, Any] = json.loads(text)
-        method, said = message.get("method"), message.get("params", {})
+        method, params = message.get("method"), message.get("params", {})
         if method == "Runtime.exceptionThrown":
-            self.problems.append(json.dumps(said["exceptionDetails"])[:500])
-        elif method == "Runtime.consoleAPICalled" and said["type"] in ("error", "warning", "assert"):
-            self.problems.append(json.dumps(said["args"])[:500])
-        elif method == "Log.entryAdded" and said["entry"]["level"] in ("error", "warning"):
-            self.problems.append(said["entry"]["text"])
-        elif method == "Network.requestWillBeSent" and not said["request"]["url"].startswith(
+            self.problems.append(json.dumps(params["exceptionDetails"])[:500])
+        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
+            self.problems.append(json.dumps(params["args"])[:500])
+        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+            self.problems.append(params["entry"]["text"])
+        elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
             ("file:", "data:", "about:")
         ):
-            self.problems.append("asked for " + said["request"]["url"])
+            self.problems.append("requested " + params["request"]["url"])
         return message
 
     def open(self, path: Path) -> None:
@@ -69,13 +69,13 @@ class Page:
         self.wait("document.readyState === 'complete'")
 
     def run(self, script: str) -> Any:
-        """The value of a JavaScript expression."""
+        """Returns the value of a JavaScript expression."""
         done = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in done, done
         return done["result"].get("value")
 
     def wait(self, script: str, seconds: float = 60) -> None:
-        """Until the expression is true."""
+        """Waits until the expression is true."""
         end = time.monotonic() + seconds
         while not self.run(script):
             assert time.monotonic() < end, f"never true: {script}"
@@ -104,10 +104,12 @@ class Page:
 
 @contextmanager
 def chromium(folder: Path, width: int = 1280, height: int = 900) -> Iterator[Page]:
-    """A page of a fresh browser that keeps its things in `folder`."""
+    """Starts a browser with its profile in `folder`, and gives an empty page."""
     to_read, browser_writes = os.pipe()
     browser_reads, to_write = os.pipe()
-    command = f'exec chromium "$@" 3<&{browser_reads} 4>&{browser_writes}'  # where --remote-debugging-pipe has them
+    command = (
+        f'exec chromium "$@" 3<&{browser_reads} 4>&{browser_writes}'  # the file descriptors of --remote-debugging-pipe
+    )
     flags = [*FLAGS, f"--user-data-dir={folder}", f"--window-size={width},{height}", "about:blank"]
     with (folder / "chromium.log").open("wb") as log:
         process = subprocess.Popen(

@@ -1,16 +1,16 @@
-"""The report: what is in the page, that it loads nothing, and that a real browser draws it."""
+"""The report: the page has all content, loads nothing from the network, and a browser draws it."""
 
 import json
 import math
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from tests.browser import chromium
 from trainer.report.charts import MAX_POINTS
 from trainer.report.format import format_seconds
 from trainer.report.galleries import Gallery
@@ -22,7 +22,7 @@ HOSTILE = "<script>alert('x')</script>\"&<img src=http://evil.example/x.png>"
 
 
 def training_rows(num_steps: int = 400) -> list[dict[str, Any]]:
-    """Rows as the training loop writes them: noisy, with one loss that is not finite."""
+    """Returns noisy rows as the training loop writes them. One loss is not finite."""
     noise = np.random.default_rng(0)
     rows = []
     for step in range(10, num_steps + 1, 10):
@@ -82,8 +82,8 @@ RESULTS = {
 CONFIG = {"run": {"dir": "runs/demo"}, "data": {"train": HOSTILE}, "bank": {"size": 4096}}
 
 
-def pictures(count: int, side: int = 28) -> list[Image]:
-    """Discs and rings of different sizes, so that a person can tell them apart."""
+def disc_images(count: int, side: int = 28) -> list[Image]:
+    """Returns discs and rings of different sizes, which a person can distinguish."""
     y, x = np.mgrid[:side, :side] / side - 0.5
     radius = np.hypot(x, y)
     shapes = [np.abs(radius - 0.45 * (i + 1) / count) < 0.08 for i in range(count)]
@@ -91,7 +91,7 @@ def pictures(count: int, side: int = 28) -> list[Image]:
 
 
 def galleries(count: int, title: str, with_query: bool, side: int = 28) -> list[Gallery]:
-    images = pictures(9, side)
+    images = disc_images(9, side)
     names = ["Sneaker", "Ankle boot", "T-shirt/top", HOSTILE, "Coat", "Dress", "Bag", "Sandal"]
     captions = [f"{name} 0.{99 - i}" for i, name in enumerate(names)]
     return [Gallery(f"{title} {i}", images[0] if with_query else None, images[1:], captions) for i in range(count)]
@@ -102,7 +102,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("runs") / "demo"
     run_dir.mkdir()
     rows = [*training_rows(), *evaluation_rows()]
-    rows[0]["mined_pairs"] = 12  # a metric the report has never heard of
+    rows[0]["mined_pairs"] = 12  # a metric that no chart shows
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     html = render(
         run_dir,
@@ -118,7 +118,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def own_text(html: str) -> str:
-    """The page without plotly.js."""
+    """Returns the page without plotly.js."""
     without = re.sub(r"<script>.{1000000,}?</script>", "", html, count=1, flags=re.DOTALL)
     assert len(without) < len(html) - 1_000_000
     return without
@@ -131,10 +131,10 @@ def drawn_charts(html: str) -> list[dict[str, Any]]:
     return charts
 
 
-def test_the_page_says_what_the_run_reached(page: Path) -> None:
+def test_the_summary_of_the_page(page: Path) -> None:
     text = own_text(page.read_text(encoding="utf-8"))
     assert "<title>demo: kNN 82.9 %</title>" in text
-    for said in (
+    for expected in (
         "82.9 %",
         "+11.8 points over the untrained encoder (71.1 %)",
         "+72.9 points over chance (10.0 %)",
@@ -149,7 +149,7 @@ def test_the_page_says_what_the_run_reached(page: Path) -> None:
         "Test image 0",
         "Ankle boot 0.98",
     ):
-        assert said in text, said
+        assert expected in text, expected
 
 
 def test_evaluations(tmp_path: Path) -> None:
@@ -173,14 +173,14 @@ def test_evaluations(tmp_path: Path) -> None:
     ]
 
 
-def test_where_the_time_goes(page: Path) -> None:
+def test_the_time_of_each_phase(page: Path) -> None:
     html = own_text(page.read_text(encoding="utf-8"))
     rows = [re.findall(r"<td>(.*?)</td>", row) for row in re.findall(r"<tr>(<td>.*?)</tr>", html)]
     assert ["data", "1.0 ms", "0.3 %", "rank 3, 20.0 ms"] in rows
-    assert ["backward", "300.0 ms", "99.7 %", ""] in rows, "the mean of all rows; all ranks alike"
+    assert ["backward", "300.0 ms", "99.7 %", ""] in rows, "the mean of all rows; no rank is slower"
 
 
-def test_every_metric_is_charted_and_the_unknown_ones_last(page: Path) -> None:
+def test_every_metric_is_charted_unknown_ones_last(page: Path) -> None:
     charts = drawn_charts(page.read_text(encoding="utf-8"))
     assert [chart["title"] for chart in charts] == [
         "Loss",
@@ -208,7 +208,7 @@ def test_hostile_text_is_escaped_and_nothing_is_loaded(page: Path) -> None:
     assert "<img src=http" not in text
     assert "&lt;script&gt;alert" in text
     loads = re.findall(r"""(?:\ssrc|\shref|\saction|\ssrcset)\s*=\s*["']?([^\s"'>]+)""", text)
-    # what is written as text has its < escaped, and so isn't an attribute of anything
+    # An address in a text, whose < is escaped, is not an attribute.
     attributes = [load for load in loads if not load.startswith("http://evil.example")]
     assert attributes
     assert all(load.startswith("data:") for load in attributes)
@@ -216,7 +216,7 @@ def test_hostile_text_is_escaped_and_nothing_is_loaded(page: Path) -> None:
     assert "default-src 'none'" in text
 
 
-def test_a_run_with_nothing_but_a_step_still_has_a_page(tmp_path: Path) -> None:
+def test_a_run_without_metrics_has_a_page(tmp_path: Path) -> None:
     html = render(tmp_path, {}, [{"step": 1}, {"step": 2, "loss": math.inf}], {}, [], [])
     assert drawn_charts(html) == []
     assert "no results yet" in html
@@ -234,28 +234,28 @@ def test_rows_without_epochs_are_drawn_over_steps(tmp_path: Path) -> None:
     assert (chart["position"], chart["lines"][0]["x"]) == ("step", [7.0])
 
 
-def test_long_runs_are_thinned_by_means(tmp_path: Path) -> None:
+def test_long_runs_are_averaged(tmp_path: Path) -> None:
     rows = [{"step": step, "loss": float(step % 2)} for step in range(10 * MAX_POINTS)]
     line = drawn_charts(render(tmp_path, {}, rows, {}, [], []))[0]["lines"][0]
     assert len(line["x"]) == MAX_POINTS
     assert set(line["y"]) == {0.5}
 
 
-def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
+def test_a_truncated_row_is_skipped(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "lo')
     assert read_rows(path) == [{"step": 1, "loss": 3.0}]
     assert read_rows(tmp_path / "none") == []
 
 
-def test_galleries_and_pictures_of_a_wrong_shape_are_refused() -> None:
+def test_galleries_and_images_of_a_wrong_shape_are_refused() -> None:
     with pytest.raises(ValueError, match="1 images and 0 captions"):
-        Gallery("g", None, pictures(1), [])
+        Gallery("g", None, disc_images(1), [])
     with pytest.raises(ValueError, match=r"got an image of uint8 \[28, 28\], need uint8 \[H, W, 3\]"):
         image_data_url(np.zeros((28, 28), np.uint8))
 
 
-def test_pictures_keep_their_colours_and_large_ones_shrink() -> None:
+def test_images_keep_their_colours_and_large_ones_are_shrunk() -> None:
     import base64
 
     import cv2
@@ -279,29 +279,13 @@ def test_seconds(seconds: float, text: str) -> None:
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on PATH")
 @pytest.mark.parametrize("width", [1280, 400])
 def test_a_browser_draws_every_chart(page: Path, tmp_path: Path, width: int) -> None:
-    command = [
-        "chromium",
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        f"--user-data-dir={tmp_path}",
-        f"--window-size={width},900",
-        "--enable-logging=stderr",
-        "--v=0",
-        "--virtual-time-budget=8000",
-        "--dump-dom",
-        page.as_uri(),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
     charts = drawn_charts(page.read_text(encoding="utf-8"))
-    plots = re.findall(r'<div class="plot js-plotly-plot" id="(chart-\d+)">', done.stdout)
-    assert plots == [chart["id"] for chart in charts]
-    traces = len(re.findall(r'<g class="trace scatter trace', done.stdout))
-    assert traces == sum(len(chart["lines"]) + len(chart["levels"]) for chart in charts)
-    errors = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-    assert not errors, errors
+    with chromium(tmp_path, width) as browser:
+        browser.open(page)
+        browser.wait(f"document.querySelectorAll('.js-plotly-plot').length === {len(charts)}")
+        plots = browser.run("[...document.querySelectorAll('.plot.js-plotly-plot')].map(plot => plot.id)")
+        assert plots == [chart["id"] for chart in charts]
+        traces = sum(len(chart["lines"]) + len(chart["levels"]) for chart in charts)
+        browser.wait(f"document.querySelectorAll('g.trace.scatter').length === {traces}")
+        assert browser.run("document.documentElement.scrollWidth <= innerWidth"), "the page has no horizontal scrolling"
+        assert browser.problems == []

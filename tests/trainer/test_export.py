@@ -1,4 +1,4 @@
-"""Exported networks in the programs they are for: the same features."""
+"""Exported networks give the same features in the programs that they are exported for."""
 
 import json
 import pickle
@@ -31,7 +31,7 @@ SIDE = 32  # pixels
 
 
 def imported(folder: Path, backbone: str, *overrides: str) -> Path:
-    """A run directory of a network of timm's with random weights, and statistics that are not those of a fresh one."""
+    """Imports a timm network with random weights and random BatchNorm statistics; returns the run directory."""
     torch.manual_seed(0)
     file, run = folder / "made.pth", folder / backbone
     arguments = yaml.safe_load(dict(text.split("=", 1) for text in overrides).get("model.backbone_args", "{}"))
@@ -58,7 +58,7 @@ def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A ViT trained for a few steps on 16 pixels."""
+    """A ViT trained for two steps on images of 16 pixels."""
     folder = tmp_path_factory.mktemp("trained")
     images = write_images(folder / "images", each=8)
     sections: dict[str, dict[str, Any]] = {
@@ -90,8 +90,8 @@ def check(network: nn.Module, run: Path, x_BCHW: Tensor) -> None:
 
 
 def test_timm(resnet18: Path, tmp_path: Path, images: Tensor) -> None:
-    told = export(resnet18, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
-    (how,) = re.findall(r"timm\.create_model\(.*\)", told)
+    usage = export(resnet18, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
+    (how,) = re.findall(r"timm\.create_model\(.*\)", usage)
     check(eval(how, {"timm": timm}), resnet18, images)
     again = tmp_path / "again"
     import_weights(tmp_path / "a.safetensors", again, "resnet18", [])
@@ -112,8 +112,8 @@ def test_torchvision(resnet18: Path, vit: Path, tmp_path: Path, images: Tensor) 
     check(network, vit, images)
 
 
-# Parameters of detectron2's ResNet-18 and 50 in a Faster R-CNN of C4: where the backbone ends and the head begins.
 def detectron2_names(depth: int) -> set[str]:
+    """Returns the parameters of detectron2's ResNet-18 or 50 in a Faster R-CNN C4, whose head has the last stage."""
     blocks = {18: (2, 2, 2, 2), 50: (3, 4, 6, 3)}[depth]
     convs = [("backbone.stem.conv1")]
     for stage, count in enumerate(blocks, start=2):
@@ -128,7 +128,7 @@ def detectron2_names(depth: int) -> set[str]:
 
 
 def align(model: set[str], stored: set[str]) -> dict[str, str]:
-    """detectron2's align_and_update_state_dicts (checkpoint/c2_model_loading.py): the longest suffix, each once."""
+    """Matches names by the longest suffix as detectron2 does (checkpoint/c2_model_loading.py), each once."""
     matches: dict[str, str] = {}
     for name in sorted(model):
         fitting = [key for key in stored if name == key or name.endswith("." + key)]
@@ -141,9 +141,9 @@ def align(model: set[str], stored: set[str]) -> dict[str, str]:
 
 def check_names(depth: int, stored: set[str]) -> dict[str, str]:
     matches = align(detectron2_names(depth), stored)
-    assert set(matches.values()) == stored, "every stored array has its place"
+    assert set(matches.values()) == stored, "every stored array is used"
     new = {"roi_heads.res5.norm.weight", "proposal_generator.rpn_head.conv.weight", "pixel_mean"}
-    assert detectron2_names(depth) - set(matches) == new, "all but what detection adds is filled"
+    assert detectron2_names(depth) - set(matches) == new, "only the parameters of the detector have no stored array"
     return matches
 
 
@@ -155,9 +155,9 @@ def test_detectron2_names_of_a_resnet50() -> None:
 
 def test_detectron2(resnet18: Path, tmp_path: Path) -> None:
     out = tmp_path / "a.pkl"
-    told = export(resnet18, "detectron2", out, NEWEST, "unknown")
-    assert "STRIDE_IN_1X1 False" in told
-    assert b"_core" not in out.read_bytes(), "where numpy 2 has what older versions have elsewhere"
+    usage = export(resnet18, "detectron2", out, NEWEST, "unknown")
+    assert "STRIDE_IN_1X1 False" in usage
+    assert b"_core" not in out.read_bytes(), "numpy 1 has no module numpy._core"
     with out.open("rb") as file:
         stored = pickle.load(file, encoding="latin1")  # as DetectionCheckpointer does
     assert stored["matching_heuristics"] is True
@@ -227,24 +227,24 @@ def test_the_model_card(resnet18: Path, trained: Path, tmp_path: Path) -> None:
 def test_the_networks_of_a_run(trained: Path, tmp_path: Path, images: Tensor) -> None:
     x_BCHW = images[:, :, :16, :16]
     assert not torch.equal(ours(trained, x_BCHW, "student"), ours(trained, x_BCHW, "teacher"))
-    told = export(trained, "timm", tmp_path / "a.safetensors", CheckpointChoice("teacher"), "unknown")
-    assert "the teacher of" in told
-    assert "after 2 steps" in told
-    (how,) = re.findall(r"timm\.create_model\(.*\)", told)
+    usage = export(trained, "timm", tmp_path / "a.safetensors", CheckpointChoice("teacher"), "unknown")
+    assert "the teacher of" in usage
+    assert "after 2 steps" in usage
+    (how,) = re.findall(r"timm\.create_model\(.*\)", usage)
     network = eval(how, {"timm": timm}).eval()
     with torch.no_grad():
         torch.testing.assert_close(network(x_BCHW), ours(trained, x_BCHW, "teacher"), rtol=1e-5, atol=1e-5)
 
 
-def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
+def error_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
     monkeypatch.delenv("TRAINER_TRACEBACK", raising=False)
     monkeypatch.setattr(sys, "argv", ["trainer", "export", *words])
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 1
-    said = capsys.readouterr().err
-    assert said.count("\n") == 1
-    return said
+    output = capsys.readouterr().err
+    assert output.count("\n") == 1
+    return output
 
 
 def test_what_a_format_cannot_hold(
@@ -252,17 +252,17 @@ def test_what_a_format_cannot_hold(
 ) -> None:
     out = str(tmp_path / "a")
     narrow = imported(tmp_path, "resnet18", "model.backbone_args={channels: [8, 8, 8, 16]}")
-    said = mistake(monkeypatch, capsys, str(narrow), "--format", "torchvision", "--out", out)
-    assert "torchvision's resnet18 is another network: unknown: layer1.0.downsample.0.weight, " in said
-    assert "layer1.0.conv1.weight is [8, 64, 3, 3], need [64, 64, 3, 3]" in said
-    said = mistake(monkeypatch, capsys, str(vit), "--format", "detectron2", "--out", out)
-    assert "detectron2 has ResNets only, the backbone is vit_tiny_patch16_224" in said
-    said = mistake(monkeypatch, capsys, str(vit), "--format", "timm", "--out", out, "--network", "teacher")
-    assert "has no teacher, only student" in said
+    output = error_line(monkeypatch, capsys, str(narrow), "--format", "torchvision", "--out", out)
+    assert "torchvision's resnet18 is another network: unknown: layer1.0.downsample.0.weight, " in output
+    assert "layer1.0.conv1.weight is [8, 64, 3, 3], need [64, 64, 3, 3]" in output
+    output = error_line(monkeypatch, capsys, str(vit), "--format", "detectron2", "--out", out)
+    assert "detectron2 has ResNets only, the backbone is vit_tiny_patch16_224" in output
+    output = error_line(monkeypatch, capsys, str(vit), "--format", "timm", "--out", out, "--network", "teacher")
+    assert "has no teacher, only student" in output
     assert not Path(out).exists()
     Path(out).write_text("precious")
-    said = mistake(monkeypatch, capsys, str(vit), "--format", "timm", "--out", out)
-    assert said == f"error: {out} exists: choose another name, nothing is overwritten\n"
+    output = error_line(monkeypatch, capsys, str(vit), "--format", "timm", "--out", out)
+    assert output == f"error: {out} exists: choose another name, nothing is overwritten\n"
     assert Path(out).read_text() == "precious"
 
 
@@ -281,8 +281,8 @@ def test_a_stem_for_small_images(tmp_path: Path, images: Tensor) -> None:
     for to, who in (("torchvision", "torchvision"), ("detectron2", "torchvision"), ("huggingface", "Hugging Face")):
         with pytest.raises(ValueError, match=rf"{who}.* has no ResNet with a stem for small images .*stem_stride 2"):
             export(folder, to, tmp_path / "a", NEWEST, "unknown")  # type: ignore[arg-type]
-    told = export(folder, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
-    assert "once its conv1 is nn.Conv2d(3, conv1.out_channels, 3, 2, padding=1, bias=False)" in told
+    usage = export(folder, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
+    assert "once its conv1 is nn.Conv2d(3, conv1.out_channels, 3, 2, padding=1, bias=False)" in usage
     network = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 16])
     network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, 2, padding=1, bias=False)
     network.maxpool = nn.Identity()

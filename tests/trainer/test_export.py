@@ -5,7 +5,7 @@ import pickle
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import onnx
@@ -18,11 +18,14 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from models import method
 from tests.trainer.small import VIT, small_config, write_images
 from trainer.__main__ import main
+from trainer.distributed import process_group
 from trainer.interop.export import export
 from trainer.interop.import_ import import_weights
 from trainer.interop.layouts import to_detectron2
+from trainer.interop.model_card import model_card
 from trainer.interop.weights import NEWEST, CheckpointChoice, load_encoder
 from trainer.pretrain import pretrain
 from trainer.run.directory import read_config
@@ -76,8 +79,6 @@ def images() -> Tensor:
 
 
 def ours(run: Path, x_BCHW: Tensor, network: Any = "student") -> Tensor:
-    from trainer.distributed import process_group
-
     with process_group("cpu"), torch.no_grad():
         encoder, _ = load_encoder(run, read_config(run), CheckpointChoice(network))
         x_BD: Tensor = encoder.backbone.eval()(x_BCHW)
@@ -213,15 +214,40 @@ def test_the_model_card(resnet18: Path, trained: Path, tmp_path: Path) -> None:
         _, front, text = text.split("---\n", 2)
         assert yaml.safe_load(front)["license"] == "cc-by-4.0"
         assert yaml.safe_load(front)["library_name"] == "timm"
-        assert "2202.13072" in text
-        assert "hu2021adco" in text
         assert "{{" not in text
         cards.append(text)
-    assert "Its weights are those of `made.pth`" in cards[0]
-    assert "Pre-trained by" not in cards[0]
-    assert "Pre-trained by AdCo" in cards[1]
+    assert "imported from the file `made.pth`" in cards[0]
+    assert "Pre-trained" not in cards[0]
+    assert "arxiv" not in cards[0], "the papers of the weights are unknown"
+    assert "See the source of the file for authors, training,\nlicence and citation." in cards[0]
+    assert "Pre-trained with the method `adco`" in cards[1]
     assert "after 2 steps" in cards[1]
     assert "| negatives | 30, learning rate 3, temperature 0.02 |" in cards[1]
+    assert re.findall(r"arXiv:([\d.]+)", cards[1]) == ["2011.08435"], "of the run's own method only"
+
+
+def test_the_model_card_of_any_method(trained: Path) -> None:
+    """A method needs to be registered in the configuration only; one without papers has no citation."""
+
+    class Settings(method.Settings):
+        name: Literal["simsiam"] = "simsiam"
+
+    class Published(Settings):
+        papers: ClassVar[tuple[str, ...]] = ("2011.10566",)
+
+    config = read_config(trained)
+    with process_group("cpu"):
+        encoder, step = load_encoder(trained, config)
+    cards = [
+        model_card(
+            trained, config.model_copy(update={"method": settings}), "student", step, encoder.backbone, 16, "mit"
+        )
+        for settings in (Settings(), Published())
+    ]
+    assert all("Pre-trained with the method `simsiam`" in card for card in cards)
+    assert not any("| negatives |" in card for card in cards)
+    assert "## Citation" not in cards[0]
+    assert "https://arxiv.org/abs/2011.10566" in cards[1]
 
 
 def test_the_networks_of_a_run(trained: Path, tmp_path: Path, images: Tensor) -> None:

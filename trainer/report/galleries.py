@@ -54,7 +54,7 @@ def draw_galleries(run: Path, config: Config, rank_info: RankInfo) -> tuple[list
     chosen = _spread(len(train), MAX_IMAGES)
     neighbours = find_neighbours(method.student, config, rank_info, train, val, chosen) if val else []
     negatives: list[Gallery] = []
-    if method.negatives and method.negatives.learned:
+    if method.negatives:
         checkpoint.load(weights.parent, method.state_dict())
         method.loaded()
         negatives = find_negatives(method.student, method.negatives.n_KD, config, rank_info, train, chosen)

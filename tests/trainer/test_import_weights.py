@@ -1,4 +1,4 @@
-"""Checkpoints in the layouts of the official codes, as run directories: the same features, nothing unnamed."""
+"""Imported checkpoints of the official programs give the same features; other files are refused."""
 
 import argparse
 import itertools
@@ -35,7 +35,7 @@ TINY_VIT = [f"model.backbone_args={VIT_ARGS}", "run.device=cpu"]
 
 
 def narrow_resnet(seed: int) -> nn.Module:
-    """With statistics that are not those of a fresh network."""
+    """Returns a ResNet-18 with few channels and random BatchNorm statistics."""
     torch.manual_seed(seed)
     network: nn.Module = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 16])
     with torch.no_grad():
@@ -48,20 +48,20 @@ def renamed(network: nn.Module, prefix: str) -> State:
 
 
 def mlp(prefix: str, *widths: int) -> State:
-    """Linear layers and ReLU in nn.Sequential."""
+    """Returns the tensors of an nn.Sequential of linear layers and ReLU."""
     layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
     return {f"{prefix}{2 * i}.{name}": x for i, layer in enumerate(layers) for name, x in layer.state_dict().items()}
 
 
 def children(network: nn.Module, prefix: str) -> State:
-    """As nn.Sequential(*list(resnet.children())[:-1]) calls them."""
+    """Returns the tensors as nn.Sequential(*list(resnet.children())[:-1]) names them."""
     numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
     parts = {name: name.split(".", 1) for name in network.state_dict()}
     return {f"{prefix}{numbers[parts[name][0]]}.{parts[name][1]}": x for name, x in network.state_dict().items()}
 
 
 def moco(student: nn.Module, teacher: nn.Module, head: Callable[[str], State]) -> dict[str, Any]:
-    """main_moco.py: what DistributedDataParallel makes of moco/builder.py."""
+    """As main_moco.py saves moco/builder.py inside DistributedDataParallel."""
     state = {
         **renamed(student, "module.encoder_q."),
         **head("module.encoder_q.fc."),
@@ -79,7 +79,7 @@ def moco_v1(student: nn.Module, teacher: nn.Module) -> Any:
 
 
 def adco(student: nn.Module, teacher: nn.Module) -> Any:
-    """training/main_worker.py."""
+    """As training/main_worker.py saves it."""
     saved = moco(student, teacher, lambda prefix: mlp(prefix, 16, 16, 12))
     del saved["state_dict"]["module.queue"], saved["state_dict"]["module.queue_ptr"]
     bank = {"W": torch.randn(12, 64), "v": torch.zeros(12, 64)}
@@ -98,7 +98,7 @@ def moco_v3(student: nn.Module, teacher: nn.Module) -> Any:
 
 
 def dino(student: nn.Module, teacher: nn.Module) -> Any:
-    """main_dino.py: arguments as a Namespace, learning rates as numpy's numbers."""
+    """As main_dino.py saves it: arguments as a Namespace, learning rates as numpy scalars."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=np.float64(0.0005), weight_decay=np.float64(0.04))
     return {
         "student": {**renamed(student, "module.backbone."), **mlp("module.head.mlp.", 16, 20, 12)},
@@ -158,7 +158,7 @@ def torchvision_resnet(student: nn.Module, teacher: nn.Module) -> Any:
     return {**old, "fc.weight": torch.ones(1000, 16), "fc.bias": torch.ones(1000)}
 
 
-# What it is called, whether there is a teacher, whether the head comes along, and some of what is left out.
+# The layout's name, whether there is a teacher, whether the head is imported, and some of the tensors left out.
 OFFICIAL: list[tuple[Callable[[nn.Module, nn.Module], Any], str, bool, bool, list[str]]] = [
     (moco_v1, "MoCo v1, v2 or AdCo", True, False, ["queue", "queue_ptr", "encoder_q.fc.weight", "encoder_k.fc.weight"]),
     (adco, "MoCo v1, v2 or AdCo", True, True, []),
@@ -190,20 +190,20 @@ def test_official_layouts(tmp_path: Path, make: Any, name: str, teacher: bool, h
     file, run = tmp_path / "checkpoint.pth.tar", tmp_path / "imported"
     stored = make(*networks)
     torch.save(stored, file)
-    said = "arch" in stored or "args" in stored
-    told = import_weights(file, run, None if said else "resnet18", NARROW)
+    has_name = "arch" in stored or "args" in stored
+    summary = import_weights(file, run, None if has_name else "resnet18", NARROW)
     about = read_json(run / "imported.json")
     assert about["layout"] == name
     assert set(left_out) <= set(about["left_out"])
-    assert all(key in told for key in about["left_out"])
-    assert ("not looked at: epoch, arch, optimizer, best_acc, Memory_Bank" in told) == (make is adco)
+    assert all(key in summary for key in about["left_out"])
+    assert ("not looked at: epoch, arch, optimizer, best_acc, Memory_Bank" in summary) == (make is adco)
     same_features(run, "student", networks[0])
     if teacher:
         same_features(run, "teacher", networks[1])
     else:
         with pytest.raises(ValueError, match="has no teacher, only student"):
             load_encoder(run, read_config(run), CheckpointChoice("teacher"))
-    assert ("with its head" in told) == head
+    assert ("with its head" in summary) == head
     if head:
         config = read_config(run)
         assert (config.model.dim, config.model.hidden) == (12, None)
@@ -222,8 +222,8 @@ def test_vision_transformers_of_torchvision_and_moco_v3(tmp_path: Path) -> None:
         image_size=16, patch_size=8, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=128
     )
     torch.save(theirs.state_dict(), tmp_path / "tv.pth")
-    told = import_weights(tmp_path / "tv.pth", tmp_path / "tv", "vit_tiny_patch16_224", TINY_VIT)
-    assert "left out: heads.head.weight, heads.head.bias" in told
+    summary = import_weights(tmp_path / "tv.pth", tmp_path / "tv", "vit_tiny_patch16_224", TINY_VIT)
+    assert "left out: heads.head.weight, heads.head.bias" in summary
     theirs.heads = nn.Identity()
     x_BCHW = torch.randn(4, 3, 16, 16)
     encoder, _ = load_encoder(tmp_path / "tv", read_config(tmp_path / "tv"))
@@ -240,7 +240,7 @@ def test_vision_transformers_of_torchvision_and_moco_v3(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("group")
-def test_safetensors_and_what_does_not_say_its_name(tmp_path: Path) -> None:
+def test_safetensors_and_files_without_the_name_of_the_network(tmp_path: Path) -> None:
     network = narrow_resnet(1)
     save_file(network.state_dict(), tmp_path / "a.safetensors")
     with pytest.raises(ValueError, match="does not contain the name of its network: give --backbone"):
@@ -329,27 +329,25 @@ def damaged(tmp_path: Path, how: str) -> Path:
         ("missing", "No such file or directory"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused_in_a_line(
+def test_other_files_are_refused_with_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], how: str, message: str
 ) -> None:
     path = damaged(tmp_path, how)
-    words = ["trainer", "import", str(path), "--backbone", "resnet18", "--out", str(tmp_path / "run")]
+    arguments = ["trainer", "import", str(path), "--backbone", "resnet18", "--out", str(tmp_path / "run")]
     monkeypatch.delenv("TRAINER_TRACEBACK", raising=False)
-    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as caught:
         main()
     assert caught.value.code == 1
-    said = capsys.readouterr().err
-    assert message in said
-    assert str(path) in said
-    assert said.count("\n") == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert str(path) in output
+    assert output.count("\n") == 1
     assert not (tmp_path / "trace").exists()
     assert not (tmp_path / "run").exists()
 
 
-def test_an_imported_model_is_evaluated_and_never_trained_in(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_imported_model_is_evaluated_but_not_trained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = write_images(tmp_path / "images", each=8)
     file, run = tmp_path / "checkpoint.pth.tar", tmp_path / "imported"
     torch.save(adco(narrow_resnet(1), narrow_resnet(2)), file)
@@ -390,13 +388,13 @@ def test_training_starts_from_imported_weights(tmp_path: Path) -> None:
         assert encoder.head.get_parameter("2.weight").shape == (12, 16)
     shutil.rmtree(start)
     (tmp_path / "run" / "results.json").unlink()
-    pretrain(config)  # goes on from its checkpoint without them
+    pretrain(config)  # resumes from its checkpoint, without the imported weights
     wrong = small_config(tmp_path / "run2", images, model={**RESNET, "weights": str(tmp_path / "run")})
     with pytest.raises(
         ValueError, match=r"does not fit the configuration: other shapes: head\.2\.weight is \[12, 16\]"
     ):
         pretrain(wrong)
-    other = {**RESNET, "dim": 12, "predictor": 8, "weights": str(tmp_path / "run")}  # a predictor comes, and goes
+    other = {**RESNET, "dim": 12, "predictor": 8, "weights": str(tmp_path / "run")}  # a predictor that the file lacks
     pretrain(small_config(tmp_path / "run4", images, run={"epochs": 1, "save_every": 2}, model=other, **rates))
     with process_group("cpu"):
         encoder, _ = load_encoder(tmp_path / "run4", config)

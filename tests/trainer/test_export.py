@@ -248,6 +248,9 @@ def test_the_model_card_of_any_method(trained: Path) -> None:
     assert not any("| negatives |" in card for card in cards)
     assert "## Citation" not in cards[0]
     assert "https://arxiv.org/abs/2011.10566" in cards[1]
+    assert "## Results" in cards[0]
+    teacher = model_card(trained, config, "teacher", step, encoder.backbone, 16, "mit")
+    assert "## Results" not in teacher, "the results are those of the student"
 
 
 def test_the_networks_of_a_run(trained: Path, tmp_path: Path, images: Tensor) -> None:

@@ -24,12 +24,12 @@ def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.
         run: The run directory, for the results or for the origin of an imported model.
         config: The run's configuration.
         network: student or teacher.
-        step: The step of the checkpoint. The results are those of the last step and are left out for others.
+        step: The step of the checkpoint. The card has results for the student of the last step only.
         backbone: The network without its head.
         size: Side of the images in pixels.
         licence: Hugging Face's identifier of a licence.
     """
-    last_step = latest("step", read_rows(run / "metrics.jsonl"))
+    final = step == latest("step", read_rows(run / "metrics.jsonl")) and network == "student"
     return render(
         "model_card.md.j2",
         title=f"{config.model.backbone}, {run.resolve().name}",
@@ -43,7 +43,7 @@ def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.
         network=network,
         step=step,
         training=_training(config),
-        results=_results(read_json(run / "results.json")) if step == last_step else [],
+        results=_results(read_json(run / "results.json")) if final else [],
         size=size,
         mean=list(MEAN),
         std=list(STD),

@@ -8,7 +8,9 @@ import yaml
 
 from models import adco, byol, moco
 from trainer.config import Config, check_world
-from trainer.config_file import dump, load
+from trainer.config_file import changed_keys, dump, load
+from trainer.report import config_reference
+from trainer.schema import walk_keys
 
 BASE: dict[str, Any] = {"run": {"dir": "runs/x", "epochs": 2}, "data": {"train": "pictures"}}
 PUBLISHED = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
@@ -297,3 +299,58 @@ def test_every_rank_needs_a_negative(size: int, shards: int, fits: bool) -> None
             check_world(config(size=size), shards, shards)
     check_world(config(size=size, placement="node"), shards, 1)
     check_world(config(size=size, placement="replicated"), shards, shards)
+
+
+def test_every_key_is_described() -> None:
+    assert [key.name for key in walk_keys(Config) if not key.field.description] == []
+
+
+def test_the_reference_page_is_up_to_date() -> None:
+    page = Path(__file__).parents[2] / "docs" / "configuration.md"
+    command = "python -m trainer config --reference > docs/configuration.md"
+    assert page.read_text(encoding="utf-8") == config_reference.reference() + "\n", f"run {command}"
+
+
+def test_explaining_a_key() -> None:
+    lines = config_reference.explain("optim.accumulate").splitlines()
+    assert lines[0] == "optim.accumulate"
+    assert lines[1].startswith("  Number of gradient-accumulation steps")
+    assert lines[2:] == ["  type: integer, at least 1", "  default: 1"]
+    assert "for: engine.kind=deepspeed\n  may differ" in config_reference.explain("engine.stage")
+    assert "type: number or null, above 0\n  default: null" in config_reference.explain("run.max_minutes")
+
+
+def test_explaining_a_section() -> None:
+    text = config_reference.explain("engine")
+    assert text.startswith("engine: How student, teacher and optimizer are distributed")
+    assert text.count("engine.compile\n") == 1  # one text for all kinds
+    assert text.count("engine.cpu_offload\n") == 2
+    assert "data.decoder.width" in config_reference.explain("data.decoder")
+
+
+def test_explaining_an_unknown_key() -> None:
+    with pytest.raises(ValueError, match=r"bank\.lrr: unknown key, did you mean bank\.lr\?"):
+        config_reference.explain("bank.lrr")
+    with pytest.raises(ValueError, match="need CONFIG, --explain KEY or --reference"):
+        config_reference.show(None)
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "expected"),
+    [
+        ("run", {"dir": "elsewhere", "keep_every": 5, "device": "cpu"}, []),
+        ("data", {"workers": 3, "decoder": {"width": 100}}, []),
+        ("engine", {"kind": "deepspeed", "stage": 1}, []),
+        ("engine", {"kind": "deepspeed", "options": {"a": {"b": 1}}}, []),
+        ("linear", {"lr": 1.0}, []),
+        ("run", {"seed": 7}, ["run.seed was 0, now 7"]),
+        ("bank", {"lr": 1.0}, ["bank.lr was 3.0, now 1.0"]),
+        ("model", {"backbone_args": {"width": 2}}, ["model.backbone_args.width was None, now 2"]),
+    ],
+)
+def test_what_may_change_on_resume(section: str, changes: dict[str, object], expected: list[str]) -> None:
+    before = config()
+    values = before.model_dump()
+    kept = {} if section == "engine" else values[section]
+    now = Config.model_validate({**values, section: {**kept, **changes}})
+    assert changed_keys(before, now) == expected

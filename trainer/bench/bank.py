@@ -17,7 +17,7 @@ from models.negatives.base import BankSettings, make_mesh
 from models.negatives.contrast import contrast
 from trainer import distributed
 from trainer.bench.harness import environment, print_table, write_result
-from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY, materialised_peak
+from trainer.bench.kernels import PARAMS, TEMPERATURE, materialised_peak
 from trainer.build import DTYPES
 from trainer.run.phases import PhaseTimer
 
@@ -33,26 +33,19 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
         dim: Dimensions D.
         precision: Type of queries, keys and unit rows: fp32, fp16 or bf16.
         weights: Type of the weights: fp32 or bf16.
-        velocity: Type of the velocity: fp32, bf16 or none.
+        velocity: Type of the velocity: fp32, bf16, or none, which means a step without momentum.
         steps: Number of steps.
 
     Returns:
-        A dictionary: score_seconds and adversary_seconds of each step's two halves (loss with gradient, bank update),
-        bank_bytes of the bank's tensors, peak_rss_bytes of the process, and materialised_bytes, the memory of the
-        formulation that stores N x K tensors: its fp32 bank and the peak of a step, extrapolated from two small K.
+        A dictionary with the seconds of both halves of each step and with memory in bytes. materialised_bytes is that
+        of the published formulation: its fp32 bank, and the peak of a step, extrapolated from two small K.
     """
-    momentum = 0.0 if velocity == "none" else MOMENTUM
+    params = PARAMS
+    if velocity == "none":
+        params = PARAMS._replace(momentum=0.0, lr=PARAMS.lr / (1 - PARAMS.momentum))  # moves the bank as far
     with distributed.process_group("cpu") as rank_info:
-        settings = BankSettings.model_validate(
-            {
-                "size": negatives,
-                "temperature": ADVERSARY_TEMPERATURE,
-                "momentum": momentum,
-                "weight_decay": WEIGHT_DECAY,
-                "weights": weights,
-                "velocity": velocity,
-            }
-        )
+        types = {"weights": weights, "velocity": velocity}
+        settings = BankSettings.model_validate({"size": negatives, **types, **params._asdict()})
         mesh = make_mesh("sharded", rank_info.device, rank_info.local_world_size)
         bank = Bank(settings, dim, mesh, DTYPES[precision])
         generator = torch.Generator().manual_seed(0)
@@ -70,7 +63,7 @@ def run(rows: int, negatives: int, dim: int, precision: str, weights: str, veloc
                 result = contrast(q_ND, k_ND, bank, TEMPERATURE, batch_keys=True)
                 result.loss_N.mean().backward()
             with phases("adversary"):
-                bank.update([[result.bank_update(1 / rows)]], LR * (1 - momentum) / (1 - MOMENTUM), seed=step)
+                bank.update([[result.bank_update(1 / rows)]], params.lr, seed=step)
             halves.append(phases.pop())
         values = [float(result.loss_N.detach().mean()), *bank.metrics().values()]
         assert all(map(math.isfinite, values)), values

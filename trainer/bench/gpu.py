@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from kernels import ops, reference
+from kernels import reference
+from kernels.ops import triton_kernels
 from kernels.triton import tiles
 from trainer.bench import static
-from trainer.bench.harness import environment, measure_gpu, print_table, write_result
+from trainer.bench.harness import Columns, environment, measure_gpu, print_rows, write_result
 from trainer.bench.kernels import (
     NegativesCase,
     kernel_adversary,
@@ -31,16 +32,14 @@ from trainer.bench.kernels import (
 )
 from trainer.plan import roofline
 
+_TRITON = triton_kernels()
+
 SHAPES = ((1024, 65536), (4096, 65536), (1024, 2**20), (4096, 2**20))  # N, K
 CHECKED = (1000, 65521)  # not multiples of any tile; takes about 3 GiB in fp64
 
 # Largest error, as a share of the largest value.
 _SUMS = 1e-4  # sums of exponentials in fp32
-_WEIGHTED = {
-    "bfloat16": 1e-2,
-    "float16": 1e-3,
-    "float32": 1e-4,
-}  # weights are rounded to bf16, tf32 or two tf32 numbers
+_WEIGHTED = {"bfloat16": 1e-2, "float16": 1e-3, "float32": 1e-4}  # by the rounding of weights (bf16, tf32, 2 x tf32)
 _ROUNDED = 2e-2  # stored in bf16 by stochastic rounding: neighbours are 1/128 apart
 
 # Candidates for the table of tiles: rows, columns, warps, stages.
@@ -67,19 +66,14 @@ def run(
     Args:
         device: The GPU.
         dim: Dimensions D.
-        dtypes: Types of queries, keys and unit rows, of `static.DTYPES`.
+        dtypes: Types of queries, keys and unit rows, of `static.DTYPES`; ValueError for others.
         repeats: Number of timed calls of each step and kernel.
         shapes: N and K of the timed steps.
         checked: N and K of the comparison with fp64.
 
     Returns:
-        A dictionary with three lists of rows:
-        checks: name, dtype, weights, velocity, error and tolerance (as shares of the largest value), ok;
-        steps: N, K, D, dtype, impl, seconds, peak_bytes (None if memory was too small), speedup over `materialised`;
-        kernels: N, K, D, dtype, kernel, seconds, roofline_seconds, limit, share (None for an unknown GPU).
-
-    Raises:
-        ValueError: For an unknown dtype.
+        A dictionary with three lists of rows: `checks`, whose errors and tolerances are shares of the largest value;
+        `steps`, with seconds None where memory was too small; `kernels`, with share None for an unknown GPU.
     """
     unknown = set(dtypes) - set(static.DTYPES)
     if unknown:
@@ -99,58 +93,39 @@ def run(
 
 def report(result: dict[str, Any], out: Path | None) -> bool:
     """Print the result of `run` as tables, write it to `out` as JSON, and return whether all checks passed."""
-    print_table(
+    print_rows(
         f"{result['device']}: errors against fp64",
-        ("type", "weights, velocity", "value", "error", "allowed"),
-        [
-            (
-                row["dtype"],
-                f"{row['weights']}, {row['velocity']}",
-                row["name"],
-                f"{row['error']:.1e}" + ("" if row["ok"] else " [red]wrong[/red]"),
-                f"{row['tolerance']:.1e}",
-            )
-            for row in result["checks"]
-        ],
+        {
+            "type": lambda row: row["dtype"],
+            "weights, velocity": lambda row: f"{row['weights']}, {row['velocity']}",
+            "value": lambda row: row["name"],
+            "error": lambda row: f"{row['error']:.1e}" + ("" if row["ok"] else " [red]wrong[/red]"),
+            "allowed": lambda row: f"{row['tolerance']:.1e}",
+        },
+        result["checks"],
         text_columns=3,
     )
-    print_table(
-        "One step of the negatives",
-        ("type", "step", "N", "K", "ms", "peak memory", "speed-up"),
-        [
-            (
-                row["dtype"],
-                row["impl"],
-                f"{row['N']:,}",
-                f"{row['K']:,}",
-                "out of memory" if row["seconds"] is None else f"{1e3 * row['seconds']:.3f}",
-                "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB",
-                "" if row["speedup"] is None else f"{row['speedup']:.1f}x",
-            )
-            for row in result["steps"]
-        ],
-        text_columns=2,
-    )
-    print_table(
-        "Each kernel against the roofline",
-        ("type", "kernel", "N", "K", "ms", "roofline ms", "limit", "share"),
-        [
-            (
-                row["dtype"],
-                row["kernel"],
-                f"{row['N']:,}",
-                f"{row['K']:,}",
-                f"{1e3 * row['seconds']:.3f}",
-                *(
-                    ("", "", "")
-                    if row["share"] is None
-                    else (f"{1e3 * row['roofline_seconds']:.3f}", row["limit"], f"{100 * row['share']:.0f} %")
-                ),
-            )
-            for row in result["kernels"]
-        ],
-        text_columns=2,
-    )
+    shape: Columns = {
+        "type": lambda row: row["dtype"],
+        "N": lambda row: f"{row['N']:,}",
+        "K": lambda row: f"{row['K']:,}",
+        "ms": lambda row: "out of memory" if row["seconds"] is None else f"{1e3 * row['seconds']:.3f}",
+    }
+    step: Columns = {
+        "step": lambda row: row["impl"],
+        **shape,
+        "peak memory": lambda row: "" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:,.0f} MiB",
+        "speed-up": lambda row: "" if row["speedup"] is None else f"{row['speedup']:.1f}x",
+    }
+    print_rows("One step of the negatives", step, result["steps"], text_columns=2)
+    kernel: Columns = {
+        "kernel": lambda row: row["kernel"],
+        **shape,
+        "roofline ms": lambda row: "" if row["share"] is None else f"{1e3 * row['roofline_seconds']:.3f}",
+        "limit": lambda row: row["limit"] or "",
+        "share": lambda row: "" if row["share"] is None else f"{100 * row['share']:.0f} %",
+    }
+    print_rows("Each kernel against the roofline", kernel, result["kernels"], text_columns=2)
     write_result(out, result)
     return all(row["ok"] for row in result["checks"])
 
@@ -158,15 +133,8 @@ def report(result: dict[str, Any], out: Path | None) -> bool:
 def tune(device: torch.device, repeats: int, shape: tuple[int, int] = (4096, 65536)) -> list[dict[str, Any]]:
     """Find the fastest tiles of each kernel and write them to `kernels/triton/tiles.csv` for this architecture.
 
-    Of CANDIDATES, those that the compiler fits into registers and shared memory are timed.
-
-    Args:
-        device: The GPU.
-        repeats: Number of timed calls of each candidate.
-        shape: N and K of the timed calls.
-
-    Returns:
-        One dictionary for each kernel, type and dimension: kernel, dtype, dim, tried, tile, seconds.
+    Of CANDIDATES, those that the compiler fits into registers and shared memory are timed, at N and K of `shape`.
+    Returns a dictionary for each kernel, type and dimension.
     """
     architecture = tiles.architecture(device)
     compiled_for = 90 if architecture // 10 in (9, 10) else 80
@@ -198,16 +166,16 @@ def tune(device: torch.device, repeats: int, shape: tuple[int, int] = (4096, 655
 
 
 def _score(case: NegativesCase) -> object:
-    return kernel_score(case, ops.triton_kernels())
+    return kernel_score(case, _TRITON)
 
 
 def _adversary(case: NegativesCase) -> object:
     coef_N = torch.full((len(case.q_ND),), 1e-20, device=case.q_ND.device)
-    return kernel_adversary(case, ops.triton_kernels(), coef_N, lr=0.0)  # repeated calls must not move the bank
+    return kernel_adversary(case, _TRITON, coef_N, lr=0.0)  # repeated calls must not move the bank
 
 
 def _hardest(case: NegativesCase) -> object:
-    return ops.triton_kernels().hardest(case.q_ND, case.n_KD, None, 16)
+    return _TRITON.hardest(case.q_ND, case.n_KD, None, 16)
 
 
 _CALLS: dict[str, Callable[[NegativesCase], object]] = {"score": _score, "adversary": _adversary, "hardest": _hardest}
@@ -221,14 +189,13 @@ def _check(
     case.w_KD = case.w_KD.to(getattr(torch, weights))
     case.v_KD = None if velocity is None else torch.zeros_like(case.w_KD, dtype=getattr(torch, velocity))
     exact = case.map(Tensor.double)
-    score, exact_score = kernel_score(case, ops.triton_kernels()), kernel_score(exact, reference)
+    score, exact_score = kernel_score(case, _TRITON), kernel_score(exact, reference)
     coef_N = 1 / (exact_score.za_N * n)
-    stats = kernel_adversary(case, ops.triton_kernels(), coef_N.float())
+    stats = kernel_adversary(case, _TRITON, coef_N.float())
     exact_stats = kernel_adversary(exact, reference, coef_N)
-    values: dict[str, tuple[Tensor, Tensor]] = {
-        **{name: (getattr(score, name), getattr(exact_score, name)) for name in score._fields},
-        **{name: (getattr(stats, name), getattr(exact_stats, name)) for name in stats._fields},
-    }
+    values: dict[str, tuple[Tensor, Tensor]] = {}
+    for results, exact_results in ((score, exact_score), (stats, exact_stats)):
+        values |= {name: (x, getattr(exact_results, name)) for name, x in results._asdict().items()}
     stored = {"w": weights, "n": dtype} | ({"v": velocity} if velocity else {})
     values |= {name: (getattr(case, f"{name}_KD"), getattr(exact, f"{name}_KD")) for name in stored}
     rows = []
@@ -255,7 +222,7 @@ def _time_steps(case: NegativesCase, dtype: str, repeats: int) -> list[dict[str,
         "materialised": (published, case.transposed),
         "torch.compile": (functools.partial(published, compile=compiled), case.transposed),
         "triton": (
-            functools.partial(kernel_step, implementation=ops.triton_kernels()),
+            functools.partial(kernel_step, implementation=_TRITON),
             lambda: case.map(Tensor.clone).with_dtype(precision),
         ),
     }

@@ -136,7 +136,7 @@ def print_rows(title: str, columns: Columns, rows: Iterable[Any], text_columns: 
 
 def print_table(title: str, headings: Sequence[str], cells: Iterable[Sequence[str]], text_columns: int = 1) -> None:
     """Print a table of cells; the first `text_columns` columns are aligned left. An empty row ends a section."""
-    table = Table(title=title, box=None)
+    table = Table(title=title, box=None, show_header=any(headings))
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < text_columns else "right", no_wrap=True)
     for row in cells:

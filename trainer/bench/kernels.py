@@ -19,14 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import AdversaryParams, AdversaryStats, Score, chunked
-from trainer.bench.harness import cpu_peak_bytes, environment, interleave, medians, print_table, seconds, write_result
+from trainer.bench.harness import cpu_peak_bytes, environment, interleave, medians, print_rows, seconds, write_result
 
 TEMPERATURE = 0.12
-ADVERSARY_TEMPERATURE = 0.02
-LR = 3.0
-MOMENTUM = 0.9
-WEIGHT_DECAY = 1e-4
-PARAMS = AdversaryParams(ADVERSARY_TEMPERATURE, LR, MOMENTUM, WEIGHT_DECAY)
+PARAMS = AdversaryParams(temperature=0.02, lr=3.0, momentum=0.9, weight_decay=1e-4)  # those of the published code
 
 _CPU = torch.device("cpu")
 # Largest difference of the two implementations, as a share of the largest value.
@@ -80,12 +76,11 @@ def run(rows: int, negatives: int, dim: int, dtype: str, repeats: int) -> list[d
         repeats: Number of timed steps of each implementation.
 
     Returns:
-        One dictionary for each implementation: impl, N, K, D, dtype, seconds_median, peak_bytes (allocated at a time
-        beyond the inputs), speedup (over `materialised`).
+        One dictionary for each implementation; `speedup` is over `materialised`, `peak_bytes` beyond the inputs.
 
     Raises:
-        ValueError: For another dtype.
-        RuntimeError: If the implementations disagree.
+        ValueError: The dtype is another one.
+        RuntimeError: The implementations disagree.
     """
     torch_dtype = getattr(torch, dtype, None)
     if torch_dtype not in _TOLERANCES:
@@ -125,21 +120,17 @@ def materialised_peak(rows: int, negatives: int, dim: int) -> int:
 
 def report(rows: list[dict[str, Any]], out: Path | None) -> None:
     """Print the rows of `run` as a table and write them to `out` as JSON."""
-    first = rows[0]
     largest = max(row["peak_bytes"] for row in rows)
-    print_table(
-        f"N = {first['N']}, K = {first['K']}, D = {first['D']}, {first['dtype']}",
-        ("implementation", "seconds", "peak memory", "speed-up", "less memory"),
-        [
-            (
-                row["impl"],
-                f"{row['seconds_median']:.4f}",
-                f"{row['peak_bytes'] / 2**20:.1f} MiB",
-                f"{row['speedup']:.2f}x",
-                f"{largest / row['peak_bytes']:.1f}x",
-            )
-            for row in rows
-        ],
+    print_rows(
+        "N = {N}, K = {K}, D = {D}, {dtype}".format(**rows[0]),
+        {
+            "implementation": lambda row: row["impl"],
+            "seconds": lambda row: f"{row['seconds_median']:.4f}",
+            "peak memory": lambda row: f"{row['peak_bytes'] / 2**20:.1f} MiB",
+            "speed-up": lambda row: f"{row['speedup']:.2f}x",
+            "less memory": lambda row: f"{largest / row['peak_bytes']:.1f}x",
+        },
+        rows,
     )
     write_result(out, {**environment(), "rows": rows})
 
@@ -157,17 +148,16 @@ def random_case(rows: int, negatives: int, dim: int, dtype: torch.dtype) -> Nega
 
 
 def kernel_score(case: NegativesCase, implementation: Any) -> Score:
-    """Call `score` of an implementation (a module of `kernels`) at the published temperatures."""
+    """Call `score` of an implementation (a module of `kernels` or `kernels.ops.Implementation`)."""
     own_N = torch.arange(len(case.q_ND), device=case.q_ND.device)
-    score: Score = implementation.score(case.q_ND, case.k_ND, own_N, case.n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE)
+    score: Score = implementation.score(case.q_ND, case.k_ND, own_N, case.n_KD, TEMPERATURE, PARAMS.temperature)
     return score
 
 
-def kernel_adversary(case: NegativesCase, implementation: Any, coef_N: Tensor, lr: float = LR) -> AdversaryStats:
-    """Call `adversary_step` of an implementation with the published constants."""
-    stats: AdversaryStats = implementation.adversary_step(
-        case.q_ND, coef_N, case.n_KD, case.w_KD, case.v_KD, PARAMS._replace(lr=lr)
-    )
+def kernel_adversary(case: NegativesCase, implementation: Any, coef_N: Tensor, lr: float = PARAMS.lr) -> AdversaryStats:
+    """Call `adversary_step` of an implementation."""
+    params = PARAMS._replace(lr=lr)
+    stats: AdversaryStats = implementation.adversary_step(case.q_ND, coef_N, case.n_KD, case.w_KD, case.v_KD, params)
     return stats
 
 
@@ -186,11 +176,9 @@ def kernel_step(case: NegativesCase, implementation: Any) -> StepResult:
 def materialised_step(
     case: NegativesCase, compile: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda f: f
 ) -> StepResult:
-    """Take the step with the operations of the published code, on a bank of shape [D, K].
+    """Take the step with the operations of the published code on a transposed case.
 
-    Args:
-        case: A case as `NegativesCase.transposed` returns it.
-        compile: Applied to the two functions of the step, for example torch.compile.
+    The two functions of the step are compiled by `compile`, for example torch.compile.
     """
     q_ND = case.q_ND.detach().requires_grad_()
     loss, accuracy, positive_NN, negative_NK, n_DK = compile(_contrast)(q_ND, case.k_ND, case.w_KD)
@@ -216,13 +204,13 @@ def _contrast(q_ND: Tensor, k_ND: Tensor, w_DK: Tensor) -> tuple[Tensor, Tensor,
 def _ascend(
     q_ND: Tensor, positive_NN: Tensor, negative_NK: Tensor, n_DK: Tensor, w_DK: Tensor, v_DK: Tensor
 ) -> tuple[Tensor, Tensor]:
-    logits_NC = torch.cat([positive_NN, negative_NK], dim=1) / ADVERSARY_TEMPERATURE
+    logits_NC = torch.cat([positive_NN, negative_NK], dim=1) / PARAMS.temperature
     p_NK = torch.softmax(logits_NC, dim=1)[:, len(q_ND) :]
     radial_K = torch.mean(p_NK * negative_NK, dim=0)
     g_DK = torch.einsum("cn,nk->ck", q_ND.T, p_NK) / len(q_ND) - radial_K * n_DK
-    g_DK = -g_DK / w_DK.norm(dim=0) / ADVERSARY_TEMPERATURE
-    v_DK = MOMENTUM * v_DK + g_DK + WEIGHT_DECAY * w_DK
-    return w_DK - LR * v_DK, v_DK
+    g_DK = -g_DK / w_DK.norm(dim=0) / PARAMS.temperature
+    v_DK = PARAMS.momentum * v_DK + g_DK + PARAMS.weight_decay * w_DK
+    return w_DK - PARAMS.lr * v_DK, v_DK
 
 
 def _check_agreement(case: NegativesCase, tolerance: float) -> None:

@@ -39,8 +39,8 @@ import kernels
 from models.negatives.bank import Bank
 from models.negatives.base import BankSettings, gather, make_mesh
 from models.negatives.contrast import contrast
-from trainer.bench.harness import environment, print_table, write_result
-from trainer.bench.kernels import ADVERSARY_TEMPERATURE, LR, MOMENTUM, TEMPERATURE, WEIGHT_DECAY
+from trainer.bench.harness import environment, print_rows, print_table, write_result
+from trainer.bench.kernels import PARAMS, TEMPERATURE
 from trainer.plan.collectives import Collective, CollectiveTrace
 
 FORMULATIONS = ("published", "replicated", "sharded")
@@ -127,9 +127,7 @@ def run_case(case: Case, fake: bool = False) -> tuple[Tensor, Count]:
             v_KD = torch.zeros_like(w_KD)
             step = partial(_take_published_step, q_ND, k_BD, w_KD, v_KD, mesh.get_group("replica"))
         else:
-            settings = BankSettings(
-                size=case.negatives, temperature=ADVERSARY_TEMPERATURE, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
-            )
+            settings = BankSettings(size=case.negatives, **PARAMS._asdict())
             bank = Bank(settings, case.dim, mesh, case.dtype)
             bank.fill(w_KD[bank.first : bank.first + len(bank.w_KD)])
             w_KD = bank.w_KD
@@ -153,7 +151,7 @@ def report(results: list[dict[str, Any]], out: Path | None) -> None:
 def _take_bank_step(q_ND: Tensor, k_BD: Tensor, bank: Bank) -> None:
     result = contrast(q_ND, k_BD, bank, TEMPERATURE, batch_keys=True)
     result.loss_N.sum().backward()
-    bank.update([[result.bank_update(1 / (len(q_ND) * dist.get_world_size()))]], LR, seed=0)
+    bank.update([[result.bank_update(1 / (len(q_ND) * dist.get_world_size()))]], PARAMS.lr, seed=0)
 
 
 def _take_published_step(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor, group: dist.ProcessGroup) -> None:
@@ -161,21 +159,15 @@ def _take_published_step(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor,
     k_MD = gather(k_BD, group)
     own_N = torch.arange(len(q_ND)) + group.rank() * len(k_BD)
     n_KD = F.normalize(w_KD, dim=1).to(q_ND.dtype)
-    score = kernels.score(q_ND, k_MD, own_N, n_KD, TEMPERATURE, ADVERSARY_TEMPERATURE)
+    score = kernels.score(q_ND, k_MD, own_N, n_KD, TEMPERATURE, PARAMS.temperature)
     # From zero velocity and with all rates 0, our step leaves the negative gradient in the velocity.
     g_KD = torch.zeros_like(w_KD)
-    kernels.adversary_step(
-        q_ND,
-        1 / (score.za_N * len(q_ND)),
-        n_KD,
-        w_KD,
-        g_KD,
-        kernels.AdversaryParams(ADVERSARY_TEMPERATURE, lr=0.0, momentum=0.0, weight_decay=0.0),
-    )
+    params = kernels.AdversaryParams(PARAMS.temperature, lr=0.0, momentum=0.0, weight_decay=0.0)
+    kernels.adversary_step(q_ND, 1 / (score.za_N * len(q_ND)), n_KD, w_KD, g_KD, params)
     if group.size() > 1:
         dist.all_reduce(g_KD, group=group)
-    v_KD.mul_(MOMENTUM).add_(g_KD, alpha=1 / group.size()).add_(w_KD, alpha=WEIGHT_DECAY)
-    w_KD.add_(v_KD, alpha=-LR)
+    v_KD.mul_(PARAMS.momentum).add_(g_KD, alpha=1 / group.size()).add_(w_KD, alpha=PARAMS.weight_decay)
+    w_KD.add_(v_KD, alpha=-PARAMS.lr)
 
 
 def _in_processes(cases: list[Case], ranks: int) -> list[list[Count]]:
@@ -249,21 +241,17 @@ def _print_bytes(results: list[dict[str, Any]]) -> None:
 def _print_collectives(results: list[dict[str, Any]]) -> None:
     """Print each collective of the last setting."""
     ranks, negatives, dtype = _setting(results[-1])
-    print_table(
+    last = [result for result in results if _setting(result) == (ranks, negatives, dtype)]
+    print_rows(
         f"Collectives of {ranks} ranks, K = {negatives:,}, {dtype}",
-        ("formulation", "collective", "input", "type", "ranks", "bytes sent"),
-        [
-            (
-                result["formulation"],
-                call["operator"],
-                " x ".join(map(str, call["shape"])),
-                call["dtype"],
-                str(call["ranks"]),
-                f"{call['sent']:,}",
-            )
-            for result in results
-            if _setting(result) == _setting(results[-1])
-            for call in result["collectives"]
-        ],
+        {
+            "formulation": lambda call: call["formulation"],
+            "collective": lambda call: call["operator"],
+            "input": lambda call: " x ".join(map(str, call["shape"])),
+            "type": lambda call: call["dtype"],
+            "ranks": lambda call: str(call["ranks"]),
+            "bytes sent": lambda call: f"{call['sent']:,}",
+        },
+        [call | {"formulation": result["formulation"]} for result in last for call in result["collectives"]],
         text_columns=4,
     )

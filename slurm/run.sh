@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One start of a job: preflight on all nodes, training (or, with VERB=linear, evaluation), and what follows from how it
+# One start of a job: preflight on all nodes, training (or the evaluation VERB), and what follows from how it
 # ended. Runs in the batch shell on the first node, from the snapshot that job.sh took.
 #
 #   finished              exit 0
@@ -72,18 +72,18 @@ run_dir=
 trap 'ask_to_stop USR1' USR1
 trap 'ask_to_stop TERM' TERM
 
-# Each task of an array has its own seed, or its own line of the file SWEEP, and its own folder.
+# Each task of an array has its own directory, and its own line of the file SWEEP or its number as its seed.
 verb=${VERB:-pretrain}
 task=${SLURM_ARRAY_TASK_ID:-}
+seed=$task
 state=$job/${task:+task-$task}
 mkdir -p "$state"
 settings=("$@")
 if [[ -n $task && -f $job/code/sweep ]]; then
+    seed=
     mapfile -t -s $((task - 1)) -n 1 line <"$job/code/sweep"
     read -ra line <<<"${line[0]:?SWEEP has no line $task}"
     settings+=("${line[@]}")
-elif [[ -n $task ]]; then
-    if [[ $verb == pretrain ]]; then settings+=("run.seed=$task"); else settings+=("$verb.seed=$task"); fi
 fi
 fits=()
 [[ $verb != pretrain ]] || fits=(--nodes "$SLURM_NNODES" --ranks-per-node "$ranks")
@@ -95,9 +95,9 @@ run_dir=$(srun --nodes=1 --ntasks=1 "${srun_options[@]}" "${container[@]}" \
 if [[ $verb == pretrain ]]; then
     run_dir=$run_dir${task:+-$task}
     work=(pretrain "$config")
-    settings+=("run.dir=$run_dir")
-else # its folder, in the directory of the run that it is of, is like a run's
-    work=("$verb" "$run_dir" --name "$NAME${task:+-$task}")
+    settings+=("run.dir=$run_dir" ${seed:+"run.seed=$seed"})
+else # an evaluation has its own directory in that of the run, with the same files
+    work=("$verb" "$run_dir" --name "$NAME${task:+-$task}" ${seed:+--seed "$seed"})
     run_dir=$run_dir/$NAME${task:+-$task}
 fi
 

@@ -325,7 +325,7 @@ def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undi
     """Of a run that is there, on other data than it names, until a signal and then to the end."""
     run, images = site / "runs" / "undisturbed", load(site / "configs" / "small.yaml").data.train
     settings = ["run.dir=runs/undisturbed", f"data.val={images}", "linear.batch_size=12", "linear.save_every=10"]
-    job = Job(cluster, site, *settings, "linear.lr=1", "linear.epochs=30", script="slurm/linear.sh", PREFLIGHT="1")
+    job = Job(cluster, site, *settings, "linear.lr=1", "linear.epochs=30", script="slurm/evaluate.sh", PREFLIGHT="1")
     step = job.in_progress(run / "linear")
     job.interrupt()
     job.says("requeued: stopped in good order")
@@ -339,13 +339,27 @@ def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undi
     steps = [json.loads(line)["step"] for line in (run / "linear" / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(10, STEPS + 1, 10))
 
-    other = Job(cluster, site, *settings, "linear.lr=2", script="slurm/linear.sh", MAX_FAILURES="1")
+    other = Job(cluster, site, *settings, "linear.lr=2", script="slurm/evaluate.sh", MAX_FAILURES="1")
     other.ends("FAILED")
     assert "holds another evaluation" in other.log
     assert "finished" not in other.log, "the results there are those of the evaluation before"
 
 
-@pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh", "linear.sh", "scaling_study.sh"])
+def test_an_array_of_fine_tunings_has_a_seed_for_each_task(cluster: Cluster, site: Path, undisturbed: object) -> None:
+    run, images = site / "runs" / "undisturbed", load(site / "configs" / "small.yaml").data.train
+    data = ["run.dir=runs/undisturbed", f"data.val={images}"]
+    settings = ["finetune.labels=0.5", "finetune.batch_size=12", "finetune.epochs=1"]
+    script, options = "slurm/evaluate.sh", ["--nodes=1", "--array=1-2"]
+    Job(cluster, site, *options, *data, *settings, script=script, VERB="finetune")
+    Job(cluster, site, *options, *data, script=script, VERB="knn", NAME="neighbours")
+    folders = [run / f"{name}-{task}" for name in ("finetune", "neighbours") for task in (1, 2)]
+    cluster.until(lambda: all((folder / "results.json").exists() for folder in folders), "the results of all tasks")
+    results = [json.loads((folder / "results.json").read_text()) for folder in folders]
+    assert [[result["seed"] for result in found["seeds"]] for found in results[:2]] == [[1], [2]]
+    assert results[2]["knn"] == results[3]["knn"], "kNN draws nothing at random"
+
+
+@pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh", "evaluate.sh", "scaling_study.sh"])
 def test_dry_run(cluster: Cluster, site: Path, script: str) -> None:
     """With nothing on the sbatch line but the number of nodes, and with a larger one than there is."""
     cluster("sbatch", "--test-only", "--nodes=4", f"slurm/{script}", cwd=site)

@@ -1,4 +1,4 @@
-"""A run to evaluate that was never trained: a small network's first weights, and pictures that its features tell."""
+"""A run to evaluate: a small untrained network, whose features separate the classes of the tests' images."""
 
 import time
 from pathlib import Path
@@ -25,7 +25,7 @@ NARROW: dict[str, Any] = {
 
 
 def write_run(folder: Path, images: Path, **sections: dict[str, Any]) -> Path:
-    """As another program may leave one: config.yaml and weights.safetensors, without checkpoints."""
+    """Write a run as an import does: config.yaml and weights.safetensors, without checkpoints."""
     folder.mkdir(parents=True)
     config = small_config(folder, images, **{"model": NARROW, **sections})
     (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
@@ -35,7 +35,7 @@ def write_run(folder: Path, images: Path, **sections: dict[str, Any]) -> Path:
 
 
 def evaluate_here(evaluator: Evaluator, run: Path, overrides: list[str], name: str | None = None) -> Results:
-    """In the group that this process is in."""
+    """Evaluate a run in the process group of this process."""
     world_size = dist.get_world_size()
     rank_info = RankInfo(torch.device("cpu"), dist.get_rank(), world_size, world_size)
     return evaluate(evaluator, run, read_config(run, overrides), name, NEWEST, rank_info, time.time())

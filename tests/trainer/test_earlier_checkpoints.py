@@ -1,4 +1,4 @@
-"""Checkpoints of earlier steps: evaluated and exported by --step, and what compare and the report make of them."""
+"""Checkpoints of earlier steps: evaluation and export with --step, and their curves in compare and report."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ FAST = ["--fast", "fast.batch_size=16", "fast.epochs=2", "fast.lrs=[1]", "fast.w
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of 18 steps, with the checkpoints of 6, 12 and 18."""
+    """A run of 18 steps, with the checkpoints of steps 6, 12 and 18."""
     folder = tmp_path_factory.mktemp("run")
     images = write_images(folder / "images")
     pretrain(small_config(folder / "run", images, run={"epochs": 3, "keep_every": 1, "save_every": 100, "keep": 1}))

@@ -1,4 +1,4 @@
-"""Features as files: every picture once, in order, whatever the ranks; and the page in a browser."""
+"""Features as files: every image once and in order for any number of ranks; and the page in a browser."""
 
 import csv
 import json
@@ -50,14 +50,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures in 3 classes, one of which cannot be read."""
+    """24 images in 3 classes, one of which cannot be read."""
     folder = write_images(tmp_path_factory.mktemp("pictures") / "set", each=8)
     (folder / "class-1" / "003.png").write_bytes(b"not a picture")
     return folder
 
 
 def expected(run: Path, pictures: Path) -> tuple[list[str], NDArray[np.float32]]:
-    """Names and features, one picture at a time."""
+    """Return names and features, computed one image at a time."""
     source = open_source(pictures)
     encoder, _ = load_encoder(run, read_config(run))
     names, rows = [], []
@@ -72,16 +72,16 @@ def expected(run: Path, pictures: Path) -> tuple[list[str], NDArray[np.float32]]
 
 def embed_on_ranks(run: Path, src: Path, out: Path, points: int = 0) -> str:
     rank_info = RankInfo(torch.device("cpu"), dist.get_rank(), dist.get_world_size(), dist.get_world_size())
-    embed.CHUNK = 5  # rows of a part are joined in several chunks
-    return embed.embed_here(run, read_config(run), rank_info, str(src), out, NEWEST, points)
+    embed.CHUNK = 5  # the rows of a rank are joined in several chunks
+    return embed.embed_source(run, read_config(run), rank_info, str(src), out, NEWEST, points)
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_every_picture_once_and_in_order(run: Path, pictures: Path, tmp_path: Path, world_size: int) -> None:
+def test_every_image_once_and_in_order(run: Path, pictures: Path, tmp_path: Path, world_size: int) -> None:
     names, rows = run_ranks(1, expected, run, pictures)[0]
     assert len(names) == 23
-    told = run_ranks(world_size, embed_on_ranks, run, pictures, tmp_path / "a.parquet")
-    assert told == [f"23 of 24 images, 16 features each: {tmp_path}/a.parquet"] + [""] * (world_size - 1)
+    summary = run_ranks(world_size, embed_on_ranks, run, pictures, tmp_path / "a.parquet")
+    assert summary == [f"23 of 24 images, 16 features each: {tmp_path}/a.parquet"] + [""] * (world_size - 1)
     run_ranks(world_size, embed_on_ranks, run, pictures, tmp_path / "b.npy")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.parquet", "b.csv", "b.npy"]
 
@@ -96,7 +96,7 @@ def test_every_picture_once_and_in_order(run: Path, pictures: Path, tmp_path: Pa
         assert list(csv.reader(file)) == [["name", "label"], *([name, name.split("/")[0]] for name in names)]
 
 
-def test_shards_and_a_rank_without_pictures(run: Path, pictures: Path, tmp_path: Path) -> None:
+def test_shards_and_a_rank_without_images(run: Path, pictures: Path, tmp_path: Path) -> None:
     from data.tools import write_shards
 
     few = tmp_path / "few"
@@ -104,8 +104,8 @@ def test_shards_and_a_rank_without_pictures(run: Path, pictures: Path, tmp_path:
     for path in sorted(few.iterdir())[2:]:
         path.unlink()
     write_shards(str(few), tmp_path / "shards", 2, 1, None)
-    told = run_ranks(3, embed_on_ranks, run, tmp_path / "shards", tmp_path / "a.npy")
-    assert told[0].startswith("2 of 2 images, 16 features each")
+    summary = run_ranks(3, embed_on_ranks, run, tmp_path / "shards", tmp_path / "a.npy")
+    assert summary[0].startswith("2 of 2 images, 16 features each")
     lines = (tmp_path / "a.csv").read_text().splitlines()
     assert re.fullmatch(r"shard-000000\.tar/000-0\.png,few", lines[1])
     assert np.load(tmp_path / "a.npy").shape == (2, 16)
@@ -228,5 +228,5 @@ def test_a_network_of_another_program(tmp_path: Path, pictures: Path) -> None:
     torch.save(network.state_dict(), tmp_path / "a.pth")
     overrides = [f"model.backbone_args={VIT_ARGS}", "eval.size=16", "run.device=cpu", "data.workers=0"]
     import_weights(tmp_path / "a.pth", tmp_path / "run", "vit_tiny_patch16_224", overrides)
-    told = embed.embed(tmp_path / "run", str(pictures), tmp_path / "a.npy", NEWEST, 0, [])
-    assert told == f"23 of 24 images, 32 features each: {tmp_path}/a.npy, {tmp_path}/a.csv"
+    summary = embed.embed(tmp_path / "run", str(pictures), tmp_path / "a.npy", NEWEST, 0, [])
+    assert summary == f"23 of 24 images, 32 features each: {tmp_path}/a.npy, {tmp_path}/a.csv"

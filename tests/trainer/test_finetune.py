@@ -1,4 +1,4 @@
-"""Fine-tuning: seeds and their mean, the subset that is kept, layers' learning rates, going on after a stop."""
+"""Fine-tuning: the mean over seeds, the labelled subset, the learning rates of layers, resuming after a stop."""
 
 import json
 import statistics
@@ -38,7 +38,7 @@ def test_two_seeds_and_their_mean(tmp_path: Path, images: Path) -> None:
     assert (results["labels"], results["labels_a_class"], results["images"]) == (36, [12, 12], 72)
     subset = (run / "finetune-50pct" / "subset.txt").read_text().splitlines()
     assert len(set(subset)) == 36
-    # The same by that list, and with another seed first; the seeds' trainings are different ones.
+    # The list gives the same subset; a seed gives the same training whether or not another one came before it.
     listed = ["finetune.seeds=[7]", f"finetune.subset_list={run}/finetune-50pct/subset.txt"]
     again = evaluate_here(EVALUATOR, run, [*SMALL, *listed], "listed")
     assert again["seeds"][0]["top1"] == results["seeds"][1]["top1"]
@@ -49,7 +49,7 @@ def test_two_seeds_and_their_mean(tmp_path: Path, images: Path) -> None:
         for path in ("finetune-50pct/seed-0", "finetune-50pct/seed-7", "listed/seed-7")
     ]
     assert rows[0] != rows[1] == rows[2]
-    # What a list's share of the images is, says how long it takes, not finetune.labels.
+    # The number of epochs depends on the share of the images in the list, not on finetune.labels.
     tenth = tmp_path / "a-few.txt"
     tenth.write_text("\n".join(subset[:12]))
     few = ["finetune.batch_size=12", f"finetune.subset_list={tenth}", "finetune.seeds=[0]"]
@@ -66,7 +66,7 @@ def on_ranks(run: Path) -> Results:
 
 
 def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path) -> None:
-    """BatchNorm is over all of them."""
+    """BatchNorm is synchronised over all ranks."""
     losses = []
     for world_size in (1, 2):
         run = write_run(tmp_path / f"run-{world_size}", images)
@@ -82,7 +82,7 @@ def test_a_finished_seed_is_not_trained_again(tmp_path: Path, images: Path) -> N
     run = write_run(tmp_path / "run", images)
     first = evaluate_here(EVALUATOR, run, SMALL)
     folder = run / "finetune-50pct"
-    (folder / "results.json").unlink()  # as if it had ended before the last line
+    (folder / "results.json").unlink()  # as if the process had ended before it wrote the results
     (folder / "seed-7" / "results.json").unlink()
     second = evaluate_here(EVALUATOR, run, SMALL)
     assert second["seeds"][0] == first["seeds"][0]
@@ -90,27 +90,27 @@ def test_a_finished_seed_is_not_trained_again(tmp_path: Path, images: Path) -> N
 
 
 @pytest.mark.usefixtures("small_group")
-def test_it_goes_on_where_it_was_stopped(tmp_path: Path, images: Path) -> None:
-    """By a file that is there before it starts."""
-    cut, whole = write_run(tmp_path / "cut", images), write_run(tmp_path / "whole", images)
-    folder = cut / "finetune-50pct"
+def test_it_continues_after_a_stop(tmp_path: Path, images: Path) -> None:
+    """The stop file exists before the evaluation starts."""
+    interrupted, uninterrupted = write_run(tmp_path / "cut", images), write_run(tmp_path / "whole", images)
+    folder = interrupted / "finetune-50pct"
     folder.mkdir()
     (folder / "stop").touch()
     with pytest.raises(Stopped, match=r"stopped after step 2 \(asked by file\)"):
-        evaluate_here(EVALUATOR, cut, SMALL)
+        evaluate_here(EVALUATOR, interrupted, SMALL)
     assert json.loads((folder / "stopped.json").read_text())["step"] == 2
-    results = [evaluate_here(EVALUATOR, run, SMALL) for run in (cut, whole)]
+    results = [evaluate_here(EVALUATOR, run, SMALL) for run in (interrupted, uninterrupted)]
     assert results[0]["seeds"][0]["top1"] == results[1]["seeds"][0]["top1"]
     losses = [
         [json.loads(line)["loss"] for line in (run / "finetune-50pct/seed-0/metrics.jsonl").read_text().splitlines()]
-        for run in (cut, whole)
+        for run in (interrupted, uninterrupted)
     ]
     assert losses[0] == losses[1]
     assert not (folder / "stopped.json").exists()
 
 
 def test_the_mean_and_the_deviation() -> None:
-    """By hand: 0.5, 0.6 and 0.7 deviate by 0.1 (two degrees of freedom, not three)."""
+    """The sample deviation of 0.5, 0.6 and 0.7 is 0.1: two degrees of freedom, not three."""
     results = [{"seed": i, "top1": x, "top5": 1.0, "images": 9, "unreadable": 1} for i, x in enumerate((0.5, 0.6, 0.7))]
     summary = summarise(results)
     assert summary["top1"] == pytest.approx(0.6)
@@ -150,7 +150,7 @@ def test_the_rates_reach_the_optimizer() -> None:
     assert moved["backbone.conv1.weight"] < 0.01
 
 
-def test_seeds_that_are_refused() -> None:
+def test_invalid_seeds() -> None:
     for seeds in ([], [1, 1], [-1]):
         with pytest.raises(ValueError, match="need different numbers from 0 on"):
             Config.model_validate(

@@ -1,6 +1,7 @@
-"""kNN accuracy against a plain one over all features at once, however the ranks share them."""
+"""kNN accuracy against a plain computation over all features at once, for any distribution over the ranks."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -13,19 +14,30 @@ from torch import Tensor, nn
 
 from models.encoder import Encoder
 from tests.ranks import run_ranks
+from tests.trainer.evaluations import evaluate_here, write_run
+from tests.trainer.small import write_images
 from trainer.config import Config
+from trainer.config_file import dump, load
 from trainer.evaluate import knn
+from trainer.evaluate.base import Evaluator
 from trainer.evaluate.features import Features
+from trainer.evaluate.registry import EVALUATIONS, load_evaluator
+from trainer.run.results import read_evaluations
 
 TRAIN, TEST, CLASSES = 301, 53, 5
-SETTINGS = [(1, 0.1), (20, 0.07), (200, 0.1), (1000, 0.5)]  # DINO's, the original, more than there are
-# The last number of each rank's part: uneven, and the second of three ranks has no train features.
+SETTINGS = [
+    (1, 0.1),
+    (20, 0.07),
+    (200, 0.1),
+    (1000, 0.5),
+]  # among them DINO's, the original, more than exist
+# The end of each rank's range: uneven, and the second of three ranks has no train features.
 TRAIN_ENDS = {1: [TRAIN], 2: [40, TRAIN], 3: [150, 150, TRAIN]}
 TEST_ENDS = {1: [TEST], 2: [TEST, TEST], 3: [17, 50, TEST]}
 
 
 def make_features() -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Noisy classes: train features and labels, test features and labels."""
+    """Return train features and labels, and test features and labels, of noisy classes."""
     generator = torch.Generator().manual_seed(0)
     centers_CD = torch.randn(CLASSES, 8, generator=generator)
     labels_N = torch.randint(CLASSES, (TRAIN + TEST,), generator=generator)
@@ -60,7 +72,7 @@ def accuracies(chunk: int) -> list[float]:
 
 
 @pytest.mark.parametrize(("world_size", "chunk"), [(1, 512), (2, 8), (3, 512), (3, 8)])
-def test_agrees_with_a_plain_one(world_size: int, chunk: int) -> None:
+def test_it_agrees_with_a_plain_computation(world_size: int, chunk: int) -> None:
     expected = [plain_accuracy(*setting) for setting in SETTINGS]
     assert len(set(expected)) > 1
     for got in run_ranks(world_size, accuracies, chunk):
@@ -69,7 +81,7 @@ def test_agrees_with_a_plain_one(world_size: int, chunk: int) -> None:
 
 @dataclass
 class Colours:
-    """Plain pictures in one of three colours; `labels` are what they are said to be."""
+    """Images of one of three colours; `said` are the colours that the labels name, which may be wrong."""
 
     classes: list[str]
     colours: list[str]
@@ -113,7 +125,7 @@ def evaluate_colours(few: int = 7) -> float:
     names = ["red", "green", "blue"]
     train = Colours(names, names * 3, names * 3)
     shown = [*names, *names, "blue"]
-    said = [*names, "red", "red", "red", "blue"]  # 5 of 7 are what they are said to be
+    said = [*names, "red", "red", "red", "blue"]  # 5 of 7 labels are right
     test = Colours(["blue", "red", "green"], shown[:few], said[:few])
     return knn.evaluate(cast(Encoder, MeanColour()), train, test, torch.device("cpu"), CONFIG)
 
@@ -126,3 +138,29 @@ def test_every_image_counts_once_under_its_own_class(world_size: int) -> None:
 def test_fewer_images_than_ranks() -> None:
     with pytest.raises(ValueError, match="1 images are too few for 2 ranks"):
         run_ranks(2, evaluate_colours, 1)
+
+
+@pytest.mark.usefixtures("small_group")
+def test_other_settings_than_the_runs_have_their_own_directory(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", write_images(tmp_path / "images", each=8))
+    own = evaluate_here(knn.EVALUATOR, run, [])
+    other = evaluate_here(knn.EVALUATOR, run, ["eval.k=3", "eval.temperature=0.07"])
+    assert [(result["k"], result["temperature"]) for result in (own, other)] == [(5, 0.1), (3, 0.07)]
+    assert read_evaluations(run) == {"knn": own, "knn-k3-t0.07": other}
+
+
+@pytest.mark.usefixtures("small_group")
+def test_an_evaluation_that_failed_does_not_occupy_its_directory(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", write_images(tmp_path / "images", each=8))
+    with pytest.raises(ValueError, match=r"give data\.val"):
+        evaluate_here(knn.EVALUATOR, run, ["data.val=null"])
+    assert evaluate_here(knn.EVALUATOR, run, [])["k"] == 5
+
+
+@pytest.mark.parametrize("verb", EVALUATIONS)
+def test_each_verb_has_an_evaluator_and_takes_a_seed(verb: str, tmp_path: Path) -> None:
+    assert isinstance(load_evaluator(verb), Evaluator)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(CONFIG))
+    seeded = load(config, EVALUATIONS[verb].overrides(seed=3, fast=False))
+    assert (seeded == CONFIG) == (verb == "knn"), "kNN draws nothing at random"

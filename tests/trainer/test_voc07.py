@@ -1,4 +1,4 @@
-"""VOC 2007: average precision by hand and by scikit-learn, what is left out, a run on pictures of several colours."""
+"""VOC 2007: average precision against values by hand and scikit-learn, ignored images, a run on coloured images."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ RELEVANT = np.array([True, False, True, False, False, True, False, True])
 SCORES = np.arange(8, 0, -1) / 8
 
 
-def test_by_hand() -> None:
+def test_values_computed_by_hand() -> None:
     """Hits at ranks 1, 3, 6 and 8: precision 1, 2/3, 1/2, 1/2 at recall 1/4, 1/2, 3/4, 1."""
     assert average_precision(RELEVANT, SCORES) == pytest.approx((1 + 2 / 3 + 1 / 2 + 1 / 2) / 4)
     # Recall 0, 0.1, 0.2: 1; 0.3, 0.4, 0.5: 2/3; 0.6 to 1: 1/2.
@@ -26,15 +26,15 @@ def test_by_hand() -> None:
 
 
 def test_the_envelope() -> None:
-    """A precision that rises with the recall counts as the higher one before, too: ranks 2, 3 give 1/2, 2/3."""
+    """The envelope takes the largest precision at higher recalls: hits at ranks 2 and 3 have precision 1/2 and 2/3."""
     relevant, scores = np.array([False, True, True]), np.array([3.0, 2.0, 1.0])
     assert average_precision(relevant, scores) == pytest.approx(2 / 3)
-    assert average_precision_score(relevant, scores) == pytest.approx((1 / 2 + 2 / 3) / 2)  # without it
+    assert average_precision_score(relevant, scores) == pytest.approx((1 / 2 + 2 / 3) / 2)  # without the envelope
     assert average_precision(relevant, scores, points=11) == pytest.approx(2 / 3)
 
 
-def test_ten_hits_need_no_rounding() -> None:
-    """At recall 0.3 three of ten: in floating point 3 * 0.1 is more than 3 / 10."""
+def test_recalls_are_not_rounded() -> None:
+    """Three of ten hits are recall 0.3, although 3 * 0.1 is more than 3 / 10 in floating point."""
     relevant = np.array([True] * 3 + [False] * 7 + [True] * 7)
     expected = (4 * 1 + 7 * 10 / 17) / 11
     assert average_precision(relevant, -np.arange(17.0), points=11) == pytest.approx(expected)
@@ -42,7 +42,7 @@ def test_ten_hits_need_no_rounding() -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_against_scikit_learn(seed: int) -> None:
-    """Its average precision has no envelope: ours is not below it, and equal where the precision only falls."""
+    """scikit-learn uses no envelope, so ours is larger, or equal if the precision only falls."""
     noise = np.random.default_rng(seed)
     relevant, scores = noise.random(300) < 0.2, noise.normal(size=300)
     order = np.argsort(-scores)
@@ -58,8 +58,8 @@ def test_against_scikit_learn(seed: int) -> None:
     assert average_precision(falling, descending) == pytest.approx(average_precision_score(falling, descending))
 
 
-def test_per_image_is_another_thing() -> None:
-    """Scores that are shifted from image to image rank each image's classes well and each class's images badly."""
+def test_per_image_is_not_the_mean_average_precision() -> None:
+    """With an offset per image, scores rank the classes of an image well and the images of a class badly."""
     noise = np.random.default_rng(0)
     labels = np.where(noise.random((200, 6)) < 0.25, 1, -1)
     scores = labels + noise.normal(scale=0.5, size=labels.shape) + 4 * noise.normal(size=(200, 1))
@@ -68,8 +68,8 @@ def test_per_image_is_another_thing() -> None:
     assert by_class < 0.6
 
 
-def test_difficult_pictures_count_for_nothing() -> None:
-    """Whatever their features are."""
+def test_difficult_images_are_ignored() -> None:
+    """Their features do not matter."""
     noise = np.random.default_rng(0)
     labels = np.repeat([1, -1], 30)
     x = noise.normal(size=(60, 4)).astype(np.float32) + labels[:, None]
@@ -89,7 +89,7 @@ def test_difficult_pictures_count_for_nothing() -> None:
 
 
 def write_voc(root: Path, splits: tuple[str, ...] = ("trainval", "test"), each: int = 40) -> Path:
-    """Left halves and right halves of pictures are dull, red or green; the sixth of a split is difficult to tell."""
+    """Write images whose halves are grey, red or green; the sixth image of a split is marked as difficult."""
     (root / "JPEGImages").mkdir(parents=True)
     (root / "ImageSets" / "Main").mkdir(parents=True)
     noise = np.random.default_rng(0)
@@ -134,7 +134,7 @@ def on_ranks(run: Path, root: Path) -> Results:
 
 
 def test_a_run(tmp_path: Path) -> None:
-    """A picture that cannot be read is left out and counted; two ranks share images and classes."""
+    """An unreadable image is ignored and counted; two ranks share images and classes."""
     root = write_voc(tmp_path / "VOC2007")
     (root / "JPEGImages" / "001009.jpg").write_bytes(b"")
     images = write_images(tmp_path / "images")

@@ -193,17 +193,9 @@ def doctor(
     Under torchrun, compare all machines. The exit code is 1 if something is missing, or a machine differs or is slow.
     """
     from trainer.config_file import load
+    from trainer.ops.preflight import check_machines
 
-    settings = load(config, overrides) if config else None
-    if "GROUP_RANK" in os.environ:
-        from trainer.ops.preflight import run_preflight
-
-        fit = run_preflight(settings, bad_nodes)
-    else:
-        from trainer.ops.doctor import print_checks, run_checks
-
-        fit = print_checks(run_checks(settings))
-    if not fit:
+    if not check_machines(load(config, overrides) if config else None, bad_nodes):
         raise typer.Exit(1)
 
 

@@ -177,7 +177,7 @@ def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
     """Check that the configuration can train on that many ranks.
 
     Raises:
-        ValueError: the batch or the negatives cannot be divided among the ranks.
+        ValueError: The batch or the negatives cannot be divided among the ranks.
     """
     shards = num_shards(config.bank.placement, world_size, ranks_per_node)
     negatives = config.method.num_negatives(config.bank)

@@ -20,7 +20,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply `section.key=value` overrides.
 
     Raises:
-        ValueError: the file is missing or not YAML, or a key is unknown or its value does not fit. One line of text.
+        ValueError: The file is missing or not YAML, or a key is unknown or its value does not fit. One line of text.
     """
     values = _read(path)
     base = values.pop("extends", None)
@@ -142,8 +142,8 @@ def _advice(name: str, chosen: str | None) -> str:
     """Return which variants have an unknown key, or the nearest valid names.
 
     Args:
-        name: the unknown key.
-        chosen: the variant that the configuration uses in this section, such as `engine.kind=ddp`.
+        name: The unknown key.
+        chosen: The variant that the configuration uses in this section, such as `engine.kind=ddp`.
     """
     keys = list(walk_keys(Config))
     owners = [str(key.variant) for key in keys if key.name == name]

@@ -14,11 +14,11 @@ class RankInfo(NamedTuple):
     """This process among all processes.
 
     Attributes:
-        device: the device that it computes on.
-        rank: its rank among all processes.
-        world_size: number of processes.
-        local_world_size: number of processes on this machine.
-        local_rank: its rank among the processes on this machine.
+        device: The device that it computes on.
+        rank: Its rank among all processes.
+        world_size: Number of processes.
+        local_world_size: Number of processes on this machine.
+        local_rank: Its rank among the processes on this machine.
     """
 
     device: torch.device
@@ -33,10 +33,10 @@ def process_group(device: str) -> Iterator[RankInfo]:
     """Join the process group that torchrun's environment describes, or create a group of one process.
 
     Args:
-        device: auto (a GPU if there is one), cpu or cuda.
+        device: Auto (a GPU if there is one), cpu or cuda.
 
     Raises:
-        ValueError: this rank has no GPU although one is needed, or the machine's driver is too old.
+        ValueError: This rank has no GPU although one is needed, or the machine's driver is too old.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))

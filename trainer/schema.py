@@ -19,10 +19,10 @@ class Key(NamedTuple):
     """One key of the configuration.
 
     Attributes:
-        name: dotted name, such as `bank.lr`.
-        field: the field that describes it.
-        variant: the kind or method whose settings have this key, such as `fsdp`; None outside of a union.
-        resumable: whether its value may differ when a run is resumed: it, or a section around it, has that mark.
+        name: Dotted name, such as `bank.lr`.
+        field: The field that describes it.
+        variant: The kind or method whose settings have this key, such as `fsdp`; None outside of a union.
+        resumable: Whether its value may differ when a run is resumed: it, or a section around it, has that mark.
     """
 
     name: str

@@ -49,15 +49,15 @@ class EngineSettings(Section):
         """Return the engine; student and teacher are distributed over the ranks in place. Called by all ranks.
 
         Args:
-            student: the network that the optimizer trains.
-            teacher: its moving average; None for methods without one.
-            optim: settings of the optimizer.
-            batch_size: images per step over all ranks.
-            rank_info: this process.
-            precision: dtype of autocast; torch.float32 means that autocast is off.
+            student: The network that the optimizer trains.
+            teacher: Its moving average; None for methods without one.
+            optim: Settings of the optimizer.
+            batch_size: Images per step over all ranks.
+            rank_info: This process.
+            precision: Dtype of autocast; torch.float32 means that autocast is off.
 
         Raises:
-            ValueError: the settings do not fit the networks or the ranks.
+            ValueError: The settings do not fit the networks or the ranks.
         """
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class Engine(Protocol):
     """Trains a student and updates its teacher, both distributed over the ranks. All ranks call all methods.
 
     Attributes:
-        scale: the loss scale in fp16, else None.
+        scale: The loss scale in fp16, else None.
     """
 
     scale: LossScale | None
@@ -220,7 +220,7 @@ def blocks(network: Encoder) -> list[nn.Module]:
     """Return a network's blocks, the units of checkpointing, compilation and sharding.
 
     Raises:
-        ValueError: the backbone is not a ResNet, ViT or ConvNeXt or built like one.
+        ValueError: The backbone is not a ResNet, ViT or ConvNeXt or built like one.
     """
     found: list[nn.Module] = []
     for name in ("layer1", "layer2", "layer3", "layer4", "blocks", "stages"):
@@ -303,12 +303,12 @@ def update(
     """Take one optimizer step unless `norm` is not finite, and clear the gradients.
 
     Args:
-        optimizer: a group's learning rate becomes `lr` times its `lr_scale`, if it has one.
-        grads: gradients of the optimizer's parameters, one list per device, still multiplied by the loss scale.
-        norm: norm of the complete gradient, without the loss scale.
-        clip: maximum gradient norm, or None.
-        scale: the loss scale, which is updated, or None.
-        lr: learning rate.
+        optimizer: A group's learning rate becomes `lr` times its `lr_scale`, if it has one.
+        grads: Gradients of the optimizer's parameters, one list per device, still multiplied by the loss scale.
+        norm: Norm of the complete gradient, without the loss scale.
+        clip: Maximum gradient norm, or None.
+        scale: The loss scale, which is updated, or None.
+        lr: Learning rate.
     """
     if math.isfinite(norm):
         factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / (scale.value if scale else 1.0)

@@ -99,9 +99,9 @@ class FlatLayout(NamedTuple):
     """How parameters are packed into one flat tensor, as ZeRO does.
 
     Attributes:
-        tensors: number of parameters with a shard in this flat tensor on any rank.
-        shards: for each shard that this rank holds: the parameter's index, and offset and length in the flat tensor.
-        ranks: the ranks that hold the other shards.
+        tensors: Number of parameters with a shard in this flat tensor on any rank.
+        shards: For each shard that this rank holds: the parameter's index, and offset and length in the flat tensor.
+        ranks: The ranks that hold the other shards.
     """
 
     tensors: int

@@ -65,10 +65,10 @@ class ParamShard(NamedTuple):
 
     Attributes:
         flat: 1-D tensor that packs shards of several parameters.
-        offset: where this shard begins in `flat`.
-        start: the shard's first element in the flattened parameter.
-        length: number of elements.
-        param: index of the parameter among all that any rank packs into its `flat`.
+        offset: Where this shard begins in `flat`.
+        start: The shard's first element in the flattened parameter.
+        length: Number of elements.
+        param: Index of the parameter among all that any rank packs into its `flat`.
     """
 
     flat: Tensor

@@ -29,6 +29,7 @@ from rich.table import Table
 from trainer import distributed
 from trainer.config import Config
 from trainer.distributed import RankInfo
+from trainer.ops.doctor import print_checks, run_checks
 from trainer.ops.node_checks import find_problems, find_versions, free_memory, node_address, node_name
 from trainer.ops.watchdog import Watchdog
 
@@ -76,6 +77,11 @@ class Peer(NamedTuple):
     name: str
     address: str
     port: int
+
+
+def check_machines(config: Config | None, bad_nodes: Path | None) -> bool:
+    """Check this machine, or under torchrun all nodes. Returns False if there is a problem; see `run_preflight`."""
+    return run_preflight(config, bad_nodes) if "GROUP_RANK" in os.environ else print_checks(run_checks(config))
 
 
 def run_preflight(config: Config | None, bad_nodes: Path | None) -> bool:

@@ -51,16 +51,16 @@ def show(
     """Return the text that the options of `python -m trainer config` ask for.
 
     Args:
-        path: the YAML file.
+        path: The YAML file.
         overrides: `section.key=value` for each value to change.
-        get: return only the value of this key.
-        nodes: number of nodes.
-        ranks_per_node: check that the configuration can train on that many ranks.
-        key: explain this key or section instead; needs no file.
-        page: return the page of all keys instead; needs no file.
+        get: Return only the value of this key.
+        nodes: Number of nodes.
+        ranks_per_node: Check that the configuration can train on that many ranks.
+        key: Explain this key or section instead; needs no file.
+        page: Return the page of all keys instead; needs no file.
 
     Raises:
-        ValueError: the file is not valid or does not suit the number of ranks, or there is no such key.
+        ValueError: The file is not valid or does not suit the number of ranks, or there is no such key.
     """
     if page or key:
         return reference() if page else explain(str(key))
@@ -81,7 +81,7 @@ def explain(name: str) -> str:
     """Return description, type, limits and default of a key, or of all keys of a section.
 
     Raises:
-        ValueError: there is no such key.
+        ValueError: There is no such key.
     """
     entries = _entries()
     found = [entry for entry in entries if f"{entry.name}.".startswith(f"{name}.")]

@@ -205,7 +205,6 @@ def scale_submit(
     warmup: Annotated[int, typer.Option(help="Number of steps before the timed ones", min=1)] = 10,
 ) -> None:
     """Measure CONFIG at each size that FOLDER has no result for, by one SLURM job each or by local processes."""
-
     from trainer.bench.scaling import submit
 
     try:

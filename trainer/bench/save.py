@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 
 from trainer import distributed
-from trainer.bench.harness import environment, print_table, seconds, write_result
-from trainer.bench.synthetic import build_step, frozen_rates, random_views
+from trainer.bench.harness import print_table, seconds, write_result
+from trainer.bench.synthetic import build_step, describe, frozen_rates, random_views, title
 from trainer.config import Config
 from trainer.run import checkpoint
 
@@ -28,8 +28,7 @@ def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
 
     Returns:
         A dictionary of medians: copy_seconds that training waits for a save, save_seconds until all is written,
-        beside_seconds of a step during a save, step_seconds of a step without one, and the ratio of the two; and what
-        was run.
+        beside_seconds of a step during a save, step_seconds of a step without one, and the ratio of the two.
 
     Raises:
         ValueError: The checkpoint cannot be written, or takes less time than a step.
@@ -68,11 +67,7 @@ def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
                 f"bench save: a checkpoint takes {max(saving):.2g} s, less than a step; need a larger model or bank"
             )
         return {
-            "backbone": config.model.backbone,
-            "batch_size": config.data.batch_size,
-            "negatives": config.bank.size,
-            "device": rank_info.device.type,
-            "ranks": rank_info.world_size,
+            **describe(config, rank_info),
             "checkpoint_bytes": sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file()),
             "saves": saves,
             "steps": len(beside),
@@ -81,7 +76,6 @@ def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
             "step_seconds": statistics.median(alone),
             "beside_seconds": statistics.median(beside),
             "ratio": statistics.median(beside) / statistics.median(alone),
-            **environment(),
         }
 
 
@@ -95,7 +89,7 @@ def _on_all_ranks(done: bool) -> bool:
 def report(result: dict[str, Any], out: Path | None) -> None:
     """Print the result of `run` as a table and write it to `out` as JSON."""
     print_table(
-        f"{result['backbone']}, batch {result['batch_size']}, {result['negatives']} negatives",
+        title(result),
         ("", ""),
         [
             ("checkpoint", f"{result['checkpoint_bytes'] / 1e6:.0f} MB"),

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from trainer import distributed
-from trainer.bench.harness import environment, interleave, medians, print_table, seconds, write_result
-from trainer.bench.synthetic import build_step, frozen_rates, random_views
+from trainer.bench.harness import interleave, medians, print_table, seconds, write_result
+from trainer.bench.synthetic import build_step, describe, frozen_rates, random_views, title
 from trainer.config import Config
 from trainer.train_step import TrainStep
 
@@ -16,16 +16,11 @@ WARMUP = 3  # turns that are not counted: they choose algorithms and allocate me
 
 
 def run(config: Config, repeats: int) -> dict[str, Any]:
-    """Time both steps in alternating turns on one batch of random images.
+    """Time both steps in `repeats` alternating turns on one batch of random images.
 
-    Args:
-        config: The configuration.
-        repeats: Number of turns of each.
-
-    Returns:
-        A dictionary: step_seconds of `TrainStep.step`; bare_seconds of the forward passes of student and teacher, the
-        backward pass of a sum, the optimizer's step and the moving average; overhead, their ratio minus one; phases,
-        the share of each phase in the training step; and what was run.
+    Returns a dictionary: step_seconds of `TrainStep.step`; bare_seconds of the forward passes of student and teacher,
+    the backward pass of a sum, the optimizer's step and the moving average; overhead, their ratio minus one; phases,
+    the share of each phase in the training step.
     """
     with distributed.process_group(config.run.device) as rank_info:
         train_step, bare_step = (build_step(config, rank_info) for _ in range(2))
@@ -39,24 +34,19 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
         times = medians(interleave(sides, repeats))
         phases = train_step.phases.pop()
         return {
-            "backbone": config.model.backbone,
-            "batch_size": config.data.batch_size,
-            "negatives": config.bank.size,
-            "device": rank_info.device.type,
-            "ranks": rank_info.world_size,
+            **describe(config, rank_info),
             "repeats": repeats,
             "step_seconds": times["step"],
             "bare_seconds": times["bare"],
             "overhead": times["step"] / times["bare"] - 1,
             "phases": {name: value / sum(phases.values()) for name, value in phases.items()},
-            **environment(),
         }
 
 
 def report(result: dict[str, Any], out: Path | None) -> None:
     """Print the result of `run` as a table and write it to `out` as JSON."""
     print_table(
-        f"{result['backbone']}, batch {result['batch_size']}, {result['negatives']} negatives",
+        title(result),
         ("", ""),
         [
             ("training step", f"{1e3 * result['step_seconds']:.1f} ms"),

@@ -4,10 +4,13 @@ Neither images nor weights change how long a step takes, so no data set is neede
 finite.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from data.batch import Batch
+from trainer.bench.harness import environment
 from trainer.build import initialise_negatives
 from trainer.config import Config
 from trainer.distributed import RankInfo
@@ -20,6 +23,23 @@ def build_step(config: Config, rank_info: RankInfo) -> TrainStep:
     config = config.model_copy(update={"bank": config.bank.model_copy(update={"init": "random"})})
     initialise_negatives(train_step.method, config, rank_info, range(1 << 30))  # type: ignore[arg-type]
     return train_step
+
+
+def describe(config: Config, rank_info: RankInfo) -> dict[str, Any]:
+    """Describe the step and the circumstances of a measurement, for its result file."""
+    return {
+        "backbone": config.model.backbone,
+        "batch_size": config.data.batch_size,
+        "negatives": config.bank.size,
+        "device": rank_info.device.type,
+        "ranks": rank_info.world_size,
+        **environment(),
+    }
+
+
+def title(result: dict[str, Any]) -> str:
+    """Return the title of the table of a result that contains `describe`."""
+    return "{backbone}, batch {batch_size}, {negatives} negatives".format(**result)
 
 
 def frozen_rates(config: Config) -> Rates:

@@ -45,16 +45,9 @@ TRACED_STEPS = 3  # after the timed ones, for the time of collectives
 
 
 def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[str, Any]:
-    """Measure the throughput in each mode, with learning rates of zero. Called by all ranks.
+    """Measure the throughput of `steps` steps after `warmup` others, in one mode after the other. Called by all ranks.
 
-    Args:
-        config: The configuration.
-        modes: Modes to measure, one after the other.
-        steps: Number of timed steps.
-        warmup: Number of steps before them.
-
-    Returns:
-        What was run, and under `modes` the figures of each mode; the same on all ranks.
+    Returns what was run and, under `modes`, the figures of each mode; the same on all ranks.
     """
     with distributed.process_group(config.run.device) as rank_info, tempfile.TemporaryDirectory() as folder:
         set_up_logging(rank_info.rank)

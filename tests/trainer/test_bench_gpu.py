@@ -1,6 +1,6 @@
-"""What needs no GPU of `bench gpu`, `bench kernels --static` and `--tune`: refusals, and the roofline's arithmetic.
+"""The parts of `bench gpu`, `bench kernels --static` and `--tune` that need no Triton: errors, and the roofline.
 
-The rest runs with the Triton kernels (`tests/kernels/triton_bench.py`, `triton_compiled.py`).
+The others are tested with the Triton kernels (`tests/kernels/triton_bench.py`, `triton_compiled.py`).
 """
 
 import pytest
@@ -26,7 +26,7 @@ def test_other_types_are_refused() -> None:
         gpu.run(torch.device("cpu"), 128, ("int8",), 1)
 
 
-def test_one_at_a_time() -> None:
+def test_static_and_tune_exclude_each_other() -> None:
     error = CliRunner().invoke(app, ["bench", "kernels", "--static", "--tune"]).exception
     assert isinstance(error, ValueError)
 

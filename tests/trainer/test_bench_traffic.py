@@ -1,4 +1,4 @@
-"""Counted traffic: every collective is seen, and what the sharded bank sends does not depend on its size."""
+"""Counted traffic: every collective is counted, and the traffic of the sharded bank does not depend on its size."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -38,13 +38,13 @@ def faked(case: Case, ranks: int) -> Count:
 
 
 def test_the_sharded_bank_sends_a_twentieth() -> None:
-    """At N = 4096, D = 128, K = 65,536 and 64 ranks, whatever the type of the queries, and the same at any K."""
+    """At N = 4096, D = 128, K = 65,536, 64 ranks and bf16 queries; ours sends the same at any K."""
     sent = {
         (name, negatives): sum(c.sent for c in faked(Case(name, 4096, negatives, 128, torch.bfloat16), 64).collectives)
         for name in traffic.FORMULATIONS
         for negatives in (65536, 2**20)
     }
-    # By hand, for what a rank hands in: 64 queries of bf16, 4096 sums [129] of fp32, and twice 4096 of fp32.
+    # By hand, from the inputs of a rank: 64 queries of bf16, 4096 sums [129] of fp32, and twice 4096 of fp32.
     assert sent["sharded", 65536] == 63 * 64 * 128 * 2 + 63 * (4096 * 129 * 4) // 64 + 2 * (2 * 63 * 4096 * 4 // 64)
     assert sent["published", 65536] == 63 * 64 * 128 * 2 + 2 * 63 * (65536 * 128 * 4) // 64
     assert sent["published", 65536] / sent["sharded", 65536] == pytest.approx(21.12, abs=0.005)
@@ -59,7 +59,7 @@ def all_formulations(dtype: torch.dtype) -> dict[str, tuple[torch.Tensor, Count]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_collective_on_two_ranks(dtype: torch.dtype) -> None:
-    """N = 8, D = 4: 4 queries and keys a rank. The three also take the same step."""
+    """N = 8, D = 4: 4 queries and keys a rank. All formulations take the same step."""
     first, second = run_ranks(2, all_formulations, dtype)
     size, name = dtype.itemsize, str(dtype).removeprefix("torch.")
     queries = Collective("all_gather", (4, 4), name, 2, 16 * size)
@@ -88,7 +88,7 @@ def test_every_collective_on_two_ranks(dtype: torch.dtype) -> None:
 
 
 def test_a_step_moves_the_bank() -> None:
-    """Else the agreement of formulations above would say nothing."""
+    """The agreement of the formulations above means something only if the step changes the bank."""
     (count,) = run_ranks(1, all_formulations, torch.float32)
     start_KD = torch.randn(37, 4, generator=torch.Generator().manual_seed(0))
     for w_KD, sent in count.values():
@@ -127,15 +127,15 @@ def test_every_way_to_issue_a_collective(form: str) -> None:
 
 
 def backward(wrap: Callable[..., Any]) -> list[Collective]:
-    """What forward and backward of a network of 64 weights in fp32 issue."""
+    """Return the collectives of forward and backward of a network of 64 fp32 weights."""
     network = wrap(nn.Sequential(nn.Linear(8, 8, bias=False)))
     with CollectiveTrace() as trace:
         network(torch.ones(2, 8)).sum().backward()
     return trace.collectives
 
 
-def test_what_wrapped_networks_issue() -> None:
-    """DDP's bucket, which C++ reduces (and on a fake group cannot); FSDP2's gather and its scatter of the gradient."""
+def test_collectives_of_wrapped_networks() -> None:
+    """DDP's bucket, which C++ reduces (but not on a fake group); FSDP2's all-gather and reduce-scatter."""
     for collectives in run_ranks(2, backward, DistributedDataParallel):
         assert collectives == [Collective("all_reduce", (64,), "float32", 2, 256)]
     with fake_group(4):
@@ -145,7 +145,7 @@ def test_what_wrapped_networks_issue() -> None:
         ]
 
 
-def test_a_collective_that_is_not_known() -> None:
+def test_unknown_collectives_are_refused() -> None:
     with (
         fake_group(2),
         CollectiveTrace(),
@@ -175,6 +175,6 @@ def test_results_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         ((8, [64, 5], 8, [4]), "5 negatives do not give each of 4 ranks at least one"),
     ],
 )
-def test_what_cannot_be_divided(arguments: tuple[int, list[int], int, list[int]], message: str) -> None:
+def test_uneven_division_is_refused(arguments: tuple[int, list[int], int, list[int]], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         traffic.run(*arguments)

@@ -1,4 +1,4 @@
-"""Scaling studies: what is started, with what batch; the table's arithmetic; a real one of two local sizes."""
+"""Scaling studies: the started jobs and their batch sizes, the arithmetic of the table, and a small local study."""
 
 import json
 import os
@@ -52,24 +52,24 @@ def small(folder: Path) -> Path:
 def test_local_processes(tmp_path: Path) -> None:
     arguments = ["--mode", "synthetic", "--steps", "2", "--warmup", "1"]
     write_result(tmp_path, "weak", 1, 10.0)
-    said = submit(small(tmp_path), [], tmp_path, [1, 2], ["weak"], True, [], arguments)
-    assert said == [f"measured {tmp_path}/weak-00002.json", f"{tmp_path}/weak-00001.json exists already"]
+    lines = submit(small(tmp_path), [], tmp_path, [1, 2], ["weak"], True, [], arguments)
+    assert lines == [f"measured {tmp_path}/weak-00002.json", f"{tmp_path}/weak-00001.json exists already"]
     result = json.loads((tmp_path / "weak-00002.json").read_text())
     assert (result["ranks"], result["batch_size"]) == (2, 24)
 
 
 def test_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sbatch is a script that writes down how it was called."""
+    """sbatch is replaced by a script that records its arguments."""
     sbatch = tmp_path / "bin/sbatch"
     sbatch.parent.mkdir()
     sbatch.write_text(f'#!/bin/sh\necho "$CONFIG $*" >> {tmp_path}/calls\necho 41\n')
     sbatch.chmod(0o755)
     monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
     config, study = small(tmp_path), tmp_path / "study"
-    said = submit(
+    lines = submit(
         config, ["bank.size=60"], study, [3, 1], ["strong", "weak"], False, ["--partition=gpu"], ["--steps=9"]
     )
-    assert said[3] == f"job 41: 3 nodes, batch 36, {study}/weak-00003.json"
+    assert lines[3] == f"job 41: 3 nodes, batch 36, {study}/weak-00003.json"
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[1] == (
         f"{config} --parsable --nodes=3 --partition=gpu slurm/scaling_study.sh bank.size=60 data.batch_size=12 "
@@ -80,7 +80,7 @@ def test_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         submit(config, [], study, [5], ["strong"], False, [], [])
 
 
-def test_where_there_is_no_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="sbatch is not installed; --local measures"):
         submit(small(tmp_path), [], tmp_path / "study", [1], ["weak"], False, [], [])

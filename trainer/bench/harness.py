@@ -136,7 +136,10 @@ def print_rows(title: str, columns: Columns, rows: Iterable[Any], text_columns: 
 
 def print_table(title: str, headings: Sequence[str], cells: Iterable[Sequence[str]], text_columns: int = 1) -> None:
     """Print a table of cells; the first `text_columns` columns are aligned left. An empty row ends a section."""
-    table = Table(title=title, box=None, show_header=any(headings))
+    console = Console(width=max(WIDTH, Console().width))
+    if title:
+        console.print("", title, sep="\n", style="bold", highlight=False, markup=False)
+    table = Table(box=None, show_header=any(headings), pad_edge=False)
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < text_columns else "right", no_wrap=True)
     for row in cells:
@@ -144,7 +147,7 @@ def print_table(title: str, headings: Sequence[str], cells: Iterable[Sequence[st
             table.add_row(*row)
         else:
             table.add_section()
-    Console(width=max(WIDTH, Console().width)).print(table)
+    console.print(table)
 
 
 def write_result(out: Path | None, result: dict[str, Any]) -> None:

@@ -17,11 +17,8 @@ from tests.ranks import run_ranks
 from tests.trainer.evaluations import evaluate_here, write_run
 from tests.trainer.small import write_images
 from trainer.config import Config
-from trainer.config_file import dump, load
 from trainer.evaluate import knn
-from trainer.evaluate.base import Evaluator
 from trainer.evaluate.features import Features
-from trainer.evaluate.registry import EVALUATIONS, load_evaluator
 from trainer.run.results import read_evaluations
 
 TRAIN, TEST, CLASSES = 301, 53, 5
@@ -147,20 +144,3 @@ def test_other_settings_than_the_runs_have_their_own_directory(tmp_path: Path) -
     other = evaluate_here(knn.EVALUATOR, run, ["eval.k=3", "eval.temperature=0.07"])
     assert [(result["k"], result["temperature"]) for result in (own, other)] == [(5, 0.1), (3, 0.07)]
     assert read_evaluations(run) == {"knn": own, "knn-k3-t0.07": other}
-
-
-@pytest.mark.usefixtures("small_group")
-def test_an_evaluation_that_failed_does_not_occupy_its_directory(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", write_images(tmp_path / "images", each=8))
-    with pytest.raises(ValueError, match=r"give data\.val"):
-        evaluate_here(knn.EVALUATOR, run, ["data.val=null"])
-    assert evaluate_here(knn.EVALUATOR, run, [])["k"] == 5
-
-
-@pytest.mark.parametrize("verb", EVALUATIONS)
-def test_each_verb_has_an_evaluator_and_takes_a_seed(verb: str, tmp_path: Path) -> None:
-    assert isinstance(load_evaluator(verb), Evaluator)
-    config = tmp_path / "config.yaml"
-    config.write_text(dump(CONFIG))
-    seeded = load(config, EVALUATIONS[verb].overrides(seed=3, fast=False))
-    assert (seeded == CONFIG) == (verb == "knn"), "kNN draws nothing at random"

@@ -47,5 +47,7 @@ def format_evaluation(results: dict[str, Any]) -> str:
     """Formats the main result of an evaluation, with its standard deviation over seeds if there is one."""
     metric, value = primary_metric(results)
     deviation = results.get(f"{metric}_deviation")
+    if not 0 <= value <= 1:
+        return f"{metric} {value:.4g}"
     text = format_percent(value) + (f" ± {100 * deviation:.1f}" if deviation is not None else "")
     return f"{METRIC_LABELS[metric]} {text}" if metric in METRIC_LABELS else text

@@ -14,7 +14,7 @@ stacks-rank-*.txt   stack traces of a process that hung
 replay/             inputs and state of a step with a non-finite loss or gradient, see `trainer.ops.replay`
 trace.json.gz       trace of run.profile steps, for chrome://tracing or ui.perfetto.dev
 report.html         see `trainer.report.run`
-NAME/               an evaluation, see `trainer.evaluate.base`
+NAME/               an evaluation, see `trainer.evaluate.run`
 
 The directory of an imported model has config.yaml, weights.safetensors and imported.json (`trainer.interop.import_`).
 """

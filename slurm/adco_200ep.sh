@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# AdCo, ResNet-50, 200 epochs of ImageNet (or CONFIG=another.yaml):
+# Pre-trains AdCo with a ResNet-50 for 200 epochs of ImageNet (or another recipe with CONFIG=another.yaml):
 #   sbatch --nodes=1 --partition=gpu slurm/adco_200ep.sh data.train=/data/imagenet/train data.val=/data/imagenet/val
-# Options on the sbatch line win over those below. docs/slurm.md has all of them, slurm/env.sh what your site needs.
+# Options on the sbatch line override those below. docs/slurm.md lists them; slurm/env.sh has the settings of your site.
 #SBATCH --job-name=adco_200ep
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

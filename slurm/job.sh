@@ -1,11 +1,10 @@
 #!/usr/bin/env bash
-# Sourced by adco_800ep.sh and the like: takes a snapshot of code and configuration once, then runs the snapshot.
+# Sourced by the scripts that are submitted, such as adco_800ep.sh: copies code and configuration once, then runs the copy.
 #
-#   sbatch [OPTIONS] slurm/adco_800ep.sh [section.key=value …]   snapshot when the job first starts
-#   slurm/adco_800ep.sh [OPTIONS] [section.key=value …]          snapshot now, then the same sbatch
+#   sbatch [OPTIONS] slurm/adco_800ep.sh [section.key=value …]   copies when the job first starts
+#   slurm/adco_800ep.sh [OPTIONS] [section.key=value …]          copies now, then submits the job
 #
-# All nodes, all restarts and all tasks of an array use the snapshot in runs/slurm/JOB/code. What is edited after it
-# counts for the next job.
+# All nodes, restarts and tasks of an array use the copy in runs/slurm/JOB/code. Later edits affect only later jobs.
 set -euo pipefail
 
 snapshot() { # into runs/slurm/$1
@@ -13,10 +12,10 @@ snapshot() { # into runs/slurm/$1
     [[ -f $CONFIG ]] || { echo "error: CONFIG=$CONFIG: no such file in $PWD" >&2 && exit 1; }
     mkdir -p "$new/configs"
     cp -rp trainer models data kernels slurm "$new"
-    cp -p "$(dirname "$CONFIG")"/*.yaml "$new/configs" # all: a file may extend another
+    cp -p "$(dirname "$CONFIG")"/*.yaml "$new/configs" # all of them, because a file may extend another
     if [[ -n ${SWEEP:-} ]]; then cp "$SWEEP" "$new/sweep"; fi
     mkdir -p "runs/slurm/$1"
-    mv -T "$new" "runs/slurm/$1/code" 2>/dev/null || rm -rf "$new" # another task of the array was first
+    mv -T "$new" "runs/slurm/$1/code" 2>/dev/null || rm -rf "$new" # another task of the array has already copied
 }
 
 if [[ -z ${SLURM_JOB_ID:-} ]]; then

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Sourced by what runs in a job, with the job's folder in `job`: the site's settings, and how to start on all nodes.
-# shellcheck disable=SC2034,SC2154 # job is given; config is taken
+# Sourced by the scripts that run in a job, with the job's folder in `job`: the site's settings, and how to start all ranks.
+# shellcheck disable=SC2034,SC2154 # the caller sets job and uses config
 restarts=${SLURM_RESTART_COUNT:-0}
-export PYTHONPATH=$PWD/$job/code PYTHONSAFEPATH=1 # the snapshot, not the working directory
+export PYTHONPATH=$PWD/$job/code PYTHONSAFEPATH=1 # the copied code, not the working directory
 # shellcheck source=slurm/env.sh
 source "$job/code/slurm/env.sh"
 
-# shellcheck disable=SC2153 # from the script that was submitted
+# shellcheck disable=SC2153 # CONFIG is set by the submitted script
 config=$job/code/configs/${CONFIG##*/}
 ranks=${SLURM_GPUS_ON_NODE:-0} # per node
 ranks=$((ranks > 0 ? ranks : 1))
@@ -16,7 +16,7 @@ port=$((10000 + (SLURM_JOB_ID + 8191 * restarts) % 20000))
 
 say() { echo "$(date '+%F %T') slurm: $*"; }
 
-launch() { # VERB ARGUMENT…: python -m trainer on every rank
+launch() { # VERB ARGUMENT…: runs python -m trainer on every rank
     srun --kill-on-bad-exit=1 "${srun_options[@]}" "${container[@]}" \
         torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --rdzv-backend=c10d \
         --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID-$restarts-$1" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One measurement of a scaling study, in the batch shell on the first node, from the snapshot that job.sh took.
+# One measurement of a scaling study. Runs in the batch shell on the first node, from the code that job.sh copied.
 set -euo pipefail
 job=$1
 shift

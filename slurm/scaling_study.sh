@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# One size of a scaling study. You need not submit it yourself; this does so for each size, and collects:
+# Measures one size of a scaling study. These commands submit it for each size and collect the results:
 #   python -m trainer scale submit configs/adco_r50_800ep.yaml study --sizes 1,2,4,8 --sbatch '--partition=gpu'
 #   python -m trainer scale collect study
 #SBATCH --job-name=scaling_study

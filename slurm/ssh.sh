@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# A cluster without SLURM: torchrun on every host over ssh.
+# Trains on a cluster without SLURM by starting torchrun on every host over ssh.
 #   slurm/ssh.sh HOSTS CONFIG [section.key=value …]
-# HOSTS: a file, one host a line; the others reach the first by this name. All see this folder, under the same path, and
-# you can log in to each without a password. RANKS: per host, its GPUs if not given. Ctrl-C makes all ranks save and stop;
-# the same command goes on.
+# HOSTS is a file with one host per line; the other hosts must reach the first one by this name. All hosts must share this
+# folder under the same path and accept ssh without a password. RANKS is the number of ranks per host (default: its GPUs).
+# Ctrl-C makes all ranks save and stop; the same command resumes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 mapfile -t hosts < <(grep -v '^ *$' "$1")
@@ -13,12 +13,12 @@ source slurm/env.sh
 run_dir=$(python -m trainer config "$@" --get run.dir)
 port=$((10000 + RANDOM % 20000))
 
-everywhere() { # VERB ARGUMENT…: python -m trainer on all hosts; the first to fail ends the others
+everywhere() { # VERB ARGUMENT…: runs python -m trainer on all hosts; the first failure ends the others
     local host command pids=()
     printf -v command '%q ' torchrun --nnodes="${#hosts[@]}" --nproc-per-node="${RANKS:-gpu}" --rdzv-backend=c10d \
         --rdzv-endpoint="${hosts[0]}:$port" --rdzv-id="$port-$1" --shutdown-timeout=600 -m trainer "$@"
     for host in "${hosts[@]}"; do
-        # -tt: when ssh ends, what it started gets a hangup.
+        # -tt: when ssh ends, the remote processes receive SIGHUP.
         ssh -tt -o BatchMode=yes "$host" "cd ${PWD@Q} && source slurm/env.sh && $command" </dev/null &
         pids+=("$!")
     done

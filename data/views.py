@@ -75,18 +75,29 @@ class Augment(BaseModel):
     ratio: Range = Field((3 / 4, 4 / 3), description="Smallest and largest width / height of the random crop.")
     flip: float = Field(0.5, ge=0, le=1, description="Probability of a horizontal flip.")
     jitter: float = Field(
-        0.8, ge=0, le=1, description="Probability of a change of brightness, contrast, saturation, hue."
+        0.8, ge=0, le=1, description="Probability of a change of brightness, contrast, saturation and hue."
     )
     brightness: float = Field(
-        0.4, ge=0, allow_inf_nan=False, description="The factor of brightness is uniform in 1 - x to 1 + x, from 0 on."
+        0.4,
+        ge=0,
+        allow_inf_nan=False,
+        description="Strength x of brightness: the factor is uniform between max(0, 1 - x) and 1 + x.",
     )
     contrast: float = Field(
-        0.4, ge=0, allow_inf_nan=False, description="The factor of contrast is uniform in 1 - x to 1 + x, from 0 on."
+        0.4,
+        ge=0,
+        allow_inf_nan=False,
+        description="Strength x of contrast: the factor is uniform between max(0, 1 - x) and 1 + x.",
     )
     saturation: float = Field(
-        0.4, ge=0, allow_inf_nan=False, description="The factor of saturation is uniform in 1 - x to 1 + x, from 0 on."
+        0.4,
+        ge=0,
+        allow_inf_nan=False,
+        description="Strength x of saturation: the factor is uniform between max(0, 1 - x) and 1 + x.",
     )
-    hue: float = Field(0.1, ge=0, le=0.5, description="The change of hue is uniform in -x to x turns.")
+    hue: float = Field(
+        0.1, ge=0, le=0.5, description="Strength x of hue: the rotation is uniform between -x and x turns."
+    )
     gray: float = Field(0.2, ge=0, le=1, description="Probability of grayscale.")
     blur: float = Field(0.5, ge=0, le=1, description="Probability of a Gaussian blur.")
     blur_sigma: Range = Field(

@@ -218,6 +218,26 @@ def test_the_forms_of_the_triplet() -> None:
     assert soft.tolist() == pytest.approx([torch.log1p(torch.tensor([0.6, 0.4]).exp().sum()).item(), 0.0])
 
 
+def test_what_settings_say_about_negatives() -> None:
+    bank = BankSettings(size=1000)
+    for settings, name, number, description in (
+        (adco.Settings(), "bank", 1000, "1,000, learning rate 3, temperature 0.02"),
+        (moco.Settings(), "queue", 1000, "1,000"),
+        (acssl.Settings(negatives_from="queue"), "queue", 1000, "1,000"),
+        (acssl.Settings(), None, 0, None),
+        (simclr.Settings(), None, 0, None),
+        (byol.Settings(), None, 0, None),
+    ):
+        kind = settings.negatives_class
+        assert (kind.name if kind else None) == name
+        assert settings.num_negatives(bank) == number
+        assert settings.describe_negatives(bank) == description
+        assert (settings.negatives_flops(bank, D) > 0) == (number > 0)
+        assert all(re.fullmatch(r"\d{4}\.\d{5}", paper) for paper in settings.papers)
+        assert settings.papers
+        assert all(field.description for field in type(settings).model_fields.values())
+
+
 # The queue.
 
 

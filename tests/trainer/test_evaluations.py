@@ -17,6 +17,8 @@ from trainer.evaluate.run import run_evaluation
 from trainer.interop.weights import NEWEST
 from trainer.report.compare import read, tabulate
 from trainer.report.run import write_report
+from trainer.run.files import write_json
+from trainer.run.results import read_evaluations
 
 
 @pytest.fixture
@@ -38,6 +40,14 @@ def test_an_evaluation_that_failed_does_not_occupy_its_directory(run: Path) -> N
     with pytest.raises(ValueError, match=r"give data\.val"):
         evaluate_here(knn.EVALUATOR, run, ["data.val=null"])
     assert evaluate_here(knn.EVALUATOR, run, [])["k"] == 5
+
+
+@pytest.mark.usefixtures("small_group")
+def test_results_of_another_checkpoint_keep_their_directory(run: Path) -> None:
+    results = evaluate_here(knn.EVALUATOR, run, [])
+    write_json(run / "knn" / "results.json", {**results, "step": 7})
+    assert evaluate_here(knn.EVALUATOR, run, []) == results
+    assert {name: found["step"] for name, found in read_evaluations(run).items()} == {"knn": 7, "knn-step0": 0}
 
 
 def test_a_new_evaluation_is_one_file_and_one_registration(

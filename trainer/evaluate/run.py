@@ -67,8 +67,18 @@ def evaluate(
 ) -> Results:
     """Return the results on all ranks, computing them if RUN/NAME does not have them yet. Collective.
 
+    Args:
+        evaluator: The evaluation.
+        run: The run directory.
+        config: The configuration of the run, with overrides.
+        folder_name: NAME; None for the default of the evaluation.
+        choice: The network and checkpoint to evaluate.
+        rank_info: This process.
+        started: When this process started, in seconds of the epoch.
+
     Raises:
         RuntimeError: The evaluation changed the backbone.
+        ValueError: On all ranks, if RUN/NAME has another evaluation, or something that the evaluation needs is missing.
     """
     encoder, step = load_encoder(run, config, choice)
     to_device(encoder, rank_info.device)

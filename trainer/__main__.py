@@ -108,8 +108,8 @@ def export(
     from trainer.interop.export import export
     from trainer.interop.weights import CheckpointChoice
 
-    if told := export(run, to, out, CheckpointChoice(network, step), licence):
-        print(told)
+    if message := export(run, to, out, CheckpointChoice(network, step), licence):
+        print(message)
 
 
 @app.command()
@@ -129,8 +129,8 @@ def embed(
     from trainer.evaluate.embed import embed
     from trainer.interop.weights import CheckpointChoice
 
-    if told := embed(run, src, out, CheckpointChoice(network, step), points, overrides or []):
-        print(told)
+    if message := embed(run, src, out, CheckpointChoice(network, step), points, overrides or []):
+        print(message)
 
 
 def _add_evaluation(verb: str, registration: Registration) -> None:

@@ -28,7 +28,7 @@ Engine = Annotated[ddp.Settings | fsdp.Settings | zero.Settings, Field(discrimin
 
 
 class Run(Section):
-    """Where a run is stored, how long it takes, and what it records."""
+    """Storage, length, device, intervals and time limits of a run."""
 
     dir: str = Field(
         description="Run directory; the same command with the same directory resumes the run.",
@@ -99,7 +99,7 @@ class Model(Section):
 
 
 class MonitorSettings(Section):
-    """Where log rows go besides metrics.jsonl."""
+    """Destinations of log rows besides metrics.jsonl."""
 
     tensorboard: bool = Field(True, description="Write TensorBoard files to `tensorboard/` in the run directory.")
     wandb: str | None = Field(

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 class Task(Protocol):
-    """What the loop trains. All methods are called by all ranks.
+    """A model that the loop trains. All methods are called by all ranks.
 
     Attributes:
         phases: Measures the phases of a step.
@@ -56,7 +56,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Where and how long `train` runs.
+    """Settings of `train`: folders, length, intervals.
 
     Attributes:
         folder: Receives metrics and checkpoints.

@@ -143,7 +143,7 @@ class Engine(Protocol):
 
 
 class TorchEngine:
-    """What DDP and FSDP share: a torch optimizer over parameters that are replicated or DTensors."""
+    """The common part of DDP and FSDP: a torch optimizer over parameters that are replicated or DTensors."""
 
     def __init__(
         self, student: Encoder, teacher: Encoder | None, optim: Optim, rank_info: RankInfo, precision: torch.dtype

@@ -96,7 +96,7 @@ def shard_group(x: Tensor) -> dist.ProcessGroup | None:
 
 
 class FlatLayout(NamedTuple):
-    """How parameters are packed into one flat tensor, as ZeRO does.
+    """The layout of parameters in one flat tensor, as ZeRO packs them.
 
     Attributes:
         tensors: Number of parameters with a shard in this flat tensor on any rank.

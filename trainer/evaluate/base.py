@@ -1,4 +1,4 @@
-"""What an evaluation is: a function that takes an encoder and returns named numbers.
+"""The protocol of an evaluation: a function that takes an encoder and returns named numbers.
 
 To add one, write a file like `trainer.evaluate.knn` with an `EVALUATOR` and register it in `trainer.evaluate.registry`.
 
@@ -23,7 +23,7 @@ Results = dict[str, Any]  # by name; the first number is the primary metric, whi
 
 
 class EvaluationContext(NamedTuple):
-    """What an evaluation works with.
+    """The inputs of an evaluation.
 
     Attributes:
         encoder: The network to evaluate, on this rank's device.

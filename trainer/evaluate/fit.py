@@ -32,7 +32,7 @@ from trainer.run.results import Row
 
 
 class Recipe(NamedTuple):
-    """How `fit` trains a classifier.
+    """The hyperparameters with which `fit` trains a classifier.
 
     Attributes:
         batch_size: Images per step over all ranks.

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class Registration(NamedTuple):
-    """How the command line offers an evaluation.
+    """The entry of an evaluation on the command line.
 
     Attributes:
         module: The module that has its `EVALUATOR`.

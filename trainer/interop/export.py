@@ -59,7 +59,7 @@ class Export(NamedTuple):
 
     @property
     def small_resnet(self) -> bool:
-        """Whether the network is a ResNet with a stem for small images, which no other program has."""
+        """True for a ResNet with a stem for small images, which no other program has."""
         return self.config.model.small_images and not isinstance(self.network, VisionTransformer)
 
     def weights(self) -> dict[str, Tensor]:

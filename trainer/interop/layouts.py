@@ -61,7 +61,7 @@ _TORCHVISION_VIT = (
 
 
 def is_torchvision_vit(names: set[str]) -> bool:
-    """Whether the tensor names are those of torchvision's VisionTransformer."""
+    """Return whether the tensor names are those of torchvision's VisionTransformer."""
     return {"class_token", "conv_proj.weight"} <= names
 
 

@@ -1,4 +1,4 @@
-"""What a node reports about itself in the preflight: address, versions, free memory, and what it lacks."""
+"""The checks that a node makes on itself in the preflight: address, versions, free memory, and missing parts."""
 
 import hashlib
 import importlib.metadata

@@ -43,7 +43,7 @@ _REPEATS = 5  # of each measurement; the fastest counts
 
 
 class NodeReport(NamedTuple):
-    """What a node reports about itself.
+    """The report of one node.
 
     Attributes:
         name: Name of the node.
@@ -72,7 +72,7 @@ class Fault(NamedTuple):
 
 
 class Peer(NamedTuple):
-    """Where a node listens during the connection test."""
+    """The address of a node during the connection test."""
 
     name: str
     address: str

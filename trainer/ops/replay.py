@@ -28,7 +28,7 @@ _SHOWN = 8  # ranks, and images of each, in a message; the JSON file has all
 
 
 class StepInputs(NamedTuple):
-    """What a rank passed to `TrainStep.step`, and the indices [B] of its images in the data set."""
+    """The arguments of `TrainStep.step` on one rank, and the indices [B] of its images in the data set."""
 
     views: list[Tensor]
     samples: Tensor

@@ -79,7 +79,7 @@ class StepTime(NamedTuple):
 
     @property
     def bottleneck(self) -> str:
-        """What takes most of the step: compute, memory, host (launching operators), network or data."""
+        """The part that takes most of the step: compute, memory, host (launching operators), network or data."""
         if self.data:
             return "data"
         shares = dict.fromkeys(("compute", "memory", "host"), 0.0)

@@ -1,4 +1,4 @@
-"""What a user asks the planner: the options of `python -m trainer plan` with their defaults."""
+"""A request to the planner: the options of `python -m trainer plan` with their defaults."""
 
 from dataclasses import dataclass
 from pathlib import Path

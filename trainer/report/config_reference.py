@@ -1,4 +1,4 @@
-"""What `python -m trainer config` prints: a complete configuration, one key or section, or the page of all keys.
+"""Output of `python -m trainer config`: a complete configuration, one key or section, or the page of all keys.
 
 The texts about keys are generated from the fields of `trainer.config.Config`.
 """

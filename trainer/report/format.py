@@ -9,7 +9,7 @@ METRIC_LABELS = {"map": "mAP"}  # metrics that are named beside their value; the
 
 
 def is_number(value: object) -> bool:
-    """Whether the value is a number that can be charted; a bool is not."""
+    """Return whether the value is a number that can be charted; a bool is not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -135,7 +135,7 @@ def print_rows(title: str, columns: Columns, rows: Iterable[Any], text_columns: 
 
 
 def print_table(title: str, headings: Sequence[str], cells: Iterable[Sequence[str]], text_columns: int = 1) -> None:
-    """Print a table of cells; the first `text_columns` columns are aligned left. An empty row ends a section."""
+    """Print a table of cells; the first `text_columns` columns are aligned left. An empty row is a blank line."""
     console = Console(width=max(WIDTH, Console().width))
     if title:
         console.print("", title, sep="\n", style="bold", highlight=False, markup=False)
@@ -143,10 +143,7 @@ def print_table(title: str, headings: Sequence[str], cells: Iterable[Sequence[st
     for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < text_columns else "right", no_wrap=True)
     for row in cells:
-        if row:
-            table.add_row(*row)
-        else:
-            table.add_section()
+        table.add_row(*row)
     console.print(table)
 
 

@@ -131,11 +131,7 @@ def write_torchvision(export: Export, path: Path) -> str:
 
 
 def torchvision_weights(export: Export) -> dict[str, Tensor]:
-    """Returns the weights by torchvision's names.
-
-    Raises:
-        ValueError: torchvision has no such network, or its network returns other features with these weights.
-    """
+    """Returns the weights by torchvision's names. Raises ValueError if its network differs or gives other features."""
     _refuse_small_stem(export, "torchvision")
     weights = export.weights()
     twin = _torchvision_twin(export)
@@ -158,13 +154,9 @@ def _torchvision_twin(export: Export) -> Any:
         block, patch = network.blocks[0], network.patch_embed
         if patch.img_size[0] != patch.img_size[1] or patch.patch_size[0] != patch.patch_size[1]:
             raise ValueError(f"torchvision has no ViT for {patch.img_size} pixels in patches of {patch.patch_size}")
+        size, layers, width = patch.img_size[0], len(network.blocks), network.embed_dim
         twin = torchvision.models.VisionTransformer(
-            image_size=patch.img_size[0],
-            patch_size=patch.patch_size[0],
-            num_layers=len(network.blocks),
-            num_heads=block.attn.num_heads,
-            hidden_dim=network.embed_dim,
-            mlp_dim=block.mlp.fc1.out_features,
+            size, patch.patch_size[0], layers, block.attn.num_heads, width, block.mlp.fc1.out_features
         )
         twin.heads = nn.Identity()
         return twin
@@ -176,11 +168,7 @@ def _torchvision_twin(export: Export) -> Any:
 
 
 def write_detectron2(export: Export, path: Path) -> str:
-    """Writes a pickle of numpy arrays with detectron2's names.
-
-    Raises:
-        ValueError: The backbone is not a ResNet that torchvision has.
-    """
+    """Writes a pickle of numpy arrays with detectron2's names. Raises ValueError if it is not torchvision's ResNet."""
     if not isinstance(export.network, ResNet):
         raise ValueError(f"detectron2 has ResNets only, the backbone is {export.config.model.backbone}")
     # detectron2 normalises by the running statistics and has no batch counters.
@@ -203,26 +191,17 @@ class _PortablePickler(pickle.Pickler):
 
 
 def write_onnx(export: Export, path: Path) -> str:
-    """Writes an ONNX model with a variable batch size.
-
-    Raises:
-        ValueError: onnxruntime returns other features.
-    """
+    """Writes an ONNX model with a variable batch size. Raises ValueError if onnxruntime returns other features."""
     import onnx
     import onnxruntime
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns about its own code
-        program = torch.onnx.export(
-            export.network,
-            (_random_images(export.size),),
-            dynamo=True,
-            input_names=["images"],
-            output_names=["features"],
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            verbose=False,
-        )
+        names: dict[str, Any] = {"input_names": ["images"], "output_names": ["features"]}
+        shapes = ({0: torch.export.Dim("batch")},)
+        inputs = (_random_images(export.size),)
+        program = torch.onnx.export(export.network, inputs, dynamo=True, dynamic_shapes=shapes, verbose=False, **names)
     assert program is not None
     model = program.model_proto
     onnx.helper.set_model_props(model, {"mean": str(list(MEAN)), "std": str(list(STD)), "range": "[0, 1]"})
@@ -238,11 +217,7 @@ def write_onnx(export: Export, path: Path) -> str:
 
 
 def write_folder(export: Export, folder: Path) -> str:
-    """Writes a folder for Hugging Face, which timm loads.
-
-    Raises:
-        ValueError: timm cannot build the network from its name and arguments.
-    """
+    """Writes a folder for Hugging Face. Raises ValueError if timm cannot build the network from its name."""
     _refuse_small_stem(export, "Hugging Face's folder is loaded by timm, which")
     folder.mkdir()
     network = export.network

@@ -1,4 +1,4 @@
-"""Galleries of the report: training images that are nearest to validation images, and to negatives."""
+"""Galleries of the report: training images that are nearest to validation images, and to learned negatives."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +43,7 @@ class Gallery:
 def draw_galleries(run: Path, config: Config, rank_info: RankInfo) -> tuple[list[Gallery], list[Gallery]]:
     """Returns the galleries of a run's newest checkpoint: nearest to validation images, and nearest to negatives.
 
-    The first list is empty without validation images, the second one for a method without negatives.
+    The first list is empty without validation images, the second one for a method without learned negatives.
 
     Raises:
         ValueError: There is no undamaged checkpoint, or the images cannot be opened.
@@ -54,7 +54,7 @@ def draw_galleries(run: Path, config: Config, rank_info: RankInfo) -> tuple[list
     chosen = _spread(len(train), MAX_IMAGES)
     neighbours = find_neighbours(method.student, config, rank_info, train, val, chosen) if val else []
     negatives: list[Gallery] = []
-    if method.negatives:
+    if method.negatives and method.negatives.learned:
         checkpoint.load(weights.parent, method.state_dict())
         method.loaded()
         negatives = find_negatives(method.student, method.negatives.n_KD, config, rank_info, train, chosen)

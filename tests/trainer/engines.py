@@ -1,4 +1,4 @@
-"""Runs of a few steps under any engine, and what is left of them, whole; for tests that run on several ranks."""
+"""Trainings of a few steps under any engine and their unsharded results, for tests on several ranks."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,14 +18,17 @@ STEPS, SIDE = 10, 16
 # small_images: in bf16 torch 2.14's CPU convolution of stride 2 over single pixels gives undefined gradients.
 NARROW = {"backbone": "resnet18", "backbone_args": {"channels": [8, 8, 8, 16], "layers": [1, 1, 1, 1]}, "dim": 16}
 NETWORKS: dict[str, dict[str, dict[str, Any]]] = {
-    # BatchNorm over all ranks, or each number of ranks would have other batch statistics.
+    # BatchNorm over all ranks, because otherwise batch statistics would depend on the number of ranks.
     "resnet": {"model": {**NARROW, "small_images": True, "stem_stride": 2}, "method": {"bn": "sync"}},
     "vit": {"model": VIT, "method": {"bn": "local"}},
 }
 
 
 class Outcome(NamedTuple):
-    """losses: mean over ranks, of each step. The rest is whole, by name; bank: or the queue."""
+    """Result of a training: losses (mean over ranks) and gradient norms of each step, and unsharded tensors by name.
+
+    `bank` has the queue's tensors for methods with a queue.
+    """
 
     losses: list[float]
     norms: list[float]
@@ -36,11 +39,11 @@ class Outcome(NamedTuple):
 
 
 def make_config(network: str, **sections: dict[str, Any]) -> Config:
-    """A run of `network`, resnet or vit, on images that need no files; `sections` change it."""
+    """Return the configuration of a run of `network`, resnet or vit, with changes; its images need no files."""
     values: dict[str, dict[str, Any]] = {
         "data": {"train": "none", "batch_size": 16, "views": [{"size": SIDE}] * 3},
         "method": {"teacher_momentum": 0.9},
-        "bank": {"size": 30, "init": "random", "temperature": 0.2},  # high, or keys outweigh negatives that are far
+        "bank": {"size": 30, "init": "random", "temperature": 0.2},  # high, so that distant negatives have weight
         "optim": {"lr": 0.05, "clip": 1.0},
     }
     for changes in (NETWORKS[network], sections):

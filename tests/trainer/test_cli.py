@@ -1,4 +1,4 @@
-"""The command line: help of every verb, and one line for a mistake."""
+"""The command line: the help of every verb, and one-line messages for user errors."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def verbs(command: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """This command's words and those of all commands below it."""
+    """Yield the words of this command and of all its subcommands."""
     yield path
     for name, below in getattr(command, "commands", {}).items():
         yield from verbs(below, (*path, name))
@@ -62,7 +62,7 @@ def test_a_mistake_is_one_line() -> None:
 
 
 def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """What `python -m trainer WORDS` says on stderr as it fails."""
+    """Return what `python -m trainer WORDS` writes to stderr when it fails."""
     monkeypatch.delenv("TRAINER_TRACEBACK", raising=False)
     monkeypatch.setattr(sys, "argv", ["trainer", *words])
     with pytest.raises(SystemExit) as caught:

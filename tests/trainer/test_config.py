@@ -1,4 +1,4 @@
-"""Configurations: files, overrides, limits, and what the messages about mistakes say."""
+"""Configurations: files, overrides, limits, error messages, and the reference of all keys."""
 
 from pathlib import Path
 from typing import Any
@@ -9,6 +9,7 @@ import yaml
 from models import adco, byol, moco
 from trainer.config import Config, check_world
 from trainer.config_file import changed_keys, dump, load
+from trainer.engines import ddp, fsdp, zero
 from trainer.report import config_reference
 from trainer.schema import walk_keys
 
@@ -22,7 +23,7 @@ def write(path: Path, values: object) -> Path:
 
 
 def refusal(path: Path, *overrides: str) -> str:
-    """What `load` says; every message must be one line."""
+    """Return the message of `load`'s error, which must be one line."""
     with pytest.raises(ValueError, match=r"\A[^\n]+\Z") as caught:
         load(path, list(overrides))
     return str(caught.value)
@@ -35,7 +36,7 @@ def test_published_files_load(path: Path) -> None:
     check_world(config, 1, 1)
 
 
-def test_what_is_dumped_loads_as_the_same(tmp_path: Path) -> None:
+def test_a_dump_loads_as_an_equal_configuration(tmp_path: Path) -> None:
     values = {
         **BASE,
         "data": {"train": "pictures", "views": [{"size": 28}, {"size": 28, "scale": [0.1, 0.5]}, {"size": 12}]},
@@ -48,7 +49,7 @@ def test_what_is_dumped_loads_as_the_same(tmp_path: Path) -> None:
     assert load(tmp_path / "b.yaml") == config
 
 
-def test_defaults_are_the_papers(tmp_path: Path) -> None:
+def test_defaults_are_those_of_the_papers(tmp_path: Path) -> None:
     config = load(write(tmp_path / "a.yaml", BASE))
     assert isinstance(config.method, adco.Settings)
     assert (config.method.temperature, config.bank.temperature, config.bank.lr) == (0.12, 0.02, 3.0)
@@ -220,7 +221,7 @@ def test_temperatures_that_overflow_fp32(tmp_path: Path) -> None:
 
 
 def test_the_method_decides_which_keys_there_are(tmp_path: Path) -> None:
-    """A file without a name is AdCo's, as all were once; another method takes none of its keys over."""
+    """A section without a name is AdCo's, and a change of the method starts the section empty."""
     path = write(tmp_path / "a.yaml", {**BASE, "method": {"temperature": 0.15, "symmetric": True}})
     assert load(path).method == adco.Settings(temperature=0.15, symmetric=True)
     assert load(path, ["method.temperature=0.3", "method.name=moco"]).method == moco.Settings(temperature=0.3)
@@ -232,6 +233,17 @@ def test_the_method_decides_which_keys_there_are(tmp_path: Path) -> None:
     assert load(above).method == byol.Settings(bn="local")
     (tmp_path / "c.yaml").write_text(dump(load(above)), encoding="utf-8")
     assert load(tmp_path / "c.yaml") == load(above)
+
+
+def test_the_engine_decides_which_keys_there_are(tmp_path: Path) -> None:
+    """A section without a kind is DDP's, and a change of the kind starts the section empty."""
+    path = write(tmp_path / "a.yaml", {**BASE, "engine": {"kind": "deepspeed", "stage": 1, "compile": True}})
+    assert load(path).engine == zero.Settings(stage=1, compile=True)
+    assert load(path, ["engine.kind=fsdp"]).engine == fsdp.Settings()
+    assert load(path, ["engine.stage=2"]).engine == zero.Settings(stage=2, compile=True)
+    above = write(tmp_path / "b.yaml", {"extends": "a.yaml", "engine": {"kind": "ddp", "compress": "bf16"}})
+    assert load(above).engine == ddp.Settings(compress="bf16")
+    assert load(write(tmp_path / "c.yaml", {**BASE, "engine": {"compile": True}})).engine == ddp.Settings(compile=True)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +263,7 @@ def test_the_method_decides_which_keys_there_are(tmp_path: Path) -> None:
         (["method.name=acssl", "method.guard_top=0.5"], "16 after 127 left out (method.guard_top) are 143 columns"),
     ],
 )
-def test_what_a_method_refuses(tmp_path: Path, overrides: list[str], words: str) -> None:
+def test_errors_of_methods(tmp_path: Path, overrides: list[str], words: str) -> None:
     assert words in refusal(write(tmp_path / "a.yaml", BASE), *overrides)
 
 

@@ -1,4 +1,4 @@
-"""Every engine on 1, 2 and 4 ranks does what one process does without any, and goes on from what another has saved.
+"""Every engine on 1, 2 and 4 ranks trains as one process does, and resumes from another engine's checkpoint.
 
 Importing DeepSpeed takes seconds, so each group of processes runs many cases.
 """
@@ -33,8 +33,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero2": {"kind": "deepspeed", "stage": 2},
     "zero3": {"kind": "deepspeed", "stage": 3},
 }
-# What each network trains with: SGD is in other tests. No bias of queries, keys and values: the keys' has no effect,
-# and AdamW makes steps of its rounding errors.
+# Optimizer of each network; other tests use SGD. The ViT has no bias of queries, keys and values: the bias of keys has
+# no effect, so its gradient is a rounding error, which AdamW turns into full steps.
 RECIPES: dict[str, Sections] = {
     "resnet": {"optim": {"name": "lars", "lr": 5.0, "weight_decay": 1e-3, "decay_norm_and_bias": False}},
     "vit": {
@@ -42,7 +42,7 @@ RECIPES: dict[str, Sections] = {
         "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "decay_norm_and_bias": False, "accumulate": 2},
     },
 }
-# By number of ranks, the engines, and what must not change the result either.
+# Engines by number of ranks, with options that must not change the result.
 CASES: dict[int, dict[str, dict[str, Any]]] = {
     1: {"ddp": {}, "fsdp": {}, "zero2": {}},
     2: {engine: {"activation_checkpointing": True} for engine in ENGINES},
@@ -51,7 +51,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
 
 
 def run_all(world_size: int) -> dict[tuple[str, str], Outcome]:
-    """Of every engine and network."""
+    """Train every network under every engine of CASES."""
     outcomes = {}
     for engine, on_top in CASES[world_size].items():
         for model, recipe in RECIPES.items():
@@ -66,7 +66,7 @@ def on_ranks(world_size: int) -> dict[tuple[str, str], Outcome]:
 
 
 def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
-    """Largest difference by name, relative to the largest element."""
+    """Return each tensor's largest difference, relative to its largest element."""
     found, expected = getattr(a, part), getattr(b, part)
     assert found.keys() == expected.keys()
     return {k: float((found[k] - x).abs().max().float() / (x.abs().max().float() + 1e-6)) for k, x in expected.items()}
@@ -77,7 +77,7 @@ def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
     ("world_size", "engine"), [(world_size, engine) for world_size, cases in CASES.items() for engine in cases]
 )
 def test_the_same_as_one_process_alone(world_size: int, engine: str, model: str) -> None:
-    """Ten steps: losses to 5e-6, tensors to 1e-4 of their largest element. Rounding makes 6e-7 and 1e-5 here."""
+    """Ten steps: losses agree to 5e-6 and tensors to 1e-4 of their largest element. Rounding gives 6e-7 and 1e-5."""
     alone, found = on_ranks(1)["ddp", model], on_ranks(world_size)[engine, model]
     assert len(found.losses) == 10
     assert found.losses == pytest.approx(alone.losses, rel=5e-6)
@@ -101,7 +101,7 @@ METHODS: dict[str, Sections] = {
 
 
 def run_methods(engines: list[str]) -> dict[tuple[str, str], Outcome]:
-    """Four steps of SGD of each method."""
+    """Train each method for four steps of SGD."""
     outcomes = {}
     for engine in engines:
         for name, sections in METHODS.items():
@@ -122,7 +122,7 @@ def methods_on_ranks(world_size: int, *engines: str) -> dict[tuple[str, str], Ou
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_method_does_the_same_as_in_one_process(engine: str, name: str) -> None:
-    """Student and predictor, teacher without it or no teacher, queue and its pointer."""
+    """Compare student with predictor, teacher without it, or no teacher, and the queue with its pointer."""
     alone = methods_on_ranks(1, "ddp")["ddp", name]
     found = methods_on_ranks(2, *ENGINES)[engine, name]
     assert found.losses == pytest.approx(alone.losses, rel=5e-6)
@@ -130,10 +130,10 @@ def test_every_method_does_the_same_as_in_one_process(engine: str, name: str) ->
     assert any("predictor" in x for x in alone.student) == ("model" in METHODS[name])
     assert not any("predictor" in x for x in alone.teacher)
     assert bool(alone.teacher) == (name != "simclr")
-    # The predictor's BatchNorm takes away what the head's last bias adds: its gradient is nothing but rounding.
-    nothing = {"head.2.bias.momentum_buffer", "head.3.bias.momentum_buffer"} if "model" in METHODS[name] else set()
+    # The predictor's BatchNorm removes the mean that the head's last bias adds, so its gradient is a rounding error.
+    noise = {"head.2.bias.momentum_buffer", "head.3.bias.momentum_buffer"} if "model" in METHODS[name] else set()
     for part in ("student", "teacher", "bank", "optimizer"):
-        off = {key: x for key, x in differences(found, alone, part).items() if x > 1e-4 and key not in nothing}
+        off = {key: x for key, x in differences(found, alone, part).items() if x > 1e-4 and key not in noise}
         assert not off, part
 
 
@@ -152,13 +152,13 @@ PRECISION = [
 
 
 def run_precision(cases: list[tuple[str, str, str]]) -> list[Outcome]:
-    """Six steps of SGD each."""
+    """Train each case for six steps of SGD."""
     outcomes = []
     for model, precision, engine in cases:
         config = make_config(model, run={"precision": precision}, optim={"lr": 0.005}, engine=ENGINES[engine])
         train_step = build_train_step(config, make_rank_info())
         if train_step.engine.scale:
-            # Small, so that nothing overflows: that comes sooner where fewer images of a rank share the loss.
+            # Small, so that nothing overflows; the fewer images a rank has, the sooner gradients overflow.
             train_step.engine.scale.state[0] = 16
         outcomes.append(outcome(train_step, *train(train_step, config, steps=6)))
     return outcomes
@@ -174,7 +174,7 @@ def low_precision() -> dict[tuple[str, str, str], tuple[Outcome, Outcome]]:
 
 @pytest.mark.parametrize("case", PRECISION, ids="-".join)
 def test_low_precision_works_with_batchnorm(case: tuple[str, str, str]) -> None:
-    """As one process in the same precision, as far as gradients averaged in it (ZeRO) or computed in it (FSDP) can."""
+    """Losses agree with one process's as far as low-precision averages (ZeRO) or gradients (FSDP) allow."""
     found, alone = low_precision()[case]
     assert found.losses == pytest.approx(alone.losses, rel=2e-2)
     assert all(torch.isfinite(x).all() for x in found.student.values())
@@ -191,7 +191,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def run_options() -> dict[str, Outcome]:
-    """Three steps of SGD under each option."""
+    """Train for three steps of SGD under each option."""
     outcomes = {}
     for name, settings in {"alone": {}, **OPTIONS}.items():
         config = make_config("resnet", engine=settings)
@@ -210,9 +210,9 @@ def test_options_change_what_they_say_and_no_more() -> None:
 
 
 def run_compiled() -> list[tuple[Outcome, Outcome, int, dict[str, int]]]:
-    """Three steps with and without compilation; how many graphs there were, and where they broke."""
+    """Train for three steps with and without compilation; also return the number of graphs and the graph breaks."""
     found = []
-    compiler = functools.partial(torch.compile, backend="aot_eager")  # all of it but the C++ compiler
+    compiler = functools.partial(torch.compile, backend="aot_eager")  # does everything except calling the C++ compiler
     for engine, network, on_top in (
         ("ddp", "resnet", {"activation_checkpointing": True}),
         ("fsdp", "vit", {"activation_checkpointing": True}),
@@ -240,13 +240,14 @@ def test_compiled_blocks_do_the_same() -> None:
             assert not off, part
         assert not breaks
         graphs.append(number)
-    # The student's and the teacher's, each once: a ResNet's four blocks all differ, a ViT's do not.
+    # One graph per kind of block, for student and teacher: a ResNet's four blocks differ, a ViT's do not.
     assert graphs == [8, 2, 2]
 
 
 def not_finite(engines: list[str]) -> list[tuple[str, bool, float, float]]:
-    """For each engine: what a picture that is not finite on rank 1 gives; whether the student and bank stayed as they
-    were; and the loss scale in fp16 before and after a gradient that overflows.
+    """Train on a non-finite image on rank 1, then in fp16 with a gradient that overflows.
+
+    Returns for each engine the error message, whether tensors stayed unchanged, and the loss scale before and after.
     """
     found = []
     for engine in engines:
@@ -270,7 +271,7 @@ def not_finite(engines: list[str]) -> list[tuple[str, bool, float, float]]:
     return found
 
 
-def test_what_is_not_finite_updates_nothing() -> None:
+def test_non_finite_values_update_nothing() -> None:
     for ranks in run_ranks(2, not_finite, ["ddp", "fsdp", "zero2", "zero3"]):
         for message, same, before, after in ranks:
             assert message.startswith("not finite: the loss on rank 1, gradient norm ")
@@ -278,8 +279,8 @@ def test_what_is_not_finite_updates_nothing() -> None:
             assert after == before / 2
 
 
-def save_some(folder: Path, engines: list[str], model: str) -> dict[str, tuple[Outcome, list[float]]]:
-    """Three steps and a checkpoint, and what comes after."""
+def save_checkpoints(folder: Path, engines: list[str], model: str) -> dict[str, tuple[Outcome, list[float]]]:
+    """Train for three steps, save a checkpoint, and train for two more; return the saved state and the later losses."""
     found = {}
     for engine in engines:
         config = make_config(model, **RECIPES[model], data={"batch_size": 12}, engine=ENGINES[engine])
@@ -292,8 +293,8 @@ def save_some(folder: Path, engines: list[str], model: str) -> dict[str, tuple[O
     return found
 
 
-def load_some(folder: Path, pairs: list[tuple[str, str]], model: str) -> list[tuple[Outcome, list[float]]]:
-    """What the second engine of each pair has after loading what the first has saved, and what comes after."""
+def load_checkpoints(folder: Path, pairs: list[tuple[str, str]], model: str) -> list[tuple[Outcome, list[float]]]:
+    """Load the first engine's checkpoint in the second engine of each pair; return its state and the next losses."""
     found = []
     for source, engine in pairs:
         config = make_config(model, **RECIPES[model], data={"batch_size": 12}, engine=ENGINES[engine])
@@ -314,12 +315,14 @@ PAIRS = {
 
 
 @pytest.mark.parametrize(("model", "worlds"), [("resnet", (1, 3)), ("vit", (2,))])
-def test_what_one_engine_saves_another_goes_on_from(tmp_path: Path, model: str, worlds: tuple[int, ...]) -> None:
-    """Saved on 2 ranks; loaded bit for bit on others."""
-    saved = run_ranks(2, save_some, tmp_path, ["ddp", "fsdp", "zero2", "zero3"], model)[0]
+def test_another_engine_resumes(tmp_path: Path, model: str, worlds: tuple[int, ...]) -> None:
+    """A checkpoint of 2 ranks is loaded bit for bit on other numbers of ranks."""
+    saved = run_ranks(2, save_checkpoints, tmp_path, ["ddp", "fsdp", "zero2", "zero3"], model)[0]
     for world_size in worlds:
         for (source, engine), (loaded, losses) in zip(
-            PAIRS[world_size], run_ranks(world_size, load_some, tmp_path, PAIRS[world_size], model)[0], strict=True
+            PAIRS[world_size],
+            run_ranks(world_size, load_checkpoints, tmp_path, PAIRS[world_size], model)[0],
+            strict=True,
         ):
             expected, after = saved[source]
             for part in ("student", "teacher", "bank", "optimizer"):
@@ -327,8 +330,8 @@ def test_what_one_engine_saves_another_goes_on_from(tmp_path: Path, model: str, 
             assert losses == pytest.approx(after, rel=5e-6), (source, engine, world_size)
 
 
-def evaluate_whole() -> list[Tensor]:
-    """Embeddings by the student to evaluate, under each engine that cuts it; and by the same weights without."""
+def embed_with_full_student() -> list[Tensor]:
+    """Return embeddings by the full student under engines that replicate or shard it."""
     images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     found = []
     for engine in ("ddp", "fsdp", "zero3"):
@@ -344,8 +347,8 @@ def evaluate_whole() -> list[Tensor]:
     return found
 
 
-def test_the_student_to_evaluate_needs_no_other_rank() -> None:
-    ddp, fsdp, zero3 = run_ranks(2, evaluate_whole)[0]
+def test_the_full_student_needs_no_other_rank() -> None:
+    ddp, fsdp, zero3 = run_ranks(2, embed_with_full_student)[0]
     torch.testing.assert_close(fsdp, ddp, rtol=0, atol=1e-5)
     torch.testing.assert_close(zero3, ddp, rtol=0, atol=1e-5)
 

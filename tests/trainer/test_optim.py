@@ -1,4 +1,4 @@
-"""Schedules at the points one can compute in the head, and which parameters decay."""
+"""Schedules at points with known values, parameter groups with weight decay, and the optimizers."""
 
 import pytest
 import timm.optim
@@ -51,14 +51,14 @@ def make_network() -> nn.Sequential:
 
 
 def decays(network: nn.Module, settings: Optim) -> dict[str, float]:
-    """Weight decay by parameter name."""
+    """Return the weight decay by parameter name."""
     names = {id(parameter): name for name, parameter in network.named_parameters()}
     groups = make_optimizer(network, settings).param_groups
     return {names[id(parameter)]: group["weight_decay"] for group in groups for parameter in group["params"]}
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
-def test_what_decays(name: str) -> None:
+def test_weight_decay_of_each_parameter(name: str) -> None:
     network = make_network()
     every = {parameter for parameter, _ in network.named_parameters()}
     settings = {"name": name, "weight_decay": 0.5}
@@ -68,7 +68,7 @@ def test_what_decays(name: str) -> None:
 
 
 @pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224", "convnext_atto"])
-def test_no_norm_and_no_bias_of_a_real_network_decays(backbone: str) -> None:
+def test_norms_and_biases_of_real_networks_do_not_decay(backbone: str) -> None:
     network = Encoder(backbone)
     norms = (nn.modules.batchnorm._BatchNorm, nn.LayerNorm)
     exempt = {
@@ -83,8 +83,8 @@ def test_no_norm_and_no_bias_of_a_real_network_decays(backbone: str) -> None:
     assert {name for name, decay in found.items() if decay == 0.5} == matrices
 
 
-def test_lars_is_timms() -> None:
-    """Which is for one process."""
+def test_lars_agrees_with_timm() -> None:
+    """timm's implementation serves one process."""
     networks = [make_network(), make_network()]
     settings = {"lr": 0.3, "momentum": 0.9}
     groups = [

@@ -52,9 +52,8 @@ newest_step() { # of the checkpoints, 0 if there is none
     echo "$step"
 }
 
-failed() { # WHAT
+failed() { # WHAT; a stop that could not save counts as well, or a full disk would requeue the job for ever
     local step failures=0 at=0
-    [[ -z $asked ]] || requeue "$1, after $asked asked to stop"
     step=$(newest_step)
     if [[ -f $state/failures ]]; then read -r failures at <"$state/failures"; fi
     if ((step > at)); then failures=0; fi
@@ -65,6 +64,11 @@ failed() { # WHAT
         exit 1
     fi
     requeue "$1, $failures of $MAX_FAILURES without a new checkpoint (newest: step $step)"
+}
+
+interrupted() { # WHAT: a failure before training, which does not count if the job was asked to stop meanwhile
+    [[ -z $asked ]] || requeue "$1, after $asked asked to stop"
+    failed "$1"
 }
 
 asked=
@@ -108,13 +112,13 @@ rm -f "$run_dir/stopped.json" "$state/bad-nodes"
 
 if declare -F stage >/dev/null; then
     export -f stage
-    await srun --kill-on-bad-exit=1 bash -c stage || failed "staging the data failed"
+    await srun --kill-on-bad-exit=1 bash -c stage || interrupted "staging the data failed"
 fi
 if [[ ${PREFLIGHT:-1} == 1 ]]; then
     if ! await launch doctor "$config" "${settings[@]}" --bad-nodes "$state/bad-nodes"; then
         bad=$(paste -sd, "$state/bad-nodes" 2>/dev/null) || bad=
         if [[ ${EXCLUDE_BAD_NODES:-0} == 1 ]]; then cat "$state/bad-nodes" >>"$state/excluded" 2>/dev/null || true; fi
-        failed "the preflight found what is wrong${bad:+, on $bad}"
+        interrupted "the preflight found what is wrong${bad:+, on $bad}"
     fi
 fi
 [[ -z $asked ]] || requeue "asked to stop by $asked before training"
@@ -131,5 +135,5 @@ elif [[ -f $run_dir/stopped.json ]]; then
         requeue "stopped in good order at step $(newest_step) (${asked:-$reason})"
     fi
 else
-    failed "training failed with exit code $status"
+    failed "training failed with exit code $status${asked:+ after $asked asked it to stop}"
 fi

@@ -127,12 +127,13 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
 
     Raises:
         trainer.ops.stop.Stopped: The user, SLURM or a time limit asked for an early end; a checkpoint is saved.
-        ValueError: A loss or gradient is not finite, or too many images are unreadable; on all ranks.
+        ValueError: A loss or gradient is not finite, too many images are unreadable, or the last checkpoint is not
+            saved; on all ranks.
     """
     run = settings.run
     averages, unreadable = Averages(), UnreadableImages(settings.folder, rank_info.rank)
     throughput = Throughput(task, settings.batch_size, start, rank_info)
-    saver = Saver(settings.folder / "checkpoints", settings.keep, settings.is_kept)
+    saver = Saver(settings.folder / "checkpoints", settings.keep, settings.is_kept, start)
     with (
         MetricsLogger(settings.folder, start, settings.steps, settings.trackers, active=rank_info.rank == 0) as metrics,
         StopHandler(settings.stop_folder, deadline(run.max_minutes, settings.process_start)) as stop,
@@ -181,9 +182,10 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                     saver.start(step, task.state(step))
             if stopping and step < settings.steps:
                 saver.wait()
-                stop.raise_stopped(step)
+                stop.raise_stopped(step, saver.error)
             evaluate(step)
-        saver.wait()
+        if not saver.wait():
+            raise ValueError(f"{saver.error}. The same command repeats only the steps after the newest checkpoint")
         return metrics.seconds
 
 

@@ -29,9 +29,9 @@ from trainer.ops import replay
 from trainer.plan.flops import step_flops
 from trainer.run import checkpoint
 from trainer.run.directory import claim
-from trainer.run.files import write_json
+from trainer.run.files import exists
 from trainer.run.metrics import set_up_logging
-from trainer.run.results import Row, read_rows
+from trainer.run.results import Row, read_rows, write_results
 from trainer.run.sources import check_batch, open_sources
 from trainer.train_step import Rates, TrainStep
 
@@ -50,7 +50,7 @@ def pretrain(config: Config) -> None:
     with distributed.process_group(config.run.device) as rank_info:
         set_up_logging(rank_info.rank)
         with claim(config, rank_info) as folder:
-            if (folder / "results.json").exists():
+            if exists(folder / "results.json"):
                 log.info("%s is finished: nothing to do", folder)
             else:
                 _pretrain(config, rank_info, folder, process_start)
@@ -76,8 +76,8 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: 
     rank, world_size, device = rank_info.rank, rank_info.world_size, rank_info.device
     batches = train_batches(training, config.data, config.run.seed, rank, world_size, start, settings.steps, device)
     seconds = train(task, batches, start, settings, rank_info)
-    if rank_info.rank == 0:
-        write_json(folder / "results.json", _results(config, rank_info, read_rows(folder / "metrics.jsonl"), seconds))
+    rows = read_rows(folder / "metrics.jsonl") if rank_info.rank == 0 else []
+    write_results(folder / "results.json", _results(config, rank_info, rows, seconds) if rank_info.rank == 0 else None)
 
 
 class Pretraining:

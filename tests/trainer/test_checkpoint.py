@@ -147,7 +147,8 @@ def test_a_damaged_one_is_skipped(
     assert load(tmp_path) == 10
     assert "step-00000020 is damaged" in caplog.text
     damage(tmp_path / "step-00000010")
-    assert load(tmp_path) is None
+    with pytest.raises(ValueError, match=f"all of them are damaged .* delete {tmp_path} to start over"):
+        load(tmp_path)
     assert save(tmp_path, 20)
     assert load(tmp_path) == 20
 

@@ -52,7 +52,7 @@ def test_a_new_folder_and_the_same_run_again(tmp_path: Path, rank_info: RankInfo
 
 def test_another_configuration_is_refused(tmp_path: Path, rank_info: RankInfo) -> None:
     with claim(make_config(tmp_path), rank_info):
-        pass
+        (tmp_path / "metrics.jsonl").touch()
     other = make_config(tmp_path, seed=3, batch_size=8)
     message = refusal(other, rank_info)
     assert message == (
@@ -115,6 +115,7 @@ def claim_on_all_ranks(config: Config) -> str:
 
 def test_all_ranks_are_refused(tmp_path: Path) -> None:
     assert run_ranks(2, claim_on_all_ranks, make_config(tmp_path)) == ["", ""]
+    (tmp_path / "metrics.jsonl").touch()
     first, second = run_ranks(2, claim_on_all_ranks, make_config(tmp_path, seed=1))
     assert first == second
     assert first.startswith(f"rank 0: run.dir: {tmp_path} holds another run: run.seed")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from trainer.config import Config
@@ -25,8 +24,9 @@ from trainer.evaluate.features import image_size
 from trainer.evaluate.registry import load_evaluator
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.run.directory import lock_directory, read_config
-from trainer.run.files import read_json, write_json
+from trainer.run.files import exists, read_json, write_json
 from trainer.run.metrics import set_up_logging
+from trainer.run.results import write_results
 
 
 def run_evaluation(
@@ -94,16 +94,14 @@ def evaluate(
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"--name: got {name!r}, need a name of letters, digits, - and . for a directory in {run}")
     with lock_directory(run / name, rank_info, lambda folder: _store_settings(folder, settings)) as folder:
-        if not (folder / RESULTS).exists():
+        if not exists(folder / RESULTS):
             same_images = (config.data.train, config.data.val) == (trained.data.train, trained.data.val)
             context = EvaluationContext(encoder, config, rank_info, folder, run if same_images else folder, started)
             results = evaluator.evaluate(context)
             if weights_checksum(encoder.backbone) != checksum:
                 raise RuntimeError("the backbone has changed during its evaluation: the results would be meaningless")
-            if rank_info.rank == 0:
-                origin = {"network": choice.network, "step": step}
-                write_json(folder / RESULTS, {**results, **origin, **_hardware(rank_info)})
-        dist.barrier()
+            origin = {"network": choice.network, "step": step, **_hardware(rank_info)}
+            write_results(folder / RESULTS, {**results, **origin} if rank_info.rank == 0 else None)
         return read_json(folder / RESULTS)
 
 

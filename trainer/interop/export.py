@@ -22,6 +22,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save
 from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
@@ -34,6 +35,7 @@ from trainer.interop.layouts import from_torchvision_vit, to_detectron2
 from trainer.interop.model_card import model_card
 from trainer.interop.weights import CheckpointChoice, differences, load_encoder
 from trainer.run.directory import read_config
+from trainer.run.files import as_os_error
 
 Format = Literal["timm", "torchvision", "detectron2", "onnx", "huggingface"]
 
@@ -98,6 +100,9 @@ def export(run: Path, to: Format, out: Path, choice: CheckpointChoice, licence: 
     try:
         usage = WRITERS[to](Export(network, config, size, run, choice, step, out, licence), partial)
         os.rename(partial, out)
+    except (OSError, SafetensorError) as error:
+        cause = as_os_error(error, out) if isinstance(error, SafetensorError) else error
+        raise OSError(cause.errno, cause.strerror or str(cause), str(out)) from error
     finally:
         if partial.is_dir():
             shutil.rmtree(partial)

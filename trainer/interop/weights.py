@@ -21,6 +21,7 @@ from trainer.config import Config
 from trainer.distributed import raise_on_all_ranks
 from trainer.run import checkpoint
 from trainer.run.checkpoint import WEIGHTS
+from trainer.run.files import exists, unreadable
 
 Network = Literal["student", "teacher"]
 
@@ -65,7 +66,7 @@ def find_weights(run: Path, step: int | None = None) -> tuple[Path, int]:
         ValueError: There is no such checkpoint, or it is damaged. Raised on all ranks.
     """
     imported = run / WEIGHTS
-    if imported.exists():
+    if exists(imported):
         if step is not None:
             raise ValueError(f"{run} is an imported model: it has no checkpoint of step {step}")
         return imported, 0
@@ -84,8 +85,10 @@ def read_encoder(path: Path, config: Config, network: Network = "student") -> En
     error = None
     try:
         _fill(encoder, path, network)
-    except (ValueError, OSError) as failure:
+    except ValueError as failure:
         error = str(failure)
+    except OSError as failure:
+        error = unreadable(failure)
     raise_on_all_ranks(error)
     return encoder
 
@@ -110,8 +113,13 @@ def _module(name: str) -> str:
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file. Raises ValueError if it is damaged or of another format."""
+    """Returns the tensors of a safetensors file.
+
+    Raises OSError if it cannot be read, ValueError if it is damaged or of another format.
+    """
     try:
+        with path.open("rb") as file:
+            file.read(1)  # safetensors says that a file does not exist when it cannot be read
         return load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or cut short: {error}") from error

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.encoder import Encoder
@@ -20,7 +20,7 @@ from trainer.distributed import raise_on_all_ranks
 from trainer.engines.base import NotFinite, named_networks
 from trainer.run import checkpoint
 from trainer.run.directory import read_config
-from trainer.run.files import write_json
+from trainer.run.files import write_json, write_safetensors
 from trainer.run.metrics import set_up_logging
 from trainer.train_step import Rates, TrainStep
 
@@ -58,7 +58,7 @@ def dump(folder: Path, step: int, train_step: TrainStep, inputs: StepInputs, err
     if checkpoint.save(target, step, train_step.state(step - 1), keep=1):
         try:
             tensors = {f"view{i}": view.contiguous() for i, view in enumerate(inputs.views)}
-            save_file({**tensors, "samples": inputs.samples}, _batch_file(target, step, rank))
+            write_safetensors(_batch_file(target, step, rank), {**tensors, "samples": inputs.samples})
             if rank == 0:
                 facts = {"step": step, "seed": inputs.seed, "rates": inputs.rates._asdict(), "error": str(error)}
                 write_json(target / f"step-{step:08d}.json", {**facts, "samples": samples})

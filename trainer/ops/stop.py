@@ -3,6 +3,7 @@
 The run saves a checkpoint before it exits, and the same command resumes it.
 """
 
+import logging
 import os
 import signal
 import time
@@ -13,7 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.distributed import raise_on_all_ranks
 from trainer.run.files import write_json
+
+log = logging.getLogger(__name__)
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, try again
 _SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -88,14 +92,28 @@ class StopHandler:
         self.work = dist.all_reduce(self.vote, dist.ReduceOp.MAX, group=self.group, async_op=True)
         return False
 
-    def raise_stopped(self, step: int) -> None:
-        """Write stopped.json, for scripts and people, and raise Stopped."""
+    def raise_stopped(self, step: int, save_error: str | None = None) -> None:
+        """Write stopped.json, for scripts and people, and raise Stopped.
+
+        Args:
+            step: The last step.
+            save_error: Why the checkpoint of this step is not saved, if it is not.
+
+        Raises:
+            Stopped: The run stopped in good order.
+            ValueError: The checkpoint or stopped.json is not saved. On all ranks.
+        """
         reasons: list[str] = [""] * dist.get_world_size()
         dist.all_gather_object(reasons, self.reason, group=self.group)
         reason = "; ".join(sorted({r for r in reasons if r}))
         if self.is_rank_0:
-            (self.folder / _STOP_FILE).unlink(missing_ok=True)
-            write_json(self.folder / _STOPPED_FILE, {"step": step, "reason": reason})
+            try:
+                (self.folder / _STOP_FILE).unlink(missing_ok=True)
+                if save_error is None:
+                    write_json(self.folder / _STOPPED_FILE, {"step": step, "reason": reason})
+            except OSError as error:
+                save_error = str(error)
+        raise_on_all_ranks(save_error and f"stopped after step {step} ({reason}), but: {save_error}")
         raise Stopped(f"stopped after step {step} ({reason}): the same command resumes the run")
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
@@ -117,13 +135,17 @@ def deadline(max_minutes: float | None, started: float) -> float | None:
 
     Args:
         max_minutes: The limit run.max_minutes of the configuration.
-        started: Unix time at which the process started. SLURM's time limit is read from the environment.
+        started: Unix time at which the process started. SLURM's time limit is read from the environment; one that
+            was over by then is of an earlier job, and is ignored.
     """
     limits = []
     if max_minutes is not None:
         limits.append(started + 60 * max_minutes)
     if end := os.environ.get("SLURM_JOB_END_TIME"):
-        limits.append(float(end))
+        if float(end) > started:
+            limits.append(float(end))
+        elif not dist.is_initialized() or dist.get_rank() == 0:
+            log.warning("SLURM_JOB_END_TIME=%s is in the past and is ignored: it belongs to an earlier job", end)
     return min(limits, default=None)
 
 

@@ -11,6 +11,7 @@ from trainer.report.charts import SECTIONS, Level, draw_charts
 from trainer.report.format import format_evaluation, format_percent, format_seconds, format_value, is_number, latest
 from trainer.report.galleries import Gallery, draw_galleries
 from trainer.report.page import render_page
+from trainer.run.checkpoint_files import list_checkpoints
 from trainer.run.directory import read_config
 from trainer.run.files import read_json, write_atomically
 from trainer.run.metrics import set_up_logging
@@ -50,7 +51,7 @@ def write_report(run: Path) -> Path:
     negatives: list[Gallery] = []
     with distributed.process_group(config.run.device) as rank_info:
         set_up_logging(rank_info.rank)
-        if any((run / "checkpoints").glob("step-*")):
+        if list_checkpoints(run / "checkpoints"):
             neighbours, negatives = draw_galleries(run, config, rank_info)
     rows, results = read_rows(run / "metrics.jsonl"), read_json(run / "results.json")
     html = render(run, config.model_dump(mode="json"), rows, results, neighbours, negatives)

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.utils._pytree import tree_leaves
 
+from trainer.distributed import raise_on_all_ranks
 from trainer.run.checkpoint_files import (
     WEIGHTS,
     Reader,
@@ -35,6 +36,7 @@ from trainer.run.checkpoint_files import (
     step_of,
     write_weights,
 )
+from trainer.run.files import unreadable
 
 __all__ = ["WEIGHTS", "Saver", "State", "find", "load", "newest", "save", "step_of"]
 
@@ -52,21 +54,34 @@ class Saver:
         folder: The directory of the checkpoints.
         keep: Number of newest checkpoints that are kept.
         keep_forever: Returns whether the checkpoint of a step is never deleted.
+        start: Step of the checkpoint that training continues from. Later checkpoints of other processes were damaged
+            at that time; they are never deleted, unless training reaches the same step again.
+
+    Attributes:
+        error: Why the newest finished save failed, on all ranks; None if it did not.
     """
 
-    def __init__(self, folder: Path, keep: int, keep_forever: Callable[[int], bool] = lambda step: False) -> None:
-        self.folder, self.keep, self.keep_forever = folder, keep, keep_forever
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        keep_forever: Callable[[int], bool] = lambda step: False,
+        start: int = 0,
+    ) -> None:
+        self.folder, self.keep, self.keep_forever, self.start_step = folder, keep, keep_forever, start
+        self.saved: set[int] = set()
+        self.error: str | None = None
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         self.group = group
         self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: Future[bool] | None = None
+        self.pending: Future[str | None] | None = None
 
     def start(self, step: int, state: State) -> None:
         """Wait for the previous checkpoint, copy `state`, and start writing the checkpoint of `step`."""
         self.wait()
         staged = BlockingAsyncStager().stage(state)
-        self.pending = self.thread.submit(_save, self.folder, step, staged, self.keep, self.keep_forever, self.group)
+        self.pending = self.thread.submit(_save, self.folder, step, staged, self._delete_old, self.group)
 
     def done(self) -> bool:
         """Return whether this rank has finished writing."""
@@ -74,8 +89,15 @@ class Saver:
 
     def wait(self) -> bool:
         """Wait until the checkpoint is written. Returns False, on all ranks, if that failed; see `save`."""
-        pending, self.pending = self.pending, None
-        return pending is None or pending.result()
+        if self.pending:
+            self.error, self.pending = self.pending.result(), None
+        return self.error is None
+
+    def _delete_old(self, step: int) -> None:
+        """Delete the checkpoints that this training has superseded by that of `step`, except the newest `keep`."""
+        self.saved.add(step)
+        own = [s for s in map(step_of, list_checkpoints(self.folder)) if s in self.saved or s <= self.start_step]
+        _delete(self.folder, [s for s in own if s <= step][self.keep :], self.keep_forever)
 
 
 def save(folder: Path, step: int, state: State, keep: int) -> bool:
@@ -83,27 +105,44 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
 
     Returns False, on all ranks, if the file system refuses: this is logged and earlier checkpoints are kept.
     """
-    return _save(folder, step, state, keep, lambda step: False, dist.group.WORLD)
+
+    def delete_old(step: int) -> None:
+        # Checkpoints of later steps do not count: they are damaged, or the run would have been resumed from them.
+        earlier = [s for s in map(step_of, list_checkpoints(folder)) if s <= step]
+        _delete(folder, earlier[keep:], lambda step: False)
+
+    return _save(folder, step, state, delete_old, dist.group.WORLD) is None
 
 
 def newest(folder: Path) -> Path | None:
-    """Return the newest checkpoint whose files match their checksums, or None.
+    """Return the newest checkpoint whose files match their checksums, or None if there are no checkpoints.
 
     Called by all ranks, which share the reading. Damaged checkpoints are logged and kept.
+
+    Raises:
+        ValueError: On all ranks, if a file cannot be read, or if there are checkpoints and all of them are damaged.
     """
+    damaged = []
     for path in _list_on_rank_0(folder):
         damage = _find_damage(path)
         if damage is None:
             return path
+        damaged.append(f"{path.name}: {damage}")
         if dist.get_rank() == 0:
             log.warning("checkpoint %s is damaged (%s): skipped", path, damage)
+    if damaged:
+        raise ValueError(
+            f"{folder} has checkpoints, but all of them are damaged ({'; '.join(damaged)}). Restore one of them, or "
+            f"delete {folder} to start over"
+        )
     return None
 
 
 def find(folder: Path, step: int) -> Path:
     """Return the checkpoint of a step after verifying its checksums.
 
-    Called by all ranks, which share the reading. Raises ValueError, on all ranks, if it does not exist or is damaged.
+    Called by all ranks, which share the reading. Raises ValueError, on all ranks, if it does not exist, is
+    damaged or cannot be read.
     """
     found = {step_of(path): path for path in _list_on_rank_0(folder)}
     if step not in found:
@@ -137,11 +176,10 @@ def _save(
     folder: Path,
     step: int,
     state: State,
-    keep: int,
-    keep_forever: Callable[[int], bool],
+    delete_old: Callable[[int], None],
     group: dist.ProcessGroup | None,
-) -> bool:
-    """See `save`."""
+) -> str | None:
+    """Write a checkpoint, then call `delete_old` with its step on rank 0. Returns the error, on all ranks, or None."""
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
     rank = dist.get_rank()
 
@@ -156,21 +194,26 @@ def _save(
         manifest = {name: entry for files in _on_all_ranks(write, group) for name, entry in files.items()}
         _on_all_ranks(lambda: publish(temporary, final, manifest) if rank == 0 else None, group)
     except _SaveError as error:
+        leaves = tree_leaves([state, state.get("student"), state.get("teacher")])  # weights.safetensors repeats them
+        size = sum(x.numel() * x.element_size() for x in leaves if isinstance(x, torch.Tensor))
+        problem = f"checkpoint of step {step} not saved in {folder}: {error}; it takes about {size / 1e6:.3g} MB"
         if rank == 0:
-            size = sum(x.numel() * x.element_size() for x in tree_leaves(state) if isinstance(x, torch.Tensor))
             shutil.rmtree(temporary, ignore_errors=True)
-            log.warning(
-                "checkpoint of step %d not saved in %s: %s; it takes about %.3g MB; training continues and "
-                "earlier checkpoints are kept",
-                step, folder, error, size / 1e6,
-            )  # fmt: skip
-        return False
+            log.warning("%s; earlier checkpoints are kept", problem)
+        return problem
     if rank == 0:
-        # Checkpoints of later steps do not count: they are damaged, or the run would have been resumed from them.
-        for old in [path for path in list_checkpoints(folder) if step_of(path) <= step][keep:]:
-            if not keep_forever(step_of(old)):
-                shutil.rmtree(old, ignore_errors=True)
-    return True
+        try:
+            delete_old(step)
+        except OSError as error:
+            log.warning("old checkpoints in %s are not deleted: %s", folder, error)
+    return None
+
+
+def _delete(folder: Path, steps: list[int], keep_forever: Callable[[int], bool]) -> None:
+    """Delete the checkpoints of `steps` that are not kept forever."""
+    for step in steps:
+        if not keep_forever(step):
+            shutil.rmtree(folder / f"step-{step:08d}", ignore_errors=True)
 
 
 def _on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -> list[T]:
@@ -189,16 +232,32 @@ def _on_all_ranks(action: Callable[[], T], group: dist.ProcessGroup | None) -> l
 
 
 def _list_on_rank_0(folder: Path) -> list[Path]:
-    """Return rank 0's list of checkpoints on all ranks, newest first."""
-    listed = [list_checkpoints(folder) if dist.get_rank() == 0 else []]
+    """Return rank 0's list of checkpoints on all ranks, newest first. Raises ValueError, on all ranks."""
+    listed: list[list[Path]] = [[]]
+    error = None
+    if dist.get_rank() == 0:
+        try:
+            listed = [list_checkpoints(folder)]
+        except OSError as cause:
+            error = unreadable(cause)
+    raise_on_all_ranks(error)
     dist.broadcast_object_list(listed)
     return listed[0]
 
 
 def _find_damage(path: Path) -> str | None:
-    """Verify a checkpoint and return what is wrong with it, on all ranks, or None."""
+    """Verify a checkpoint and return what is wrong with it, on all ranks, or None.
+
+    Raises ValueError, on all ranks, if a file cannot be read.
+    """
+    damage = error = None
+    try:
+        damage = find_damage(path, dist.get_rank(), dist.get_world_size())
+    except OSError as cause:
+        error = f"{unreadable(cause)}. Nothing was changed; make the file readable and repeat the command"
+    raise_on_all_ranks(error)
     found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, find_damage(path, dist.get_rank(), dist.get_world_size()))
+    dist.all_gather_object(found, damage)
     return next((damage for damage in found if damage is not None), None)
 
 

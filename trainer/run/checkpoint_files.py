@@ -4,16 +4,18 @@ import hashlib
 import json
 import os
 import pickle
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.tensor import DTensor
+
+from trainer.run.files import write_safetensors
 
 WEIGHTS = "weights.safetensors"
 
@@ -27,9 +29,15 @@ def step_of(path: Path) -> int:
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """List the checkpoint directories, newest first. Directories that a user has renamed are not included."""
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
-    return sorted(found, key=step_of, reverse=True)
+    """List the checkpoint directories, newest first; [] if `folder` does not exist.
+
+    Directories that a user has renamed are not included. Raises OSError if the folder cannot be read.
+    """
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:
+        return []
+    return sorted((folder / name for name in names if re.fullmatch(r"step-\d+", name)), key=step_of, reverse=True)
 
 
 def make_temporary(path: Path) -> None:
@@ -50,7 +58,8 @@ def write_weights(folder: Path, state: State) -> None:
     if unsharded:
         _load_state_dict(unsharded, storage_reader=Reader(folder), no_dist=True)
     if weights:
-        save_file({name: x.detach().cpu().contiguous() for name, x in (weights | unsharded).items()}, folder / WEIGHTS)
+        on_host = {name: x.detach().cpu().contiguous() for name, x in (weights | unsharded).items()}
+        write_safetensors(folder / WEIGHTS, on_host)
         with (folder / WEIGHTS).open("rb") as file:
             os.fsync(file.fileno())
 
@@ -78,17 +87,25 @@ def publish(temporary: Path, final: Path, manifest: Manifest) -> None:
 
 
 def find_damage(path: Path, rank: int, world_size: int) -> str | None:
-    """Check every `world_size`-th file of a checkpoint against the manifest; returns what is wrong, or None."""
+    """Check every `world_size`-th file of a checkpoint against the manifest; returns what is wrong, or None.
+
+    Raises OSError, with the name of the file, if a file cannot be read; this does not mean that it is damaged.
+    """
+    file = path / "manifest.json"
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
+        manifest = json.loads(file.read_text())
         for name, expected in sorted(manifest.items())[rank::world_size]:
-            size = (path / name).stat().st_size
-            if size != expected["bytes"]:
+            file = path / name
+            if (size := file.stat().st_size) != expected["bytes"]:
                 return f"{name} has {size} bytes instead of {expected['bytes']}"
-            if _sha256(path / name) != expected["sha256"]:
+            if _sha256(file) != expected["sha256"]:
                 return f"{name} does not match its checksum"
-    except (OSError, ValueError) as error:
-        return str(error)
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return f"{file.name} is missing"
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(file)) from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "manifest.json is damaged"
     return None
 
 
@@ -131,6 +148,8 @@ class IndexUnpickler(pickle.Unpickler):
         """Return a dtype or a class of the list below."""
         if f"{module}.{name}" == "builtins.getattr":  # Python 3.11.0 to 3.11.3 pickle members of an enum with it
             return _memory_format
+        if module == "pathlib._local":  # Python 3.13 pickles paths with this name
+            module = "pathlib"
         dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if dtype or f"{module}.{name}" in _INDEX_CLASSES:
             return super().find_class(module, name)

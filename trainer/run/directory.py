@@ -28,14 +28,14 @@ from typing import IO
 from trainer.config import Config
 from trainer.config_file import changed_keys, dump, load
 from trainer.distributed import RankInfo, raise_on_all_ranks
-from trainer.run.files import write_atomically
+from trainer.run.files import exists, write_atomically
 
 IMPORTED = "imported.json"  # in the directory of an imported model: where it is from
 
 
 def read_config(folder: Path, overrides: list[str] | None = None) -> Config:
     """Read the configuration of the run in `folder`, with overrides. Raises ValueError if there is no run."""
-    if not (folder / "config.yaml").is_file():
+    if not exists(folder / "config.yaml"):
         raise ValueError(f"{folder} is not a run: it has no config.yaml")
     return load(folder / "config.yaml", overrides)
 
@@ -90,13 +90,19 @@ def _lock(folder: Path) -> IO[str]:
 
 
 def _store_config(folder: Path, config: Config) -> None:
-    """Write config.yaml. Raises ValueError if the directory belongs to another run."""
+    """Write config.yaml. Raises ValueError if the directory belongs to another run.
+
+    A start that failed before its first row of metrics, such as for a wrong data.train, does not keep the directory.
+    """
     stored = folder / "config.yaml"
-    if (folder / IMPORTED).exists():
+    started = any(exists(folder / name) for name in ("checkpoints", "metrics.jsonl", "results.json"))
+    if exists(folder / IMPORTED):
         raise ValueError(f"run.dir: {folder} holds an imported model. Choose another run.dir")
-    if stored.exists():
-        if changed := changed_keys(load(stored), config):
+    if exists(stored):
+        earlier = load(stored)
+        by_user = stored.read_text(encoding="utf-8") != dump(earlier)
+        if (changed := changed_keys(earlier, config)) and (started or by_user):
             raise ValueError(f"run.dir: {folder} holds another run: {'; '.join(changed)}. Choose another run.dir")
-    elif (folder / "checkpoints").exists() or (folder / "metrics.jsonl").exists():
+    elif started:
         raise ValueError(f"run.dir: {folder} has files of a run, but no config.yaml. Choose another run.dir")
     write_atomically(stored, dump(config))

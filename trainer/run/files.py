@@ -1,9 +1,14 @@
-"""Small files of a run directory: atomic writes and JSON."""
+"""Files of a run directory: atomic writes, JSON, safetensors, and errors that name the file and the reason."""
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def existing_parent(folder: Path) -> Path:
@@ -13,14 +18,55 @@ def existing_parent(folder: Path) -> Path:
     return folder
 
 
+def exists(path: Path) -> bool:
+    """Return whether `path` exists. Raises OSError if that is unknown; `Path.exists` of Python 3.14 returns False."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def unreadable(error: OSError) -> str:
+    """Return the message for a file that exists, or may exist, and cannot be read."""
+    return f"unreadable: {error.filename}: {error.strerror}"
+
+
 def write_atomically(path: Path, text: str) -> None:
-    """Replace the content of `path`: a reader, or a crash, sees either the old content or the new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Replace the content of `path`: a reader, or a crash, sees either the old content or the new one.
+
+    Raises OSError with the path and the number of bytes if the file system refuses.
+    """
+    temporary, content = path.with_name(f".{path.name}.{os.getpid()}"), text.encode()
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, f"{error.strerror} ({len(content)} bytes needed)", str(path)) from error
+
+
+def write_safetensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file with the mode that the umask gives. Raises OSError if the file system refuses.
+
+    safetensors itself creates files that only their owner can read, and has an exception of its own for a full disk.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    try:
+        save_file(tensors, path)
+    except SafetensorError as error:
+        raise as_os_error(error, path) from error
+    path.chmod(mode & 0o777)
+
+
+def as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """Return the operating system's error inside an exception of safetensors."""
+    code = re.search(r"os error (\d+)", str(error))
+    return OSError(int(code[1]), os.strerror(int(code[1])), str(path)) if code else OSError(str(error))
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
@@ -30,7 +76,7 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; returns {} if the file does not exist."""
-    if not path.is_file():
+    if not exists(path):
         return {}
     values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return values

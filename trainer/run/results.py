@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.run.files import read_json
+from trainer.distributed import raise_on_all_ranks
+from trainer.run.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +29,20 @@ def read_rows(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             log.warning("%s: skipped a line that is not JSON: %.60s", path, text)
     return rows
+
+
+def write_results(path: Path, results: Row | None) -> None:
+    """Write a results.json if this rank has results. Called by all ranks.
+
+    Raises ValueError, on all ranks, if the file system refuses.
+    """
+    error = None
+    if results is not None:
+        try:
+            write_json(path, results)
+        except OSError as cause:
+            error = f"results not saved: {cause}"
+    raise_on_all_ranks(error)
 
 
 def read_evaluations(folder: Path) -> dict[str, dict[str, Any]]:

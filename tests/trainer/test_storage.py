@@ -41,7 +41,23 @@ def site() -> Iterator[Path]:
         code, errors = command("pretrain", folder / "small.yaml")
         os.umask(umask)
         assert code == 0, errors
+        import_all_modules(folder)
         yield folder
+
+
+def import_all_modules(site: Path) -> None:
+    """Run verbs once: Python imports modules late, and another user may not be allowed to read its folder."""
+    run = copy_run(site, site / "first", [18])
+    for arguments in (
+        ["knn", run],
+        ["linear", run, *LINEAR],
+        ["report", run],
+        ["embed", run, site / "images", "--out", run / "features.parquet"],
+        ["export", run, "--format", "timm", "--out", run / "timm.safetensors"],
+    ):
+        code, errors = command(*arguments)
+        assert code == 0, errors
+    shutil.rmtree(run)
 
 
 def run_settings(folder: Path) -> dict[str, Any]:

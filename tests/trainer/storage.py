@@ -72,7 +72,7 @@ def build_broken_reads(folder: Path) -> Path:
     return library
 
 
-def command(*arguments: str | Path) -> tuple[int, str]:
+def command(*arguments: object) -> tuple[int, str]:
     """Run `python -m trainer` in this process; returns the exit code and what it wrote to stderr."""
     errors, code = io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, redirect_stderr(errors), redirect_stdout(io.StringIO()):
@@ -84,7 +84,7 @@ def command(*arguments: str | Path) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
-def subprocess_command(*arguments: str | Path, ranks: int = 1, **environment: str) -> tuple[int, str]:
+def subprocess_command(*arguments: object, ranks: int = 1, **environment: str) -> tuple[int, str]:
     """Run `python -m trainer` in a process of its own, or under torchrun; see `command`."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
     line = [PYTHON, *launcher, "-m", "trainer", *map(str, arguments)]

@@ -299,6 +299,9 @@ def test_errors(run: Path, tmp_path: Path, images: Path) -> None:
     with pytest.raises(ValueError, match=r"weights\.safetensors is not a safetensors file"):
         evaluate_here(EVALUATOR, run, [])
     (run / "weights.safetensors").unlink()
+    with pytest.raises(ValueError, match="all of them are damaged"):
+        evaluate_here(EVALUATOR, run, [])
+    (run / "checkpoints" / "step-00000004").rmdir()
     with pytest.raises(ValueError, match="has no usable checkpoint"):
         evaluate_here(EVALUATOR, run, [])
 

@@ -322,6 +322,7 @@ def test_a_last_checkpoint_of_an_evaluation_that_does_not_fit(site: Path, shared
         code, errors = command("linear", run, *LINEAR)
         assert code == 1, errors
         assert f"checkpoint of step 6 not saved in {run}/linear/checkpoints" in errors
+        assert "repeats only the steps after the newest checkpoint" in errors.splitlines()[-1]
         assert not (run / "linear" / "results.json").exists()
         ballast.unlink()
         assert command("linear", run, *LINEAR)[0] == 0

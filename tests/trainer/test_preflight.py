@@ -209,6 +209,6 @@ def test_config_prints_what_runs(tmp_path: Path) -> None:
     assert show("run.seed=7").startswith(dump(config)[:30])
     assert "seed: 7" in show("run.seed=7")
     assert show("--get", "run.dir") == f"{tmp_path}/run\n"
-    assert "error: --get run.dirs: no such value" in show("--get", "run.dirs")
+    assert "error: --get run.dirs: unknown key" in show("--get", "run.dirs")
     assert show("--get", "run.dir", "--nodes", "2", "--ranks-per-node", "3") == f"{tmp_path}/run\n"
     assert "error: data.batch_size: 12 does not divide among 5 ranks" in show("--ranks-per-node", "5")

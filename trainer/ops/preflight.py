@@ -267,18 +267,17 @@ def _measure_speeds(rank_info: RankInfo, node: int, node_count: int) -> tuple[li
     side = 8192 if cuda else 256
     a = torch.ones(side, side, device=rank_info.device, dtype=torch.bfloat16 if cuda else torch.float32)
     mine = {"matmul TFLOP/s": 2 * side**3 / _fastest(lambda: a @ a, rank_info.device) / 1e12}
-    # First each node alone; then nodes (0, 1), (2, 3), … at the same time, then (1, 2), (3, 4), …. The faster of a
-    # node's two neighbours counts, so that a slow node does not make its neighbours look slow.
-    spans = [(node, node)] if local > 1 else []
+    # Each node alone; then nodes (0, 1), (2, 3), … at the same time; then (1, 2), (3, 4), …. The faster of a node's two
+    # neighbours counts, so that a slow node does not make its neighbours look slow. All ranks create all groups in the
+    # same order: gloo hangs where ranks have created different numbers of them (torch 2.14).
+    spans = [(i, i) for i in range(node_count) if local > 1]
     if node_count > 2:
-        pairs = [(i, i + 1) for i in (node - 1, node) if 0 <= i < node_count - 1]
-        spans += sorted(pairs, key=lambda pair: pair[0] % 2)
-    for first, last in spans:
-        ranks = list(range(first * local, (last + 1) * local))
-        group = dist.new_group(ranks, use_local_synchronization=True)
-        assert isinstance(group, dist.ProcessGroup)
-        name = "all-reduce in the node GB/s" if first == last else "all-reduce with a neighbour GB/s"
-        mine[name] = max(mine.get(name, 0.0), all_reduce(len(ranks), group))
+        spans += [(i, i + 1) for first in (0, 1) for i in range(first, node_count - 1, 2)]
+    groups = [(span, dist.new_group(list(range(span[0] * local, (span[1] + 1) * local)))) for span in spans]
+    for (first, last), group in groups:
+        if isinstance(group, dist.ProcessGroup):  # this rank is a member
+            name = "all-reduce in the node GB/s" if first == last else "all-reduce with a neighbour GB/s"
+            mine[name] = max(mine.get(name, 0.0), all_reduce(group.size(), group))
     over_all = all_reduce(rank_info.world_size, None) if rank_info.world_size > 1 else 0.0
     of_ranks: list[dict[str, float]] = [{}] * rank_info.world_size
     dist.all_gather_object(of_ranks, mine)

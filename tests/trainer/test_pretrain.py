@@ -353,7 +353,7 @@ def test_a_truncated_checkpoint_is_skipped_for_the_one_before(
     assert checksums(tmp_path / "cut") == checksums(tmp_path / "whole")
 
 
-def test_a_full_disk_does_not_stop_training(tmp_path: Path, images: Path) -> None:
+def test_a_full_disk_does_not_stop_training_but_fails_the_run(tmp_path: Path, images: Path) -> None:
     """A limit on the size of a file stands for the full disk: metrics fit, checkpoints do not."""
 
     def limit() -> None:
@@ -361,11 +361,11 @@ def test_a_full_disk_does_not_stop_training(tmp_path: Path, images: Path) -> Non
 
     config = small_config(tmp_path / "run", images, run={"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"})
     done = subprocess.run(command(config), preexec_fn=limit, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert "checkpoint of step 6 not saved" in done.stderr
-    assert "File too large" in done.stderr
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"^error: checkpoint of step 6 not saved in .*File too large", done.stderr, re.M)
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
-    assert (tmp_path / "run/results.json").exists()
+    assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == list(range(1, 7))
+    assert not (tmp_path / "run/results.json").exists(), "the weights of the last step are not saved"
 
 
 def test_a_disk_that_fills_up(tmp_path: Path, images: Path) -> None:
@@ -382,9 +382,10 @@ def test_a_disk_that_fills_up(tmp_path: Path, images: Path) -> None:
     if subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("this machine lets nobody mount in a namespace")
     done = subprocess.run([*namespace, "sh", "-ec", script], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 1, done.stderr
+    assert not (tmp_path / "run/results.json").exists(), "the weights of the last step are not saved"
     lost = re.findall(
-        r"checkpoint of step (\d+) not saved in (.*): .*No space left.*; it takes about (.*) MB", done.stderr
+        r"^checkpoint of step (\d+) not saved in (.*): .*No space left.*; it takes about (.*) MB", done.stderr, re.M
     )
     assert lost, done.stderr
     assert {path for _, path, _ in lost} == {f"{tmp_path}/disk/checkpoints"}

@@ -138,7 +138,7 @@ class ViewParams:
 
     @cached_property
     def recolored(self) -> NDArray[np.bool_]:
-        """Whether the colour matrix differs from the identity: [B]."""
+        """Bool [B]: true where the colour matrix differs from the identity."""
         plain = (self.brightness == 1) & (self.contrast == 1) & (self.saturation == 1) & (self.hue == 0)
         return ~plain | self.gray
 

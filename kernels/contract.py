@@ -1,4 +1,4 @@
-"""What all implementations of the kernels share: result types, constants and the checks of arguments.
+"""Result types, constants and checks of arguments that all implementations of the kernels share.
 
 Shape suffixes: N queries, M keys, K negatives, C columns (keys or negatives), D dimensions.
 """

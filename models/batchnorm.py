@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 
 class Shuffle(NamedTuple):
-    """How one rank's images of a global batch are exchanged, from `plan_shuffle`; all on the host.
+    """The exchange of one rank's images of a global batch, made by `plan_shuffle`; all on the host.
 
     Attributes:
         send_B: int64 indices of this rank's images in the order of sending.

@@ -16,7 +16,7 @@ _TILE = 65536  # rows processed at a time where a copy of the whole shard would 
 
 
 class BankUpdate(NamedTuple):
-    """What the bank's step needs of N queries, those of one row of the grid of ranks.
+    """The input of the bank's step from N queries, those of one row of the grid of ranks.
 
     Attributes:
         q_ND: Unit queries, of the dtype of the bank's unit rows.

@@ -1,4 +1,4 @@
-"""What all kernels share: the registration per device and the checks of arguments."""
+"""The common part of all kernels: the registration per device and the checks of arguments."""
 
 import math
 from collections.abc import Callable

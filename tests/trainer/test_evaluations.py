@@ -1,4 +1,4 @@
-"""What all evaluations have in common: their registration, their directories, and what a new one needs."""
+"""The common part of all evaluations: their registration, their directories, and what a new one needs."""
 
 import json
 import sys

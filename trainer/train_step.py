@@ -14,7 +14,7 @@ from models.method import Method
 from trainer.build import autocast_dtype, build_method
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.engines.base import Engine, NotFinite
+from trainer.engines.base import Engine, EngineInputs, NotFinite
 from trainer.run import checkpoint
 from trainer.run.phases import PhaseTimer
 
@@ -53,8 +53,9 @@ class TrainStep:
         self.method: Method = build_method(config, rank_info, student)
         self.num_parameters = sum(p.numel() for p in self.method.student.parameters())  # before an engine shards them
         self.accumulate, self.precision = config.optim.accumulate, autocast_dtype(config, rank_info.device)
+        networks = self.method.student, self.method.teacher
         self.engine: Engine = config.engine.build(
-            self.method.student, self.method.teacher, config.optim, config.data.batch_size, rank_info, self.precision
+            EngineInputs(*networks, config.optim, config.data.batch_size, rank_info, self.precision)
         )
         self.rank_info, self.phases = rank_info, PhaseTimer(rank_info.device)
 

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,6 +28,26 @@ from trainer.schema import Section
 State = dict[str, dict[str, Any]]
 
 
+class EngineInputs(NamedTuple):
+    """The inputs of an engine, besides its own settings.
+
+    Attributes:
+        student: The network that the optimizer trains.
+        teacher: Its moving average; None for methods without one.
+        optim: Settings of the optimizer.
+        batch_size: Images per step over all ranks.
+        rank_info: This process.
+        precision: Dtype of autocast; torch.float32 means that autocast is off.
+    """
+
+    student: Encoder
+    teacher: Encoder | None
+    optim: Optim
+    batch_size: int
+    rank_info: RankInfo
+    precision: torch.dtype
+
+
 class EngineSettings(Section):
     """Keys that every engine has."""
 
@@ -37,27 +57,10 @@ class EngineSettings(Section):
     )
     compile: bool = Field(False, description="Compile each block with torch.compile.")
 
-    def build(
-        self,
-        student: Encoder,
-        teacher: Encoder | None,
-        optim: Optim,
-        batch_size: int,
-        rank_info: RankInfo,
-        precision: torch.dtype,
-    ) -> "Engine":
+    def build(self, inputs: EngineInputs) -> "Engine":
         """Return the engine; student and teacher are distributed over the ranks in place. Called by all ranks.
 
-        Args:
-            student: The network that the optimizer trains.
-            teacher: Its moving average; None for methods without one.
-            optim: Settings of the optimizer.
-            batch_size: Images per step over all ranks.
-            rank_info: This process.
-            precision: Dtype of autocast; torch.float32 means that autocast is off.
-
-        Raises:
-            ValueError: The settings do not fit the networks or the ranks.
+        Raises ValueError if the settings do not fit the networks or the ranks.
         """
         raise NotImplementedError
 
@@ -145,12 +148,11 @@ class Engine(Protocol):
 class TorchEngine:
     """The common part of DDP and FSDP: a torch optimizer over parameters that are replicated or DTensors."""
 
-    def __init__(
-        self, student: Encoder, teacher: Encoder | None, optim: Optim, rank_info: RankInfo, precision: torch.dtype
-    ) -> None:
-        self.network, self.teacher, self.device, self.clip = student, teacher, rank_info.device, optim.clip
-        self.scale = LossScale() if precision == torch.float16 else None
-        self.optimizer = make_optimizer(student, optim)
+    def __init__(self, inputs: EngineInputs) -> None:
+        self.network, self.teacher = inputs.student, inputs.teacher
+        self.device, self.clip = inputs.rank_info.device, inputs.optim.clip
+        self.scale = LossScale() if inputs.precision == torch.float16 else None
+        self.optimizer = make_optimizer(inputs.student, inputs.optim)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""

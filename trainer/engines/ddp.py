@@ -3,16 +3,12 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
-import torch
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from models.encoder import Encoder
-from trainer.distributed import RankInfo
-from trainer.engines.base import EngineSettings, TorchEngine, prepare_blocks
-from trainer.engines.optim import Optim
+from trainer.engines.base import EngineInputs, EngineSettings, TorchEngine, prepare_blocks
 
 
 class Settings(EngineSettings):
@@ -23,33 +19,18 @@ class Settings(EngineSettings):
         "none", description="Type in which gradients are sent: none keeps fp32, bf16 halves the traffic."
     )
 
-    def build(
-        self,
-        student: Encoder,
-        teacher: Encoder | None,
-        optim: Optim,
-        batch_size: int,
-        rank_info: RankInfo,
-        precision: torch.dtype,
-    ) -> "DDP":
+    def build(self, inputs: EngineInputs) -> "DDP":
         """See `EngineSettings.build`."""
-        return DDP(student, teacher, self, optim, rank_info, precision)
+        return DDP(self, inputs)
 
 
 class DDP(TorchEngine):
     """See `trainer.engines.base.Engine`. A single rank runs the network without a wrapper."""
 
-    def __init__(
-        self,
-        student: Encoder,
-        teacher: Encoder | None,
-        settings: Settings,
-        optim: Optim,
-        rank_info: RankInfo,
-        precision: torch.dtype,
-    ) -> None:
-        prepare_blocks(student, teacher, settings)
-        super().__init__(student, teacher, optim, rank_info, precision)
+    def __init__(self, settings: Settings, inputs: EngineInputs) -> None:
+        student, rank_info = inputs.student, inputs.rank_info
+        prepare_blocks(student, inputs.teacher, settings)
+        super().__init__(inputs)
         self.wrapped: DistributedDataParallel | None = None
         if rank_info.world_size > 1:
             self.wrapped = DistributedDataParallel(
@@ -57,7 +38,8 @@ class DDP(TorchEngine):
                 device_ids=[rank_info.device.index] if rank_info.device.type == "cuda" else None,
                 forward_sync_buffers=False,  # BatchNorm's running statistics are averaged when they are needed
                 gradient_as_bucket_view=True,
-                static_graph=optim.accumulate == 1,  # a static graph cannot alternate between syncing and not syncing
+                # A static graph cannot alternate between syncing and not syncing.
+                static_graph=inputs.optim.accumulate == 1,
             )
             if settings.compress == "bf16":
                 self.wrapped.register_comm_hook(None, bf16_compress_hook)

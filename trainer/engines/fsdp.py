@@ -17,9 +17,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from models.encoder import Encoder
 from models.negatives.base import make_mesh
-from trainer.distributed import RankInfo
-from trainer.engines.base import EngineSettings, TorchEngine, blocks, make_contiguous, named_networks, prepare_blocks
-from trainer.engines.optim import Optim
+from trainer.engines.base import (
+    EngineInputs,
+    EngineSettings,
+    TorchEngine,
+    blocks,
+    make_contiguous,
+    named_networks,
+    prepare_blocks,
+)
 
 
 class Settings(EngineSettings):
@@ -38,39 +44,24 @@ class Settings(EngineSettings):
         False, description="Keep parameters and optimizer state in host memory and run the optimizer there."
     )
 
-    def build(
-        self,
-        student: Encoder,
-        teacher: Encoder | None,
-        optim: Optim,
-        batch_size: int,
-        rank_info: RankInfo,
-        precision: torch.dtype,
-    ) -> "FSDP":
+    def build(self, inputs: EngineInputs) -> "FSDP":
         """See `EngineSettings.build`."""
-        return FSDP(student, teacher, self, optim, rank_info, precision)
+        return FSDP(self, inputs)
 
 
 class FSDP(TorchEngine):
     """See `trainer.engines.base.Engine`. Raises ValueError for a backbone without known blocks."""
 
-    def __init__(
-        self,
-        student: Encoder,
-        teacher: Encoder | None,
-        settings: Settings,
-        optim: Optim,
-        rank_info: RankInfo,
-        precision: torch.dtype,
-    ) -> None:
+    def __init__(self, settings: Settings, inputs: EngineInputs) -> None:
+        student, teacher, rank_info = inputs.student, inputs.teacher, inputs.rank_info
         mesh = make_mesh(settings.placement, rank_info.device, rank_info.local_world_size)
         if settings.placement == "sharded":
             mesh = mesh["shard"]
         prepare_blocks(student, teacher, settings)
         for name, network in named_networks(student, teacher).items():
             reshard = settings.reshard_after_forward or name == "teacher"
-            _shard(network, mesh, precision, reshard, settings.cpu_offload)
-        super().__init__(student, teacher, optim, rank_info, precision)
+            _shard(network, mesh, inputs.precision, reshard, settings.cpu_offload)
+        super().__init__(inputs)
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """See `Engine.micro_batch`."""

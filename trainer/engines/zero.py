@@ -19,11 +19,18 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
-from models.encoder import Encoder
 from models.negatives.base import make_mesh
 from models.teacher import ema_update
 from trainer.distributed import RankInfo
-from trainer.engines.base import EngineSettings, LossScale, State, make_contiguous, named_networks, prepare_blocks
+from trainer.engines.base import (
+    EngineInputs,
+    EngineSettings,
+    LossScale,
+    State,
+    make_contiguous,
+    named_networks,
+    prepare_blocks,
+)
 from trainer.engines.optim import FlatLayout, Lars, Optim, make_optimizer
 
 
@@ -47,17 +54,9 @@ class Settings(EngineSettings):
             raise ValueError("compile: ZeRO-3 hooks into every layer; need engine.kind=fsdp or another stage")
         return self
 
-    def build(
-        self,
-        student: Encoder,
-        teacher: Encoder | None,
-        optim: Optim,
-        batch_size: int,
-        rank_info: RankInfo,
-        precision: torch.dtype,
-    ) -> "Zero":
+    def build(self, inputs: EngineInputs) -> "Zero":
         """See `EngineSettings.build`. Raises ValueError where `options` contradict the configuration."""
-        return Zero(student, teacher, self, optim, batch_size, rank_info, precision)
+        return Zero(self, inputs)
 
 
 class ParamShard(NamedTuple):
@@ -85,16 +84,8 @@ class ParamShard(NamedTuple):
 class Zero:
     """See `trainer.engines.base.Engine`."""
 
-    def __init__(
-        self,
-        student: Encoder,
-        teacher: Encoder | None,
-        settings: Settings,
-        optim: Optim,
-        batch_size: int,
-        rank_info: RankInfo,
-        precision: torch.dtype,
-    ) -> None:
+    def __init__(self, settings: Settings, inputs: EngineInputs) -> None:
+        student, teacher, optim, batch_size, rank_info, precision = inputs
         deepspeed = _import_deepspeed(rank_info)
         self.network, self.teacher, self.stage = student, teacher, settings.stage
         self.scale = LossScale() if precision == torch.float16 else None

@@ -1,5 +1,5 @@
 # make demo    everything from nothing to a report, on two CPU cores
-# make test    the same set-up, then the tests
+# make test    the same set-up, then all tests but the slow ones: minutes, every part of the program
 # make help    all targets
 #
 # The set-up is done once; a stamp file (.done) makes it instant the second time.
@@ -11,11 +11,13 @@ DATA := .data/fashion-mnist
 RUN := runs/demo
 SCRIPTS = .ci/run $(wildcard slurm/*.sh docs/bench/*.sh)
 
-.PHONY: help venv data demo test lint format clean
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+
+.PHONY: help venv data demo test test-slow test-all lint format clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 venv: $(VENV)/.done ## Create .venv with everything in requirements.txt
 
@@ -46,8 +48,14 @@ demo: venv data ## Pre-train AdCo on Fashion-MNIST, evaluate, write the report
 	@$(BIN)/python -m trainer report $(RUN)
 	@echo 'The report: $(RUN)/report.html'
 
-test: venv data ## Run the tests (ARGS='-k name' for some of them)
-	@$(BIN)/python -m pytest $(ARGS)
+test: venv data ## Run the tests of every part except the slow ones (ARGS='-k name' for some of them)
+	@$(PYTEST) -m 'not slow' $(ARGS)
+
+test-slow: venv data ## Run the tests that take long: SLURM, kills, every engine on four ranks
+	@$(PYTEST) -m slow $(ARGS)
+
+test-all: venv data ## Run all tests
+	@$(PYTEST) $(ARGS)
 
 lint: venv ## Check format, style, types and shell scripts
 	@$(BIN)/ruff format --check .

@@ -2,10 +2,31 @@
 
 import logging
 import multiprocessing
+import os
 from collections.abc import Iterator
 from multiprocessing import forkserver
 
 import pytest
+
+# Several processes share the cores: those of pytest, and ranks and workers of a test. Set before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One process of pytest more than cores, because some tests wait; each takes about 1 GB of memory."""
+    return min(len(os.sched_getaffinity(0)) + 1, 8)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Keep the tests of a file in one process, where they share fixtures, unless marks make smaller groups of them.
+
+    The groups that mostly wait, for SLURM, are the first, so that others compute meanwhile.
+    """
+    items.sort(key=lambda item: "slurm" not in item.path.parts)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath))))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -16,7 +16,12 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.mark.parametrize(
     ("checks", "interpret"),
-    [("interpreted", "1"), ("compiled", "0"), ("bench", "1"), ("mining_interpreted", "1")],
+    [
+        pytest.param("interpreted", "1", marks=pytest.mark.slow),
+        pytest.param("compiled", "0", marks=pytest.mark.slow),
+        ("bench", "1"),
+        pytest.param("mining_interpreted", "1", marks=pytest.mark.slow),
+    ],
 )
 def test_in_its_own_process(checks: str, interpret: str, tmp_path: Path) -> None:
     done = subprocess.run(

@@ -67,7 +67,7 @@ class Cluster:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "SBATCH"))}
+        self.env = {k: value for k, value in os.environ.items() if not k.startswith(("SLURM", "SBATCH", "OMP_"))}
         self.env |= {"SLURM_CONF": str(folder / "slurm.conf"), "PATH": PATH}
         self.daemons: dict[str, subprocess.Popen[bytes]] = {}
         for name in ("munge", "state", *NODES):

@@ -161,6 +161,7 @@ def undisturbed(cluster: Cluster, site: Path, limited: object) -> dict[str, str]
     return weights(site / "runs" / "undisturbed")
 
 
+@pytest.mark.slow
 def test_a_signal_saves_and_requeues(
     cluster: Cluster, make_site: Callable[[], Path], undisturbed: dict[str, str]
 ) -> None:
@@ -181,6 +182,7 @@ def test_a_signal_saves_and_requeues(
     assert weights(run) == undisturbed
 
 
+@pytest.mark.slow
 def test_preemption_saves_and_requeues(cluster: Cluster, site: Path) -> None:
     run = site / "runs" / "low"
     job = Job(cluster, site, "--nodes=1", "--partition=low", "--nodelist=n4", f"run.dir={run}")
@@ -194,6 +196,7 @@ def test_preemption_saves_and_requeues(cluster: Cluster, site: Path) -> None:
     assert (run / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_a_lost_node_requeues(cluster: Cluster, site: Path, undisturbed: dict[str, str]) -> None:
     """The first one, with the batch shell, so that only SLURM itself can."""
     run = site / "runs" / "lost"
@@ -210,6 +213,7 @@ def test_a_lost_node_requeues(cluster: Cluster, site: Path, undisturbed: dict[st
     cluster.until(lambda: cluster("sinfo", "-h", "-t", "idle,mixed,allocated", "-o", "%D") != "", "the node back")
 
 
+@pytest.mark.slow
 def test_a_crash_at_every_start_ends_with_the_reason(cluster: Cluster, site: Path) -> None:
     job = Job(cluster, site, "--nodes=1", "run.dir=runs/crash", "data.train=/nowhere", MAX_FAILURES="2")
     job.ends("FAILED")
@@ -229,6 +233,7 @@ def test_a_bad_configuration_is_not_started(cluster: Cluster, site: Path) -> Non
     assert "requeued" not in job.log
 
 
+@pytest.mark.slow
 def test_an_array_has_a_seed_and_a_folder_for_each_task(cluster: Cluster, site: Path) -> None:
     """Both at once on one host: their ports do not collide."""
     Job(cluster, site, "--nodes=1", "--array=1-2", "--nodelist=n4", "run.dir=runs/seeds", "run.epochs=6")
@@ -239,6 +244,7 @@ def test_an_array_has_a_seed_and_a_folder_for_each_task(cluster: Cluster, site: 
     assert manifests[0] != manifests[1]
 
 
+@pytest.mark.slow
 def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path) -> None:
     run = site / "runs" / "cancelled"
     job = Job(cluster, site, "--nodes=1", f"run.dir={run}", "run.epochs=3000")
@@ -250,6 +256,7 @@ def test_a_cancelled_job_stays_cancelled(cluster: Cluster, site: Path) -> None:
     assert cluster.state(job.id) == "CANCELLED", "requeueing would bring it back"
 
 
+@pytest.mark.slow
 def test_a_file_stops_for_good(cluster: Cluster, site: Path) -> None:
     run = site / "runs" / "asked"
     job = Job(cluster, site, "--nodes=1", f"run.dir={run}", "run.epochs=3000")
@@ -260,6 +267,7 @@ def test_a_file_stops_for_good(cluster: Cluster, site: Path) -> None:
     assert f"stopped by the file {run}/stop; the same sbatch goes on from step {newest(run)}" in job.log
 
 
+@pytest.mark.slow
 def test_a_sweep_takes_a_line_for_each_task(cluster: Cluster, site: Path) -> None:
     (site / "sweep").write_text("optim.lr=0.1\noptim.lr=0.2 run.seed=7\n")
     Job(
@@ -278,6 +286,7 @@ def test_a_sweep_takes_a_line_for_each_task(cluster: Cluster, site: Path) -> Non
     assert (config.optim.lr, config.run.seed) == (0.2, 7)
 
 
+@pytest.mark.slow
 def test_a_bad_node_is_named_and_left_out(cluster: Cluster, make_site: Callable[[], Path]) -> None:
     """One of three has another version of a package. And data are staged on each."""
     site = make_site()
@@ -308,6 +317,7 @@ def _nodes(text: str) -> set[str]:
     return {f"n{i}" for part in parts for i in range(int(part[0]), int(part[-1]) + 1)}
 
 
+@pytest.mark.slow
 def test_a_scaling_study_submits_its_sizes(cluster: Cluster, site: Path) -> None:
     study = [PYTHON, "-m", "trainer", "scale"]
     options = ["--sizes", "1,2", "--kind", "strong", "--steps", "2", "--warmup", "1", "--sbatch", " ".join(SMALL)]
@@ -321,6 +331,7 @@ def test_a_scaling_study_submits_its_sizes(cluster: Cluster, site: Path) -> None
     assert re.findall(r"strong +\d+ +(\d+)", table) == ["1", "2"], table  # ranks: all nodes are one host
 
 
+@pytest.mark.slow
 def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undisturbed: object) -> None:
     """Of a run that is there, on other data than it names, until a signal and then to the end."""
     run, images = site / "runs" / "undisturbed", load(site / "configs" / "small.yaml").data.train
@@ -345,6 +356,7 @@ def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undi
     assert "finished" not in other.log, "the results there are those of the evaluation before"
 
 
+@pytest.mark.slow
 def test_an_array_of_fine_tunings_has_a_seed_for_each_task(cluster: Cluster, site: Path, undisturbed: object) -> None:
     run, images = site / "runs" / "undisturbed", load(site / "configs" / "small.yaml").data.train
     data = ["run.dir=runs/undisturbed", f"data.val={images}"]
@@ -367,6 +379,7 @@ def test_dry_run(cluster: Cluster, site: Path, script: str) -> None:
         cluster("sbatch", "--test-only", "--nodes=5", f"slurm/{script}", cwd=site)
 
 
+@pytest.mark.slow
 def test_the_time_limit_saves_and_requeues(limited: "Future[tuple[Job, Path]]", undisturbed: dict[str, str]) -> None:
     job, run = limited.result()
     (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(USR1\)", job.log))

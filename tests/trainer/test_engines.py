@@ -74,7 +74,12 @@ def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("model", RECIPES)
 @pytest.mark.parametrize(
-    ("world_size", "engine"), [(world_size, engine) for world_size, cases in CASES.items() for engine in cases]
+    ("world_size", "engine"),
+    [
+        pytest.param(world_size, engine, marks=[pytest.mark.slow] if world_size == 4 else [])
+        for world_size, cases in CASES.items()
+        for engine in cases
+    ],
 )
 def test_the_same_as_one_process_alone(world_size: int, engine: str, model: str) -> None:
     """Ten steps: losses agree to 5e-6 and tensors to 1e-4 of their largest element. Rounding gives 6e-7 and 1e-5."""
@@ -119,6 +124,7 @@ def methods_on_ranks(world_size: int, *engines: str) -> dict[tuple[str, str], Ou
     return run_ranks(world_size, run_methods, list(engines))[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_every_method_does_the_same_as_in_one_process(engine: str, name: str) -> None:
@@ -172,6 +178,7 @@ def low_precision() -> dict[tuple[str, str, str], tuple[Outcome, Outcome]]:
     return {case: (x, expected[*case[:2], "ddp"]) for case, x in zip(PRECISION, found, strict=True)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PRECISION, ids="-".join)
 def test_low_precision_works_with_batchnorm(case: tuple[str, str, str]) -> None:
     """Losses agree with one process's as far as low-precision averages (ZeRO) or gradients (FSDP) allow."""
@@ -314,6 +321,7 @@ PAIRS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "worlds"), [("resnet", (1, 3)), ("vit", (2,))])
 def test_another_engine_resumes(tmp_path: Path, model: str, worlds: tuple[int, ...]) -> None:
     """A checkpoint of 2 ranks is loaded bit for bit on other numbers of ranks."""

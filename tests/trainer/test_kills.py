@@ -65,11 +65,11 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
     ("engine", "ranks", "times", "method"),
     [
         ("ddp", 1, 12, "adco"),
-        ("fsdp", 2, 8, "adco"),
-        ("fsdp", 2, 4, "moco"),
-        ("ddp", 1, 4, "acssl"),
-        ("ddp", 1, 4, "byol"),
-        ("ddp", 1, 4, "simclr"),
+        pytest.param("fsdp", 2, 8, "adco", marks=pytest.mark.slow),
+        pytest.param("fsdp", 2, 4, "moco", marks=pytest.mark.slow),
+        pytest.param("ddp", 1, 4, "acssl", marks=pytest.mark.slow),
+        pytest.param("ddp", 1, 4, "byol", marks=pytest.mark.slow),
+        pytest.param("ddp", 1, 4, "simclr", marks=pytest.mark.slow),
     ],
 )
 def test_killed_at_any_moment(tmp_path: Path, engine: str, ranks: int, times: int, method: str) -> None:

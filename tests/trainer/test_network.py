@@ -72,6 +72,7 @@ def newest(run: Path) -> int:
     return max((int(path.name[5:]) for path in run.glob("checkpoints/step-*")), default=0)
 
 
+@pytest.mark.slow
 def test_a_cut_is_survived_or_ends_clearly(tmp_path: Path, cable: Callable[[bool], None]) -> None:
     images = write_images(tmp_path / "images")
     run, whole = tmp_path / "cut", tmp_path / "whole"

@@ -99,7 +99,12 @@ def predicted(world_size: int) -> dict[str, Found]:
 
 
 @pytest.mark.parametrize(
-    ("world_size", "case"), [(world_size, case) for world_size in (1, 2, 4) for case in cases(world_size)]
+    ("world_size", "case"),
+    [
+        pytest.param(world_size, case, marks=[pytest.mark.slow] if world_size > 1 else [])
+        for world_size in (1, 2, 4)
+        for case in cases(world_size)
+    ],
 )
 def test_collectives_are_predicted(world_size: int, case: str) -> None:
     found, counted = predicted(world_size)[case], real(world_size)[case]
@@ -108,6 +113,7 @@ def test_collectives_are_predicted(world_size: int, case: str) -> None:
         assert sum(call.sent for _, call, _, _ in found) > 10_000
 
 
+@pytest.mark.slow
 def test_nodes_and_issuers() -> None:
     """On four ranks of two nodes: which collectives cross nodes, and which an engine issues."""
     found = predicted(4)["fsdp, node"]

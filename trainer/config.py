@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from data.settings import RESUMABLE, DataSettings
-from models import acssl, adco, byol, moco, simclr
+from models import acssl, adco, byol, caco, moco, simclr
 from models.negatives.base import BankSettings, num_shards
 from trainer.engines import ddp, fsdp, zero
 from trainer.engines.optim import Optim
@@ -21,7 +21,8 @@ from trainer.schema import Section, default_variant
 
 # The keys of section `method` depend on its `name`. Register a new method here.
 Method = Annotated[
-    adco.Settings | acssl.Settings | moco.Settings | simclr.Settings | byol.Settings, Field(discriminator="name")
+    adco.Settings | caco.Settings | acssl.Settings | moco.Settings | simclr.Settings | byol.Settings,
+    Field(discriminator="name"),
 ]
 # The keys of section `engine` depend on its `kind`. Register a new engine here.
 Engine = Annotated[ddp.Settings | fsdp.Settings | zero.Settings, Field(discriminator="kind")]
@@ -168,8 +169,9 @@ class Config(Section):
     def _fits_together(self) -> "Config":
         data = self.data
         self.method.check(data.batch_size, len(data.views), self.bank)
-        if self.optim.warmup > self.run.epochs:
-            raise ValueError(f"optim.warmup: {self.optim.warmup} epochs are more than run.epochs, {self.run.epochs}")
+        for section, warmup in (("optim", self.optim.warmup), ("bank", self.bank.warmup)):
+            if warmup > self.run.epochs:
+                raise ValueError(f"{section}.warmup: {warmup:g} epochs are more than run.epochs, {self.run.epochs}")
         return self
 
 

@@ -141,10 +141,11 @@ def rates_at(config: Config, step: int, steps: int) -> Rates:
     """Return the learning rates and the teacher's momentum for the step that follows `step` of `steps` steps."""
     optim, bank, method = config.optim, config.bank, config.method
     lr, final = (scaled_lr(x, config.data.batch_size) for x in (optim.lr, optim.lr_final))
-    warmup_steps = optim.warmup * steps / config.run.epochs
+    optim_warmup, bank_warmup = (x.warmup * steps / config.run.epochs for x in (optim, bank))
+    bank_lr_final = bank.lr if bank.lr_final is None else bank.lr_final
     return Rates(
-        lr=cosine(step, steps, lr, final, warmup_steps),
-        bank_lr=_cosine_or_constant(step, steps, bank.lr, bank.lr_final),
+        lr=cosine(step, steps, lr, final, optim_warmup),
+        bank_lr=cosine(step, steps, bank.lr, bank_lr_final, bank_warmup),
         teacher_momentum=_cosine_or_constant(step, steps, method.teacher_momentum, method.teacher_momentum_final),
     )
 

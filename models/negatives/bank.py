@@ -86,11 +86,21 @@ class Bank(Negatives):
 
         Replicas of a shard gather each other's queries and take the same step, so traffic does not depend on K.
         """
+        self._step(self._gather_updates(updates), lr, seed)
+
+    def _gather_updates(self, updates: Sequence[Sequence[BankUpdate]]) -> BankUpdate:
+        """Concatenate the micro-batches' queries of all replicas of this shard; weights are averaged."""
         replicas = self.mesh.get_group("replica")
         flat = [x for update in updates for x in update]
-        self.stats = kernels.adversary_step(
+        return BankUpdate(
             gather(torch.cat([x.q_ND for x in flat]), replicas),
             gather(torch.cat([x.coef_N / len(updates) for x in flat]), replicas),
+        )
+
+    def _step(self, update: BankUpdate, lr: float, seed: int) -> None:
+        """Take one step of gradient ascent on the loss of `update`."""
+        self.stats = kernels.adversary_step(
+            *update,
             self.n_KD,
             self.w_KD,
             self.v_KD,

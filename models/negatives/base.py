@@ -33,6 +33,7 @@ class BankSettings(BaseModel):
     lr_final: float | None = Field(
         None, ge=0, description="Learning rate at the last step, reached along a cosine; null keeps lr; bank only."
     )
+    warmup: float = Field(0, ge=0, description="Epochs over which lr rises linearly from zero; bank only.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of the gradient ascent; bank only.")
     weight_decay: float = Field(1e-4, ge=0, description="Weight decay of the gradient ascent; bank only.")
     init: Literal["keys", "random"] = Field(

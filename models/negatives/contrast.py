@@ -44,7 +44,14 @@ class Contrast(NamedTuple):
         return BankUpdate(self.queries_ND, weight / self.za_N)
 
 
-def contrast(q_ND: Tensor, k_BD: Tensor, negatives: Negatives, temperature: float, batch_keys: bool) -> Contrast:
+def contrast(
+    q_ND: Tensor,
+    k_BD: Tensor,
+    negatives: Negatives,
+    temperature: float,
+    batch_keys: bool,
+    own_A: Tensor | None = None,
+) -> Contrast:
     """Compute l_i = log Z_i - q_i . k_i / T (AdCo, eq. 2). Called by all ranks.
 
     Args:
@@ -53,14 +60,22 @@ def contrast(q_ND: Tensor, k_BD: Tensor, negatives: Negatives, temperature: floa
         negatives: The columns of Z_i besides the keys.
         temperature: T.
         batch_keys: Whether Z_i includes the keys of all ranks or the own key only.
+        own_A: Where the keys are themselves rows of `negatives`: the index of each query's row, int64, for the
+            A = S * N queries of this rank's row of the grid. Then Z_i has no other columns than `negatives`.
     """
-    return Contrast(*_Contrast.apply(q_ND, k_BD, negatives, temperature, batch_keys))
+    return Contrast(*_Contrast.apply(q_ND, k_BD, negatives, temperature, batch_keys, own_A))
 
 
 class _Contrast(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_ND: Tensor, k_BD: Tensor, negatives: Negatives, temperature: float, batch_keys: bool
+        ctx: Any,
+        q_ND: Tensor,
+        k_BD: Tensor,
+        negatives: Negatives,
+        temperature: float,
+        batch_keys: bool,
+        own_A: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         mesh, n_KD = negatives.mesh, negatives.n_KD
         replica, shard = mesh.get_local_rank("replica"), mesh.get_local_rank("shard")
@@ -74,7 +89,11 @@ class _Contrast(torch.autograd.Function):
         positive_N = (all_q_ND[mine].to(wide) * own_ND).sum(1)
 
         # This rank's columns are its shard, its keys and those of its replicas: a row of the grid has all columns.
-        if batch_keys:
+        if own_A is not None:
+            # As keys, the rows of this shard can be told which of them is a query's own.
+            local_A = own_A - negatives.first
+            k_MD, own_N, n_KD = n_KD, local_A.where((local_A >= 0) & (local_A < len(n_KD)), -1), n_KD[:0]
+        elif batch_keys:
             k_MD = gather(k_BD, mesh.get_group("replica"))
             own_N = torch.full((len(all_q_ND),), -1, device=q_ND.device)
             own_N[mine] = torch.arange(len(q_ND), device=q_ND.device) % batch + replica * batch
@@ -84,7 +103,7 @@ class _Contrast(torch.autograd.Function):
         if adversary is None:
             adversary = temperature
         score = kernels.score(all_q_ND, k_MD, own_N, n_KD, temperature, adversary)
-        if not batch_keys:
+        if own_A is None and not batch_keys:
             e_N = torch.exp(positive_N / temperature)
             score.z_N[mine] += e_N
             score.o_ND[mine] += e_N[:, None] * own_ND
@@ -107,4 +126,4 @@ class _Contrast(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dq_ND,) = ctx.saved_tensors
-        return (grads[0][:, None] * dq_ND).to(dq_ND.dtype), None, None, None, None
+        return (grads[0][:, None] * dq_ND).to(dq_ND.dtype), None, None, None, None, None

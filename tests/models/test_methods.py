@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models import acssl, adco, byol, moco, simclr
+from models import acssl, adco, byol, caco, moco, simclr
 from models.acssl import triplet
 from models.encoder import Encoder
 from models.method import Method, Views
@@ -54,6 +54,11 @@ def make_bank(placement: Placement = "sharded") -> Bank:
 def make(name: str, **settings: Any) -> Method:
     if name == "adco":
         return adco.AdCo(NETWORK, adco.Settings(**settings), make_bank())
+    if name == "caco":
+        kind_of_bank = BankSettings(size=K, temperature=0.1, momentum=0.9, weight_decay=0.0)
+        rows = caco.CooperativeBank(kind_of_bank, D, make_mesh("sharded", CPU, dist.get_world_size()), torch.float64)
+        rows.fill(unit(K, D, seed=3)[rows.first : rows.first + len(rows.w_KD)])
+        return caco.CaCo(NETWORK, caco.Settings(**settings), rows)
     if name == "moco":
         return moco.MoCo(NETWORK, moco.Settings(**settings), make_queue())
     if name == "simclr":
@@ -111,6 +116,17 @@ def info_nce(q: Tensor, k: Tensor, temperature: float, pairs: list[tuple[int, in
     return torch.stack(terms).mean()
 
 
+def nearest_rows(q: Tensor, k: Tensor, temperature: float, large: float, small: float) -> Tensor:
+    """CaCo: the positive of a query is the row of the bank that is most similar to the key."""
+    n = unit(K, D, seed=3)
+    total = torch.zeros((), dtype=torch.float64)
+    for j in (0, 1):
+        for i in [i for i in range(len(q)) if i != j]:
+            loss = nn.functional.cross_entropy(q[i] @ n.T / temperature, (k[j] @ n.T).argmax(1))
+            total = total + (large if i < 2 else small) * loss
+    return total
+
+
 def predict(q: Tensor, k: Tensor) -> Tensor:
     """BYOL, eq. 2, for both key views; with more views the mean over the queries of a key."""
     total = torch.zeros((), dtype=torch.float64)
@@ -156,6 +172,8 @@ CASES: list[tuple[str, int, dict[str, Any], Any]] = [
     ("simclr", 2, {"temperature": 0.2}, lambda q, k: nt_xent(q, k, 0.2)),
     ("moco", 2, {"temperature": 0.3}, lambda q, k: info_nce(q, k, 0.3, [(1, 0)])),
     ("moco", 2, {"temperature": 0.3, "symmetric": True}, lambda q, k: info_nce(q, k, 0.3, [(1, 0), (0, 1)])),
+    ("caco", 2, {"temperature": 0.3}, lambda q, k: nearest_rows(q, k, 0.3, 1, 0)),
+    ("caco", 4, {"temperature": 0.3, "directions": "mean"}, lambda q, k: nearest_rows(q, k, 0.3, 0.5, 0.25)),
     ("byol", 2, {}, predict),
     ("byol", 3, {}, predict),
     ("acssl", 2, ACSSL, lambda q, k: mined_triplets(q, k, "soft", **{**MINED, **FREE})),
@@ -222,6 +240,7 @@ def test_what_settings_say_about_negatives() -> None:
     bank = BankSettings(size=1000)
     for settings, name, number, description in (
         (adco.Settings(), "bank", 1000, "1,000, learning rate 3, temperature 0.02"),
+        (caco.Settings(), "bank", 1000, "1,000, learning rate 3, temperature 0.02"),
         (moco.Settings(), "queue", 1000, "1,000"),
         (acssl.Settings(negatives_from="queue"), "queue", 1000, "1,000"),
         (acssl.Settings(), None, 0, None),

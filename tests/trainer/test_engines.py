@@ -100,6 +100,7 @@ METHODS: dict[str, Sections] = {
     },
     "adco with predictor": {"model": {"predictor": 24}},
     "byol": {"model": {"predictor": 24, "head_norm": True}, "method": {"name": "byol"}},
+    "caco": {"method": {"name": "caco", "temperature": 0.2}, "bank": {"size": 40, "temperature": 0.2, "lr": 0.3}},
     "moco": {"method": {"name": "moco", "symmetric": True}, "bank": {"size": 40}},
     "simclr": {"method": {"name": "simclr"}, "data": {"views": [{"size": 16}] * 2}},
 }

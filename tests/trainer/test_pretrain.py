@@ -122,6 +122,11 @@ OTHER_METHODS: dict[str, dict[str, dict[str, Any]]] = {
         "optim": {"accumulate": 2, "lr": 0.5},
     },
     "byol": {"model": {**RESNET, "predictor": 16, "head_norm": True}, "method": {"name": "byol", "bn": "local"}},
+    "caco": {
+        "method": {"name": "caco", "temperature": 0.2},
+        "bank": {"size": 32, "temperature": 0.2, "lr": 0.3, "warmup": 1},
+        "optim": {"accumulate": 2, "lr": 0.1},
+    },
     "moco": {
         "method": {"name": "moco", "symmetric": True},
         "bank": {"size": 31},
@@ -142,7 +147,7 @@ def test_every_method_trains_and_goes_on_bit_for_bit(tmp_path: Path, images: Pat
     assert ("pretext_top1" in training[0]) == (name != "byol")
     assert [row["knn"] for row in rows if "knn" in row][-1] > 0.4, "chance is a third"
     momenta = [row["teacher_momentum"] for row in training]
-    assert (momenta == sorted(momenta) and momenta[-1] > 0.999) == (name in ("acssl", "byol"))
+    assert (momenta == sorted(momenta) and momenta[-1] > 0.999) == (name in ("acssl", "byol", "caco"))
 
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
     (tmp_path / "cut/results.json").unlink()
@@ -152,7 +157,7 @@ def test_every_method_trains_and_goes_on_bit_for_bit(tmp_path: Path, images: Pat
     assert rows_of(tmp_path / "cut") == rows
     assert checksums(tmp_path / "cut") == checksums(tmp_path / "whole")
     html = write_report(tmp_path / "cut").read_text()
-    assert ("negative 0" in html) == (name == "acssl")
+    assert ("negative 0" in html) == (name in ("acssl", "caco"))
 
 
 def test_a_run_that_collapses_says_so(tmp_path: Path, images: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,119 @@
+"""CaCo's bank against a plain fp64 formula, on one rank and several, in every placement.
+
+B images over all ranks, V views, D dimensions, K rows.
+"""
+
+from typing import cast
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from models import caco
+from models.encoder import Encoder
+from models.negatives.base import BankSettings, Placement, make_mesh
+from tests.models.test_methods import unit
+from tests.ranks import run_ranks
+
+B, D, K, V, STEPS = 12, 16, 20, 3, 3
+T, T_BANK, LR, MOMENTUM, DECAY = 0.3, 0.2, 0.5, 0.9, 0.01
+BANK = BankSettings(size=K, temperature=T_BANK, momentum=MOMENTUM, weight_decay=DECAY)
+
+
+def embeddings(step: int) -> tuple[Tensor, Tensor]:
+    """Return queries and keys of all images [V, B, D]. Few rows are near, so that several queries share a positive."""
+    centre = unit(1, D, seed=7) + 0.5 * unit(B, D, seed=step)
+    q, k = (nn.functional.normalize(centre + 0.5 * unit(V, B, D, seed=100 * s + step), dim=-1) for s in (1, 2))
+    return q, k
+
+
+def steps(placement: Placement, ranks_per_node: int, micro_batches: int) -> tuple[list[Tensor], int, list[int]]:
+    """Return w, v and n of this shard after some steps, its first row, and how many queries share a positive."""
+    mesh = make_mesh(placement, torch.device("cpu"), ranks_per_node)
+    bank = caco.CooperativeBank(BANK, D, mesh, torch.float64)
+    bank.fill(2 * unit(K, D, seed=3)[bank.first : bank.first + len(bank.w_KD)])
+    method = caco.CaCo(cast(Encoder, nn.Identity()), caco.Settings(temperature=T), bank)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    shared = []
+    for step in range(STEPS):
+        q, k = embeddings(step)
+        mine = slice(rank * B // world_size, (rank + 1) * B // world_size)
+        updates = []
+        for q_part, k_part in zip(q[:, mine].chunk(micro_batches, 1), k[:, mine].chunk(micro_batches, 1), strict=True):
+            output = method.loss(dict(enumerate(q_part)), {j: k_part[j] for j in (0, 1)})
+            updates.append(output.negatives_update)
+            assert 0 < output.metrics["distinct_positives"] <= 1
+        shared.append(len(updates[0][0].row_A) - len(updates[0][0].row_A.unique()))
+        method.update_negatives(updates, LR, seed=step)
+    assert bank.v_KD is not None
+    return [bank.w_KD, bank.v_KD, bank.n_KD], bank.first, shared
+
+
+def formula() -> tuple[Tensor, Tensor]:
+    """Return w and v after the same steps: the published update, row by row, from all similarities."""
+    w, v = 2 * unit(K, D, seed=3), torch.zeros(K, D, dtype=torch.float64)
+    for step in range(STEPS):
+        q, k = embeddings(step)
+        n = nn.functional.normalize(w, dim=1)
+        gradient = torch.zeros_like(w)
+        for j in (0, 1):
+            positive = (k[j] @ n.T).argmax(1)
+            for i in [i for i in range(V) if i != j]:
+                s = q[i] @ n.T
+                p = torch.softmax(s / T_BANK, 1)
+                chosen = torch.zeros_like(p).scatter(1, positive[:, None], 1).bool()
+                c = torch.where(chosen, 1 - p, p) * (1.0 if i < 2 else 0.5) / B
+                gradient += (c.T @ q[i] - (c * s).sum(0)[:, None] * n) / w.norm(dim=1, keepdim=True) / T_BANK
+        v = MOMENTUM * v + DECAY * w - gradient
+        w = w - LR * v
+    return w, v
+
+
+@pytest.mark.parametrize(
+    ("world_size", "placement", "ranks_per_node", "micro_batches"),
+    [
+        (1, "sharded", 1, 1),
+        (1, "sharded", 1, 3),
+        (2, "sharded", 2, 1),
+        (3, "sharded", 3, 1),
+        (2, "replicated", 2, 1),
+        (4, "node", 2, 1),
+    ],
+)
+def test_the_bank_agrees_with_the_formula(
+    world_size: int, placement: Placement, ranks_per_node: int, micro_batches: int
+) -> None:
+    w, v = formula()
+    for (found_w, found_v, found_n), first, shared in run_ranks(
+        world_size, steps, placement, ranks_per_node, micro_batches
+    ):
+        mine = slice(first, first + len(found_w))
+        torch.testing.assert_close(found_w, w[mine], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found_v, v[mine], rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(found_n, nn.functional.normalize(w[mine], dim=1), rtol=1e-9, atol=1e-11)
+        assert min(shared) > 0, "several queries share a positive, whose gradients are summed"
+
+
+def test_positives_approach_their_queries_and_adco_s_negatives_do_not() -> None:
+    """With one row, which is the positive of all queries, the step is the descent on the loss of that row."""
+    ((before, after),) = run_ranks(1, one_row)
+    assert after > before + 0.01
+
+
+def one_row() -> tuple[float, float]:
+    bank = caco.CooperativeBank(BANK.model_copy(update={"size": 2}), D, make_mesh("sharded", torch.device("cpu"), 1))
+    bank.fill(torch.eye(2, D))
+    method = caco.CaCo(cast(Encoder, nn.Identity()), caco.Settings(temperature=T), bank)
+    q_BD = nn.functional.normalize(torch.eye(2, D)[:1] + 0.5 * torch.ones(B, D) / D**0.5, dim=1)
+    similarities = []
+    for step in range(2):
+        output = method.loss({0: q_BD, 1: q_BD}, {0: q_BD, 1: q_BD})
+        similarities.append(float(output.metrics["positive_similarity"]))
+        method.update_negatives([output.negatives_update], LR, seed=step)
+    return similarities[0], similarities[1]
+
+
+def test_stored_types_that_round_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"bank\.weights: bf16, .* needs weights fp32"):
+        caco.Settings().check(8, 2, BANK.model_copy(update={"weights": "bf16"}))

@@ -171,7 +171,7 @@ class Config(Section):
         self.method.check(data.batch_size, len(data.views), self.bank)
         for section, warmup in (("optim", self.optim.warmup), ("bank", self.bank.warmup)):
             if warmup > self.run.epochs:
-                raise ValueError(f"{section}.warmup: {warmup:g} epochs are more than run.epochs, {self.run.epochs}")
+                raise ValueError(f"{section}.warmup: {warmup} epochs are more than run.epochs, {self.run.epochs}")
         return self
 
 

@@ -9,12 +9,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from models import caco
 from models.encoder import Encoder
 from models.negatives.base import BankSettings, Placement, make_mesh
 from tests.models.test_methods import unit
 from tests.ranks import run_ranks
+from trainer.plan.collectives import CollectiveTrace
 
 B, D, K, V, STEPS = 12, 16, 20, 3, 3
 T, T_BANK, LR, MOMENTUM, DECAY = 0.3, 0.2, 0.5, 0.9, 0.01
@@ -117,3 +120,25 @@ def one_row() -> tuple[float, float]:
 def test_stored_types_that_round_are_refused() -> None:
     with pytest.raises(ValueError, match=r"bank\.weights: bf16, .* needs weights fp32"):
         caco.Settings().check(8, 2, BANK.model_copy(update={"weights": "bf16"}))
+
+
+def sent(rows: int) -> int:
+    """Return the bytes that rank 0 of 16 sends in one step of a bank of so many rows."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=16)
+    try:
+        mesh = make_mesh("sharded", torch.device("cpu"), 16)
+        with FakeTensorMode():
+            bank = caco.CooperativeBank(BANK.model_copy(update={"size": rows}), D, mesh)
+            method = caco.CaCo(cast(Encoder, nn.Identity()), caco.Settings(temperature=T), bank)
+            views = [torch.empty(B, D, requires_grad=True) for _ in range(2)]
+            with CollectiveTrace() as trace:
+                output = method.loss(dict(enumerate(views)), {j: views[j].detach() for j in (0, 1)})
+                output.loss.backward()
+                method.update_negatives([output.negatives_update], LR, seed=0)
+    finally:
+        dist.destroy_process_group()
+    return sum(collective.sent for collective in trace.collectives)
+
+
+def test_traffic_does_not_depend_on_the_number_of_rows() -> None:
+    assert sent(4096) == sent(2**20) > 0

@@ -36,7 +36,7 @@ def _one_fork_server() -> None:
     There is one in a process, and who starts it decides what it imports: a loader's would have the ranks of later
     tests import torch and timm each for itself, for seconds.
     """
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["trainer.pretrain", "timm"])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded"])
     forkserver.ensure_running()
 
 

@@ -21,7 +21,7 @@ def run_ranks(world_size: int, function: Callable[..., T], *args: Any) -> list[T
     """
     # A fork server imports torch once; forked from pytest itself the ranks would inherit locks of its threads.
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "timm", "models.batchnorm"])
+    context.set_forkserver_preload(["tests.preloaded"])
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world_size, context) as pool:
         store = Path(folder) / "store"
         # Each task waits for all others to join the group, so no process takes two of them.
@@ -32,7 +32,7 @@ def run_ranks(world_size: int, function: Callable[..., T], *args: Any) -> list[T
 def _rank(rank: int, world_size: int, store: Path, function: Callable[..., T], args: tuple[Any, ...]) -> T:
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=store.as_uri(), rank=rank, world_size=world_size, timeout=timedelta(seconds=60)
+        "gloo", init_method=store.as_uri(), rank=rank, world_size=world_size, timeout=timedelta(seconds=180)
     )
     try:
         result = function(*args)

@@ -28,5 +28,5 @@ def test_a_signal_to_the_process_group_does_not_reach_the_workers(tmp_path: Path
     (tmp_path / "program.py").write_text(PROGRAM)
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, str(tmp_path / "program.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100, start_new_session=True)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, start_new_session=True)
     assert done.stdout.split() == ["asked", "99"], done.stderr

@@ -82,15 +82,15 @@ class Cluster:
         ports = _free_ports(1 + len(NODES))
         user = subprocess.run(["id", "-un"], capture_output=True, text=True, check=True).stdout.strip()
         values = {"host": socket.gethostname(), "folder": folder, "user": user}
-        values |= {"job": 8 * os.getpid(), "port": ports[0], "first": ports[1], "last": ports[-1]}
+        values |= {"job": 64 * (os.getpid() % 500_000), "port": ports[0], "first": ports[1], "last": ports[-1]}
         (folder / "slurm.conf").write_text(CONF.format(**values))
         paths = [f"--{name}={folder}/munge/{name}" for name in ("socket", "pid-file", "seed-file", "log-file")]
         self._start("munged", "munged", "--foreground", "--force", f"--key-file={key}", *paths)
-        self.until(lambda: (folder / "munge" / "socket").exists(), "munged's socket", 20)
+        self.until(lambda: (folder / "munge" / "socket").exists(), "munged's socket", 60)
         self._start("slurmctld", "slurmctld", "-D")
         for node in NODES:
             self.start_node(node)
-        self.until(lambda: self("sinfo", "-h", "-o", "%T %D") == "idle 4", "four idle nodes", 40)
+        self.until(lambda: self("sinfo", "-h", "-o", "%T %D") == "idle 4", "four idle nodes", 120)
 
     def __call__(self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
         """Standard output of a SLURM command, stripped. Raises AssertionError with what it said if it fails."""
@@ -129,7 +129,7 @@ class Cluster:
                 pass  # it has ended
         return found
 
-    def until(self, true: Callable[[], bool], what: str, seconds: float = 240) -> None:
+    def until(self, true: Callable[[], bool], what: str, seconds: float = 480) -> None:
         end = time.monotonic() + seconds
         while not true():
             assert time.monotonic() < end, f"{what}: not within {seconds} s\n{self.logs()}"
@@ -145,7 +145,7 @@ class Cluster:
             _kill(pid, signal.SIGKILL)
         for daemon in self.daemons.values():
             daemon.wait()
-        self.until(lambda: not self.processes(), "the end of all processes", 20)
+        self.until(lambda: not self.processes(), "the end of all processes", 60)
 
     def _start(self, name: str, *command: str, env: dict[str, str] | None = None) -> None:
         with (self.folder / f"{name}.log").open("ab") as log:
@@ -166,7 +166,7 @@ def check_out(folder: Path, config: str) -> Path:
 
 def _free_ports(count: int) -> list[int]:
     """Consecutive ones, above those of the jobs (slurm/launch.sh) and below the system's own."""
-    for first in range(30000 + os.getpid() % 2000, 32768 - count, count):
+    for first in range(30000 + 16 * (os.getpid() % 128), 32768 - count, count):
         probes = []
         try:
             for port in range(first, first + count):

@@ -20,6 +20,8 @@ from trainer.config_file import dump, load
 
 pytestmark = pytest.mark.skipif(bool(lacking()), reason=lacking())
 
+# About half of the tests run on another cluster at the same time.
+OTHER_CLUSTER = pytest.mark.xdist_group("other cluster")
 SMALL = ("--gpus-per-node=1", "--cpus-per-task=1")
 STEPS = 180
 FINAL = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -72,7 +74,7 @@ class Job:
     def log(self) -> str:
         return "".join(path.read_text() for path in self.site.glob(f"*-{self.id}.log"))
 
-    def says(self, text: str, times: int = 1, seconds: float = 240) -> None:
+    def says(self, text: str, times: int = 1, seconds: float = 480) -> None:
         try:
             self.cluster.until(lambda: self.log.count(text) >= times, f"{text!r} in the log of {self.id}", seconds)
         except AssertionError as error:
@@ -150,7 +152,7 @@ def limited(cluster: Cluster, site: Path) -> Iterator[Future[tuple[Job, Path]]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, site: Path, limited: object) -> dict[str, str]:
+def undisturbed(cluster: Cluster, site: Path) -> dict[str, str]:
     """The weights of a job that nothing happens to, with its preflight."""
     job = Job(cluster, site, "run.dir=runs/undisturbed", PREFLIGHT="1")
     job.ends()
@@ -161,7 +163,9 @@ def undisturbed(cluster: Cluster, site: Path, limited: object) -> dict[str, str]
     return weights(site / "runs" / "undisturbed")
 
 
+@OTHER_CLUSTER
 @pytest.mark.slow
+@pytest.mark.usefixtures("limited")  # before `undisturbed`
 def test_a_signal_saves_and_requeues(
     cluster: Cluster, make_site: Callable[[], Path], undisturbed: dict[str, str]
 ) -> None:
@@ -331,6 +335,7 @@ def test_a_scaling_study_submits_its_sizes(cluster: Cluster, site: Path) -> None
     assert re.findall(r"strong +\d+ +(\d+)", table) == ["1", "2"], table  # ranks: all nodes are one host
 
 
+@OTHER_CLUSTER
 @pytest.mark.slow
 def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undisturbed: object) -> None:
     """Of a run that is there, on other data than it names, until a signal and then to the end."""
@@ -356,6 +361,7 @@ def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undi
     assert "finished" not in other.log, "the results there are those of the evaluation before"
 
 
+@OTHER_CLUSTER
 @pytest.mark.slow
 def test_an_array_of_fine_tunings_has_a_seed_for_each_task(cluster: Cluster, site: Path, undisturbed: object) -> None:
     run, images = site / "runs" / "undisturbed", load(site / "configs" / "small.yaml").data.train
@@ -379,6 +385,7 @@ def test_dry_run(cluster: Cluster, site: Path, script: str) -> None:
         cluster("sbatch", "--test-only", "--nodes=5", f"slurm/{script}", cwd=site)
 
 
+@OTHER_CLUSTER
 @pytest.mark.slow
 def test_the_time_limit_saves_and_requeues(limited: "Future[tuple[Job, Path]]", undisturbed: dict[str, str]) -> None:
     job, run = limited.result()

@@ -37,7 +37,7 @@ def test_two_ranks_without_any_data(tmp_path: Path) -> None:
     launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
     options = ["--mode", "synthetic", "--steps", "3", "--warmup", "1", "--out", str(tmp_path / "two.json")]
     command = [*launcher, "bench", "throughput", str(tmp_path / "run.yaml"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("images/s a rank") == 1
     result = json.loads((tmp_path / "two.json").read_text())

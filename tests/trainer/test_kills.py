@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {"acssl": {"negatives_from": "queue", "har
 def start(config: Config, ranks: int) -> list[BaseProcess]:
     """Start the processes of one attempt. A fork server imports torch once, so that an attempt takes a second."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainer.pretrain", "timm"])
+    context.set_forkserver_preload(["tests.preloaded"])
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -114,14 +114,14 @@ def test_killed_at_any_moment(tmp_path: Path, engine: str, ranks: int, times: in
                 time.sleep(chance.uniform(0, 0.03))  # a random moment in a step, in a save or in between
                 patience = time.monotonic() + (2 if kills % 2 else 0)  # every second kill waits for a save
                 while not (hit := writing(tmp_path / "killed")) and time.monotonic() < patience:
-                    pass
+                    time.sleep(0.0002)  # leaves the core to the ranks
                 saving += hit
                 for process in processes:
                     if process.pid:
                         os.kill(process.pid, signal.SIGKILL)
                 kills += 1
                 break
-            time.sleep(0.001)
+            time.sleep(0.002)
         for process in processes:
             process.join()
     assert kills >= times

@@ -173,7 +173,7 @@ def hosts(tmp_path: Path) -> dict[str, str]:
 def test_two_hosts_over_ssh(tmp_path: Path, hosts: dict[str, str]) -> None:
     def start(*settings: str) -> subprocess.CompletedProcess[str]:
         command = ["slurm/ssh.sh", str(tmp_path / "hosts"), str(tmp_path / "config.yaml"), *settings]
-        return subprocess.run(command, cwd=ROOT, env=hosts, capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, cwd=ROOT, env=hosts, capture_output=True, text=True, timeout=300)
 
     done = start()
     assert done.returncode == 0, done.stderr

@@ -467,7 +467,7 @@ def test_a_job_that_cannot_save_is_not_requeued_for_ever(tmp_path: Path) -> None
             job_script = subprocess.Popen(
                 line, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-            codes.append(job_script.wait(timeout=60))
+            codes.append(job_script.wait(timeout=300))
             os.killpg(job_script.pid, signal.SIGKILL)  # as SLURM ends what a batch script leaves behind
     logs = (tmp_path / "log").read_text()
     assert codes == [0, 0, 1], logs

@@ -14,24 +14,24 @@ def stuck_in_here():
 
 with Watchdog(Path(sys.argv[1]), rank=3) as watchdog:
     for step in range(8):
-        watchdog.expect(f"step {step + 1}", 1.0)
+        watchdog.expect(f"step {step + 1}", 2.0)
         time.sleep(0.3)  # the sum exceeds the limit, no single step does
     if sys.argv[2] == "hang":
         stuck_in_here()
-time.sleep(1.5)
+time.sleep(2.5)
 """
 
 
 def run(folder: Path, how: str) -> subprocess.CompletedProcess[str]:
     program = [sys.executable, "-c", PROGRAM, str(folder), how]
-    return subprocess.run(program, capture_output=True, text=True, timeout=50)
+    return subprocess.run(program, capture_output=True, text=True, timeout=300)
 
 
 def test_a_hung_process_ends_and_leaves_its_stacks(tmp_path: Path) -> None:
     done = run(tmp_path, "hang")
     assert done.returncode == 70
     stacks = tmp_path / "stacks-rank-3.txt"
-    assert done.stderr == f"error: rank 3: step 8 has not ended after 1 s: stacks in {stacks}\n"
+    assert done.stderr == f"error: rank 3: step 8 has not ended after 2 s: stacks in {stacks}\n"
     assert "stuck_in_here" in stacks.read_text()
 
 

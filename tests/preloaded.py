@@ -1,0 +1,16 @@
+"""What the fork server of the tests imports, once, for all ranks and workers that it starts."""
+
+import os
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported
+
+import deepspeed
+import timm  # noqa: F401
+import torch._inductor.compile_fx
+import torch.utils.tensorboard  # noqa: F401
+
+import trainer.pretrain  # noqa: F401
+
+# DeepSpeed imports its parts when they are first used.
+deepspeed.initialize  # noqa: B018
+deepspeed.ops.__compatible_ops__  # noqa: B018

@@ -30,12 +30,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_fork_server() -> None:
+def _one_fork_server(request: pytest.FixtureRequest) -> None:
     """Ranks and workers of all tests start from a server that has imported what they need.
 
     There is one in a process, and who starts it decides what it imports: a loader's would have the ranks of later
     tests import torch and timm each for itself, for seconds.
     """
+    if all("kernels" in item.path.parts for item in request.session.items):
+        return  # these start none; the Triton kernels have pytest processes of their own
     multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded"])
     forkserver.ensure_running()
 

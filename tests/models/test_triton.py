@@ -8,15 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
+TESTS = ("tests/models/test_golden.py", "tests/models/test_contrast.py")
 
 
-@pytest.mark.parametrize("tests", ["test_golden.py", "test_contrast.py"])
-def test_with_triton(tests: str, tmp_path: Path) -> None:
+def test_with_triton(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/models/{tests}"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,

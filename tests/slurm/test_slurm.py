@@ -237,6 +237,7 @@ def test_a_bad_configuration_is_not_started(cluster: Cluster, site: Path) -> Non
     assert "requeued" not in job.log
 
 
+@OTHER_CLUSTER
 @pytest.mark.slow
 def test_an_array_has_a_seed_and_a_folder_for_each_task(cluster: Cluster, site: Path) -> None:
     """Both at once on one host: their ports do not collide."""
@@ -321,6 +322,7 @@ def _nodes(text: str) -> set[str]:
     return {f"n{i}" for part in parts for i in range(int(part[0]), int(part[-1]) + 1)}
 
 
+@OTHER_CLUSTER
 @pytest.mark.slow
 def test_a_scaling_study_submits_its_sizes(cluster: Cluster, site: Path) -> None:
     study = [PYTHON, "-m", "trainer", "scale"]

@@ -103,13 +103,9 @@ def predicted(world_size: int) -> dict[tuple[str, str], RankMemory]:
         return dict(zip(cases(world_size), pool.submit(all_counted, world_size).result(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("world_size", "network", "engine"),
-    [
-        pytest.param(world_size, *case, marks=[pytest.mark.slow] if world_size > 1 else [])
-        for world_size in NETWORKS
-        for case in cases(world_size)
-    ],
+    ("world_size", "network", "engine"), [(world_size, *case) for world_size in NETWORKS for case in cases(world_size)]
 )
 def test_memory_within_a_tenth(world_size: int, network: str, engine: str) -> None:
     memory = predicted(world_size)[network, engine]

@@ -19,6 +19,7 @@ class Encoder(nn.Module):
         predictor: int | None = None,
         small_images: bool = False,
         stem_stride: int = 1,
+        stem_padding: int = 1,
         backbone_args: dict | None = None,
     ) -> None:
         """Build an encoder with random weights.
@@ -34,6 +35,7 @@ class Encoder(nn.Module):
                 pooling, a ViT gets patches of 4 pixels.
             stem_stride: Stride of that convolution: 1 as in SimCLR's CIFAR experiments (app. B.9), 2 for a quarter of
                 work.
+            stem_padding: Padding of that convolution; solo-learn has 2 for its CIFAR experiments.
             backbone_args: Further arguments of `timm.create_model`.
 
         Raises:
@@ -53,7 +55,7 @@ class Encoder(nn.Module):
         except TypeError as error:
             raise ValueError(f"model.backbone_args: {backbone} does not take {arguments} ({error})") from error
         if small_images and not is_vit:
-            _shrink_stem(self.backbone, backbone, stem_stride)
+            _shrink_stem(self.backbone, backbone, stem_stride, stem_padding)
         # Some models (MobileNetV3) have a further layer after pooling.
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         self.head = _two_layers(features, hidden or features, dim, head_norm)
@@ -82,10 +84,10 @@ def _two_layers(inputs: int, hidden: int, outputs: int, norm: bool) -> nn.Sequen
     )
 
 
-def _shrink_stem(backbone: nn.Module, name: str, stride: int) -> None:
+def _shrink_stem(backbone: nn.Module, name: str, stride: int, padding: int) -> None:
     conv = getattr(backbone, "conv1", None)
     if not isinstance(conv, nn.Conv2d) or not hasattr(backbone, "maxpool"):
         raise ValueError(f"model.small_images: {name} has no ResNet or ViT stem; need false for this backbone")
-    backbone.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride, padding=1, bias=False)
+    backbone.conv1 = nn.Conv2d(conv.in_channels, conv.out_channels, 3, stride, padding, bias=False)
     nn.init.kaiming_normal_(backbone.conv1.weight, mode="fan_out", nonlinearity="relu")
     backbone.maxpool = nn.Identity()

@@ -73,19 +73,29 @@ def replay(run: RunPath) -> None:
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="Checkpoint file, or a folder of timm's format", metavar="FILE")],
+    file: Annotated[
+        Path, typer.Argument(help="Checkpoint file, or a folder in timm's or transformers' format", metavar="FILE")
+    ],
     out: Annotated[Path, typer.Option(help="Run directory to create")],
     overrides: Overrides = None,
     backbone: Annotated[str | None, typer.Option(help="timm's name, such as resnet50, if not in FILE")] = None,
+    backbone_args: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Argument for timm's create_model, such as num_heads=12; repeatable"),
+    ] = None,
+    ignore: Annotated[
+        list[str] | None,
+        typer.Option(metavar="PATTERN", help="Tensors to leave out, such as 'prototypes.*'; repeatable"),
+    ] = None,
 ) -> None:
-    """Convert a checkpoint of AdCo, MoCo, BYOL, SimCLR, DINO, torchvision or timm to a run directory.
+    """Convert a checkpoint of another program, such as MoCo, DINO, MAE, lightly or timm, to a run directory.
 
     knn, embed and export then work on it. KEY=VALUE sets its configuration, such as model.small_images=true or
     data.train=…. See docs/ecosystem.md.
     """
     from trainer.interop.import_ import import_weights
 
-    print(import_weights(file, out, backbone, overrides or []))
+    print(import_weights(file, out, backbone, overrides or [], backbone_args, ignore))
 
 
 @app.command()

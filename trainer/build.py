@@ -34,6 +34,7 @@ def build_encoder(config: Config) -> Encoder:
         predictor=model.predictor,
         small_images=model.small_images,
         stem_stride=model.stem_stride,
+        stem_padding=model.stem_padding,
         backbone_args=model.backbone_args,
     )
 

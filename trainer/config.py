@@ -88,6 +88,7 @@ class Model(Section):
         False, description="Replace a ResNet's stem by one 3 x 3 convolution without max pooling, for small images."
     )
     stem_stride: Literal[1, 2] = Field(1, description="Stride of the stem for small images.")
+    stem_padding: Literal[1, 2] = Field(1, description="Padding of the stem for small images; solo-learn has 2.")
     dim: int = Field(128, ge=2, description="Dimensions of the embeddings.")
     hidden: int | None = Field(
         None, ge=1, description="Hidden units of the projection head; null for as many as the backbone's features."

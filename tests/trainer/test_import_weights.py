@@ -1,7 +1,6 @@
 """Imported checkpoints of the official programs give the same features; other files are refused."""
 
 import argparse
-import itertools
 import os
 import pickle
 import shutil
@@ -16,8 +15,9 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
+from tests.trainer.foreign import State, children, mlp, narrow_resnet, renamed
 from tests.trainer.small import RESNET, VIT_ARGS, small_config, write_images
 from trainer.__main__ import main
 from trainer.distributed import process_group
@@ -28,36 +28,8 @@ from trainer.pretrain import pretrain
 from trainer.run.directory import read_config
 from trainer.run.files import read_json
 
-State = dict[str, Tensor]
-
 NARROW = ["model.backbone_args={channels: [8, 8, 8, 16]}", "run.device=cpu"]
 TINY_VIT = [f"model.backbone_args={VIT_ARGS}", "run.device=cpu"]
-
-
-def narrow_resnet(seed: int) -> nn.Module:
-    """Returns a ResNet-18 with few channels and random BatchNorm statistics."""
-    torch.manual_seed(seed)
-    network: nn.Module = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 16])
-    with torch.no_grad():
-        network.train()(torch.randn(8, 3, 32, 32))
-    return network.eval()
-
-
-def renamed(network: nn.Module, prefix: str) -> State:
-    return {prefix + name: x for name, x in network.state_dict().items()}
-
-
-def mlp(prefix: str, *widths: int) -> State:
-    """Returns the tensors of an nn.Sequential of linear layers and ReLU."""
-    layers = [nn.Linear(inputs, outputs) for inputs, outputs in itertools.pairwise(widths)]
-    return {f"{prefix}{2 * i}.{name}": x for i, layer in enumerate(layers) for name, x in layer.state_dict().items()}
-
-
-def children(network: nn.Module, prefix: str) -> State:
-    """Returns the tensors as nn.Sequential(*list(resnet.children())[:-1]) names them."""
-    numbers = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}
-    parts = {name: name.split(".", 1) for name in network.state_dict()}
-    return {f"{prefix}{numbers[parts[name][0]]}.{parts[name][1]}": x for name, x in network.state_dict().items()}
 
 
 def moco(student: nn.Module, teacher: nn.Module, head: Callable[[str], State]) -> dict[str, Any]:

@@ -119,7 +119,7 @@ def write_timm(export: Export, path: Path) -> str:
     model = export.config.model
     if export.small_resnet:
         call = _call_in_timm(model.backbone, model.backbone_args)
-        conv = f"nn.Conv2d(3, conv1.out_channels, 3, {model.stem_stride}, padding=1, bias=False)"
+        conv = f"nn.Conv2d(3, conv1.out_channels, 3, {model.stem_stride}, padding={model.stem_padding}, bias=False)"
         return f"{call} once its conv1 is {conv} and its maxpool nn.Identity()"
     arguments = {**({"patch_size": 4} if model.small_images else {}), **model.backbone_args}
     return _call_in_timm(model.backbone, {**arguments, "checkpoint_path": str(export.out)})

@@ -1,5 +1,6 @@
 """Converts a checkpoint of another program to a run directory: config.yaml, weights.safetensors and imported.json."""
 
+import fnmatch
 import hashlib
 import os
 import shutil
@@ -8,100 +9,138 @@ from typing import Any
 
 import yaml
 from safetensors.torch import save
-from torch import Tensor
 
+from data.normalize import MEAN, STD
 from trainer.build import build_encoder
 from trainer.config import Config
 from trainer.config_file import dump, load
-from trainer.interop.layouts import (
-    LAYOUTS,
-    OTHER_TENSORS,
-    Layout,
-    from_resnet_children,
-    from_torchvision_vit,
-    is_torchvision_vit,
-)
-from trainer.interop.read import read_checkpoint
+from trainer.interop.architecture import backbone_name, find_architecture, normalisation, to_imagenet_statistics
+from trainer.interop.layouts import OTHER_TENSORS, Layout, Tensors, find_layout, strip_common_prefix, to_timm
+from trainer.interop.read import read_checkpoint, weight_files
 from trainer.interop.weights import differences
 from trainer.run.checkpoint import WEIGHTS
 from trainer.run.directory import IMPORTED
 from trainer.run.files import write_atomically, write_json
 
-Tensors = dict[str, Tensor]  # by name
-
 HEAD = ("0.weight", "0.bias", "2.weight", "2.bias")  # Linear, ReLU, Linear: the head of MoCo v2, AdCo and ours
 
 
-def import_weights(path: Path, out: Path, backbone: str | None, overrides: list[str]) -> str:
+def import_weights(
+    path: Path,
+    out: Path,
+    backbone: str | None,
+    overrides: list[str],
+    backbone_args: list[str] | None = None,
+    ignore: list[str] | None = None,
+) -> str:
     """Creates the run directory `out` from a checkpoint.
 
     Args:
-        path: A file, or a folder in timm's format.
+        path: A file, or a folder in the format of timm or transformers.
         out: The new run directory.
         backbone: timm's name of the network; None to use the name in the file.
         overrides: `key=value` of the configuration. `model.*` must describe the network of the file.
+        backbone_args: `key=value` of `model.backbone_args`, or a mapping of them in YAML or JSON. They replace what the
+            file says, one by one.
+        ignore: Patterns such as `prototypes.*`. Tensors whose names in the file match one are left out.
 
     Returns:
-        A text that says what was imported, and what was not.
+        A text that says what was imported, where the architecture comes from, and what was left out and why.
 
     Raises:
-        ValueError: `out` exists, the file is not a checkpoint or contains more than data, or its tensors are not
-            exactly those of the backbone. The message has all names that differ.
+        ValueError: `out` exists, the file is not a checkpoint or contains more than data, something of the
+            architecture is open, or the tensors are not exactly those of the backbone. The message has all names that
+            differ.
     """
     if out.exists():
         raise ValueError(f"{out} exists: choose another name, nothing is overwritten")
     read = read_checkpoint(path)
-    layout = find_layout(read.tensors)
-    name = backbone or read.backbone
+    tensors, ignored = _leave_out(strip_common_prefix(read.tensors), ignore or [])
+    layout = find_layout(set(tensors))
+    networks, others = split_networks(tensors, layout)
+    student = {name.removeprefix("backbone."): x for name, x in networks["student"].items()}
+    stored_name, named = backbone_name(read.settings, layout, student)
+    name = backbone or stored_name
     if not name:
         raise ValueError(
             f"{path} ({layout.name}) does not contain the name of its network: give --backbone, such as resnet50"
         )
-    networks, others = split_networks(read.tensors, layout)
-    student = networks["student"]
-    model: dict[str, Any] = {"backbone": name, "backbone_args": read.backbone_args if name == read.backbone else {}}
-    has_head = "head.0.weight" in student
+    model: dict[str, Any] = {"backbone": name}
+    has_head = "head.0.weight" in networks["student"]
     if has_head:
-        hidden, features = student["head.0.weight"].shape
-        model |= {"dim": len(student["head.2.weight"]), "hidden": None if hidden == features else hidden}
+        hidden, features = networks["student"]["head.0.weight"].shape
+        dim = len(networks["student"]["head.2.weight"])
+        model |= {"dim": dim, "hidden": None if hidden == features else hidden}
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     partial.mkdir(parents=True)
     try:
         values = {"run": {"dir": str(out), "epochs": 1}, "data": {"train": "not-given"}, "model": model}
         (partial / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-        config = _with_attention_heads(load(partial / "config.yaml", overrides), layout)
+        config = load(partial / "config.yaml", overrides)
+        given = config.model.model_copy(
+            update={"backbone_args": config.model.backbone_args | parse_arguments(backbone_args or [])}
+        )
+        try:
+            found = find_architecture(
+                read.settings, layout, student, set(tensors), config.model.backbone, named or bool(backbone), given
+            )
+        except ValueError as error:
+            raise ValueError(f"{path} ({layout.name}): {error}") from error
+        config = config.model_copy(update={"model": given.model_copy(update=found.model)})
+        if found.size and config.eval.size is None:
+            config = config.model_copy(update={"eval": config.eval.model_copy(update={"size": found.size})})
+        note = _normalise(read.settings, config.model.backbone, networks)
         weights, left_out = fit(path, layout, networks, others, config)
         write_atomically(partial / "config.yaml", dump(config))
         (partial / WEIGHTS).write_bytes(save(weights))
-        about = {"file": path.name, "sha256": _sha256(path), "layout": layout.name}
-        write_json(partial / IMPORTED, {**about, "networks": list(networks), "left_out": left_out})
+        about = {"file": path.name, "sha256": _sha256(path), "layout": layout.name, "networks": list(networks)}
+        write_json(partial / IMPORTED, {**about, "architecture": found.notes, "left_out": [*left_out, *ignored]})
         os.rename(partial, out)
     except BaseException:
         shutil.rmtree(partial)
         raise
     head = " with its head" if has_head else ""
+    only_teacher = layout.teacher and not any(name.startswith(layout.student) for name in tensors)
+    networks_text = "the teacher, as the student" if only_teacher else " and ".join(networks)
     lines = [
-        f"{config.model.backbone}{head} of {layout.name}: {' and '.join(networks)}, {len(weights)} tensors: {out}",
-        f"left out: {', '.join(left_out)}" if left_out else "",
+        f"{config.model.backbone}{head} of {layout.name}: {networks_text}, {len(weights)} tensors: {out}",
+        f"architecture: {', '.join(found.notes)}" if found.notes else "",
+        note,
+        f"left out: {', '.join(left_out)} (not of the encoder)" if left_out else "",
+        f"left out: {', '.join(ignored)} (--ignore)" if ignored else "",
         f"not looked at: {', '.join(read.ignored)}" if read.ignored else "",
     ]
     return "\n".join(filter(None, lines))
 
 
-def _with_attention_heads(config: Config, layout: Layout) -> Config:
-    """Sets the 12 heads of MoCo v3's ViT-S (vits.py). timm's has 6, and the shapes of the tensors are the same."""
-    model = config.model
-    if layout.name != "MoCo v3" or not model.backbone.startswith("vit_small") or "num_heads" in model.backbone_args:
-        return config
-    arguments = {**model.backbone_args, "num_heads": 12}
-    return config.model_copy(update={"model": model.model_copy(update={"backbone_args": arguments})})
+def parse_arguments(texts: list[str]) -> dict[str, Any]:
+    """Returns the arguments in `key=value` and in mappings such as `{key: value}`."""
+    arguments: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        is_mapping = text.lstrip().startswith("{")
+        try:
+            parsed = yaml.safe_load(text if is_mapping else value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--backbone-args: {text!r} is not YAML: {error}") from error
+        if not is_mapping and not (key and equals):
+            raise ValueError(f"--backbone-args: got {text!r}, need key=value or {{key: value}}")
+        arguments |= parsed if is_mapping else {key: parsed}
+    return arguments
 
 
-def find_layout(tensors: Tensors) -> Layout:
-    """Returns the first layout whose student prefix occurs in the tensor names."""
-    if is_torchvision_vit(set(tensors)):
-        return LAYOUTS[-1]
-    return next(layout for layout in LAYOUTS if any(name.startswith(layout.student) for name in tensors))
+def _leave_out(tensors: Tensors, patterns: list[str]) -> tuple[Tensors, list[str]]:
+    """Returns the tensors that match no pattern, and the names of the others."""
+    if unused := [pattern for pattern in patterns if not fnmatch.filter(tensors, pattern)]:
+        raise ValueError(
+            f"--ignore: no tensor matches {' or '.join(unused)}; the names begin with "
+            + ", ".join(sorted({name.rpartition(".")[0].partition(".")[0] or name for name in tensors})[:20])
+        )
+    ignored = [name for name in tensors if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+    kept = {name: x for name, x in tensors.items() if name not in set(ignored)}
+    if not kept:
+        raise ValueError(f"--ignore {' '.join(patterns)} leaves no tensor")
+    return kept, ignored
 
 
 def split_networks(tensors: Tensors, layout: Layout) -> tuple[dict[str, Tensors], list[str]]:
@@ -109,30 +148,42 @@ def split_networks(tensors: Tensors, layout: Layout) -> tuple[dict[str, Tensors]
 
     Returns:
         The tensors of the student, and of the teacher if there is one, as `backbone.*` and `head.*` with timm's names;
-        and the names of the tensors that belong to neither.
+        and the names of the tensors that belong to neither. A teacher without a student becomes the student.
     """
     prefixes = {"student": layout.student, **({"teacher": layout.teacher} if layout.teacher is not None else {})}
+    longest_first = sorted(prefixes, key=lambda network: -len(prefixes[network]))
     networks: dict[str, Tensors] = {network: {} for network in prefixes}
     others: list[str] = []
     for name, x in tensors.items():
-        network = next((network for network, prefix in prefixes.items() if name.startswith(prefix)), None)
+        network = next((network for network in longest_first if name.startswith(prefixes[network])), None)
         if network is None:
             others.append(name)
         else:
             networks[network][name.removeprefix(prefixes[network])] = x
+    if not networks["student"]:
+        networks = {"student": networks["teacher"]}
     head = all(f"fc.{name}" in networks["student"] for name in HEAD)
     return {network: _rename(own, head) for network, own in networks.items() if own}, others
 
 
 def _rename(tensors: Tensors, head: bool) -> Tensors:
-    if is_torchvision_vit(set(tensors)):
-        tensors = {from_torchvision_vit(name): x for name, x in tensors.items()}
-    if "0.weight" in tensors and "conv1.weight" not in tensors:
-        tensors = {from_resnet_children(name): x for name, x in tensors.items()}
     return {
         f"head.{name.removeprefix('fc.')}" if head and name.startswith("fc.") else f"backbone.{name}": x
-        for name, x in tensors.items()
+        for name, x in to_timm(tensors).items()
     }
+
+
+def _normalise(settings: dict[str, Any], name: str, networks: dict[str, Tensors]) -> str:
+    """Adapts ViTs to images normalised by ImageNet's statistics; returns a note if other statistics are known."""
+    known = normalisation(settings, name)
+    if known is None or all(abs(x - y) < 1e-3 for x, y in zip((*known[0], *known[1]), (*MEAN, *STD), strict=True)):
+        return ""
+    text = f"trained on images with mean {list(known[0])} and standard deviation {list(known[1])}: "
+    if "backbone.patch_embed.proj.bias" not in networks["student"]:
+        return text + "images here are normalised by ImageNet's, so features will differ"
+    for network, tensors in networks.items():
+        networks[network] = to_imagenet_statistics(tensors, *known)
+    return text + "patch_embed.proj was changed to give the same features for ImageNet's, which are used here"
 
 
 def fit(
@@ -180,5 +231,9 @@ def fit(
 
 
 def _sha256(path: Path) -> str:
-    with (path / "model.safetensors" if path.is_dir() else path).open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """Returns the hash of the file. For a folder or an index of several files it is the hash of their hashes."""
+    hashes = []
+    for part in weight_files(path):
+        with part.open("rb") as file:
+            hashes.append(hashlib.file_digest(file, "sha256").hexdigest())
+    return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()

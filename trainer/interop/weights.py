@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from timm.layers import DropPath
+from torch import Tensor, nn
 
 from models.encoder import Encoder
 from models.teacher import make_teacher
@@ -21,6 +22,7 @@ from trainer.config import Config
 from trainer.distributed import raise_on_all_ranks
 from trainer.run import checkpoint
 from trainer.run.checkpoint import WEIGHTS
+from trainer.run.directory import read_config
 from trainer.run.files import exists, unreadable
 
 Network = Literal["student", "teacher"]
@@ -52,7 +54,42 @@ def load_encoder(run: Path, config: Config, choice: CheckpointChoice = NEWEST) -
         ValueError: There are no such weights, or they do not fit the configuration. Raised on all ranks.
     """
     path, step = find_weights(run, choice.step)
-    return read_encoder(path, config, choice.network), step
+    encoder = read_encoder(path, config, choice.network)
+    if difference := architecture_difference(read_config(run), config):
+        raise ValueError(
+            f"{run} has another architecture than the configuration, with tensors of the same shapes: "
+            f"{difference}; use its model.backbone_args, see {run / 'config.yaml'}"
+        )
+    return encoder, step
+
+
+def architecture_difference(trained: Config, config: Config) -> str:
+    """Describes the first module in which the backbones of two configurations compute something else; '' if none does.
+
+    The number of attention heads, an activation or a stride differ without changing the shape of any tensor.
+
+    Args:
+        trained: The configuration that the weights are from.
+        config: The configuration that they are loaded for.
+    """
+    if trained.model == config.model:
+        return ""
+    with torch.device("meta"):
+        modules = [dict(build_encoder(x).backbone.named_modules()) for x in (trained, config)]
+    for name in modules[0] | modules[1]:
+        theirs, ours = (_computation(own.get(name)) for own in modules)
+        if theirs != ours:
+            return f"{name or 'backbone'} is {theirs}, the configuration has {ours}"
+    return ""
+
+
+def _computation(module: nn.Module | None) -> str:
+    """Describes what a module computes without its children and without dropout, which only training has."""
+    if module is None or isinstance(module, nn.Identity | nn.Dropout | DropPath):
+        return "nothing"
+    values = {key: getattr(module, key, None) for key in ("num_heads", "global_pool")}
+    shown = [f"{key}={x}" for key, x in values.items() if isinstance(x, int | str)]
+    return f"{type(module).__name__}({', '.join(filter(None, (module.extra_repr(), *shown)))})"
 
 
 def find_weights(run: Path, step: int | None = None) -> tuple[Path, int]:

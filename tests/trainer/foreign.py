@@ -25,7 +25,7 @@ def narrow_resnet(seed: int) -> nn.Module:
 def small_stem(network: nn.Module, padding: int) -> nn.Module:
     """Returns a ResNet with a stem for small images, as solo-learn (padding 2) and lightly (1) have for CIFAR."""
     network = copy.deepcopy(network)
-    network.conv1 = nn.Conv2d(3, network.conv1.out_channels, 3, 1, padding, bias=False)
+    network.conv1 = nn.Conv2d(3, len(network.get_parameter("conv1.weight")), 3, 1, padding, bias=False)
     network.maxpool = nn.Identity()
     return network
 
@@ -36,7 +36,7 @@ class SwavResNet(nn.Module):
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
         self.network = copy.deepcopy(network)
-        self.network.conv1.padding = (2, 2)
+        setattr(self.network.conv1, "padding", (2, 2))  # noqa: B010
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         features: Tensor = self.network(F.pad(x_BCHW, (1, 1, 1, 1)))
@@ -187,6 +187,12 @@ def fixed_positions(vit: ViT, rows_first: bool) -> ViT:
         positions[0, 1 + patch] = torch.cat([angles[0].sin(), angles[0].cos(), angles[1].sin(), angles[1].cos()])
     vit.pos_embed = nn.Parameter(positions)
     return vit
+
+
+def moco_v3_linear(vit: ViT) -> Any:
+    """As main_lincls.py saves it: no prefix of the method is left."""
+    state = {**renamed(vit, "module."), "module.head.weight": torch.zeros(10, 24), "module.head.bias": torch.zeros(10)}
+    return {"epoch": 90, "arch": "vit_small", "state_dict": state, "best_acc1": 73.2, "optimizer": {}}
 
 
 def transformers_names(vit: ViT, new: bool) -> State:

@@ -23,12 +23,13 @@ from tests.trainer.foreign import (
     fixed_positions,
     generator,
     mlp,
+    moco_v3_linear,
     narrow_resnet,
     renamed,
     small_stem,
     transformers_names,
 )
-from trainer.interop.architecture import backbone_name
+from trainer.interop.architecture import backbone_name, normalisation
 from trainer.interop.import_ import import_weights
 from trainer.interop.layouts import Layout
 from trainer.interop.weights import CheckpointChoice, Network, load_encoder
@@ -208,10 +209,10 @@ RESNETS: list[tuple[Make, str, bool]] = [  # the layout's name, and whether ther
     (barlow_twins, "a backbone in a larger model", False),
     (vissl, "VISSL", False),
     (teacher_only, "DINOv2", False),
-    (with_ema, "timm, torchvision or transformers", True),
+    (with_ema, "timm or torchvision", True),
     (compiled_inside, "a backbone in a larger model", False),
     (lucidrains_in_lightning, "BYOL", True),
-    (thop_and_swa, "timm, torchvision or transformers", False),
+    (thop_and_swa, "timm or torchvision", False),
 ]
 
 
@@ -225,6 +226,9 @@ def test_resnets(tmp_path: Path, make: Make, layout: str, teacher: bool) -> None
     about = read_json(run / "imported.json")
     assert about["layout"] == layout
     assert f"of {layout}:" in summary
+    assert ("normalisation: not in the file" in summary) == (
+        layout in ("a backbone in a larger model", "solo-learn", "timm or torchvision")
+    )
     assert read_config(run).model.backbone_args["channels"] == [8, 8, 8, 16]
     same(run, SwavResNet(networks[0]) if layout == "SwAV" else networks[0], side=32)
     assert about["networks"] == (["student", "teacher"] if teacher else ["student"])
@@ -236,12 +240,6 @@ def test_resnets(tmp_path: Path, make: Make, layout: str, teacher: bool) -> None
 
 def dino_linear(vit: ViT) -> Any:
     return renamed(vit, "")
-
-
-def moco_v3_linear(vit: ViT) -> Any:
-    """As main_lincls.py saves it: no prefix of the method is left."""
-    state = {**renamed(vit, "module."), "module.head.weight": torch.zeros(10, 24), "module.head.bias": torch.zeros(10)}
-    return {"epoch": 90, "arch": "vit_small", "state_dict": state, "best_acc1": 73.2, "optimizer": {}}
 
 
 def moco_v3(vit: ViT) -> Any:
@@ -344,12 +342,11 @@ def test_a_fine_tuned_mae_has_the_mean_of_the_patches(tmp_path: Path) -> None:
     vit = ViT(12)
     torch.save(fine_tuned_mae(vit), tmp_path / "a.pth")
     import_weights(tmp_path / "a.pth", tmp_path / "run", None, ["run.device=cpu"], TINY)
-    norm, vit.norm = vit.norm, nn.Identity()
-    tokens = []
+    tokens: list[Tensor] = []
     vit.blocks[-1].register_forward_hook(lambda module, inputs, output: tokens.append(output))
     with torch.no_grad():
         vit(images(16))
-        torch.testing.assert_close(features(tmp_path / "run"), norm(tokens[0][:, 1:].mean(1)), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(features(tmp_path / "run"), vit.norm(tokens[0][:, 1:].mean(1)), rtol=1e-4, atol=1e-5)
 
 
 def chunked(state: State, chunk: int) -> State:
@@ -415,6 +412,7 @@ def test_folders_of_transformers(tmp_path: Path, new: bool, mean: float) -> None
     save_file(state, folder / "model.safetensors", {"format": "pt"})
     summary = import_weights(folder, tmp_path / "run", None, ["run.device=cpu"])
     assert "num_heads=3 (the file's settings)" in summary
+    assert "layer norms add 1e-06, the file's network added 1e-12" in summary
     assert ("patch_embed.proj was changed" in summary) == (mean == 0.5)
     pixels = (
         images(16) * torch.tensor([0.229, 0.224, 0.225])[:, None, None]
@@ -423,6 +421,21 @@ def test_folders_of_transformers(tmp_path: Path, new: bool, mean: float) -> None
     with torch.no_grad():
         expected = vit(images(16) if mean == 0.485 else (pixels - 0.5) / 0.5)
     torch.testing.assert_close(features(tmp_path / "run"), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("settings", "layout", "name", "mean"),
+    [
+        ({}, "MoCo v3", "resnet18", 0.485),
+        ({}, "timm or torchvision", "vit_base_patch16_224", None),
+        ({}, "timm or torchvision", "vit_base_patch16_224.augreg_in21k", 0.5),
+        ({"pretrained_cfg.mean": (0.48, 0.45, 0.4), "pretrained_cfg.std": (1, 1, 1)}, "DINO", "resnet18", 0.48),
+        ({"do_normalize": False}, "timm or torchvision", "vit_base_patch16_224", 0),
+    ],
+)
+def test_the_source_of_the_normalisation(settings: dict[str, Any], layout: str, name: str, mean: float | None) -> None:
+    known = normalisation(settings, Layout(layout, ""), name)
+    assert (known[0][0] if known else None) == mean
 
 
 def test_weights_in_several_files(tmp_path: Path) -> None:
@@ -451,7 +464,7 @@ def test_weights_in_several_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_and_channels_last(tmp_path: Path, dtype: torch.dtype) -> None:
-    network = narrow_resnet(1).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network = narrow_resnet(1).to(dtype).to(memory_format=torch.channels_last)
     torch.save({"arch": "resnet18", "state_dict": network.state_dict()}, tmp_path / "a.pth")
     import_weights(tmp_path / "a.pth", tmp_path / "run", None, ["run.device=cpu"], NARROW)
     same(tmp_path / "run", network.float(), side=32)

@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -17,11 +18,13 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
-from tests.trainer.foreign import State, children, mlp, narrow_resnet, renamed
+from tests.trainer.foreign import State, ViT, children, fixed_positions, mlp, moco_v3_linear, narrow_resnet, renamed
 from tests.trainer.small import RESNET, VIT_ARGS, small_config, write_images
 from trainer.__main__ import main
+from trainer.config import Config
 from trainer.distributed import process_group
 from trainer.evaluate.run import run_evaluation
+from trainer.interop.export import export
 from trainer.interop.import_ import import_weights
 from trainer.interop.weights import NEWEST, CheckpointChoice, Network, load_encoder
 from trainer.pretrain import pretrain
@@ -375,3 +378,54 @@ def test_training_starts_from_imported_weights(tmp_path: Path) -> None:
         )
     with pytest.raises(ValueError, match="nowhere has no usable checkpoint"):
         pretrain(small_config(tmp_path / "run3", images, model={**RESNET, "weights": "nowhere"}))
+
+
+TINY_MOCO = ["embed_dim=24", "depth=2", "patch_size=8"]
+
+
+@pytest.fixture
+def moco_v3_run(tmp_path: Path) -> tuple[Path, ViT]:
+    vit = fixed_positions(ViT(12), rows_first=True)
+    torch.save(moco_v3_linear(vit), tmp_path / "a.pth")
+    import_weights(tmp_path / "a.pth", tmp_path / "moco", None, ["run.device=cpu"], TINY_MOCO)
+    return tmp_path / "moco", vit
+
+
+def test_exports_have_the_heads_of_the_import(tmp_path: Path, moco_v3_run: tuple[Path, ViT]) -> None:
+    run, vit = moco_v3_run
+    x_BCHW = torch.randn(3, 3, 16, 16)
+    export(run, "huggingface", tmp_path / "folder", NEWEST, "unknown")
+    usage = export(run, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
+    assert "num_heads=12" in usage
+    assert (
+        "with embed_dim=24, depth=2, patch_size=8, num_heads=12, img_size=16"
+        in (tmp_path / "folder" / "README.md").read_text()
+    )
+    usage_torchvision = export(run, "torchvision", tmp_path / "b.safetensors", NEWEST, "unknown")
+    assert "torchvision.models.VisionTransformer(16, 8, 2, 12, 24, 96)" in usage_torchvision
+    networks: list[nn.Module] = [
+        timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True),
+        eval(re.findall(r"timm\.create_model\(.*\)", usage)[0], {"timm": timm}),
+    ]
+    with torch.no_grad():
+        for network in networks:
+            torch.testing.assert_close(network.eval()(x_BCHW), vit(x_BCHW), rtol=1e-4, atol=1e-5)
+
+
+def test_training_from_an_import_needs_its_architecture(tmp_path: Path, moco_v3_run: tuple[Path, ViT]) -> None:
+    run, _ = moco_v3_run
+    photos = write_images(tmp_path / "images", each=8)
+    arguments = read_config(run).model.backbone_args
+    model = {"backbone": "vit_small_patch16_224", "dim": 16, "weights": str(run)}
+    sections: dict[str, Any] = {"run": {"epochs": 1, "save_every": 2}, "eval": {"knn_every": 0}}
+
+    def config(**others: Any) -> Config:
+        changed = {**model, "backbone_args": {**arguments, **others}}
+        return small_config(tmp_path / "run", photos, **sections, model=changed)
+
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn is Attention\(num_heads=12\), the configuration has .*=6\)"):
+        pretrain(config(num_heads=6))
+    with pytest.raises(ValueError, match=r"moco has another architecture .*ReLU\(\)"):
+        pretrain(config(act_layer="relu"))
+    pretrain(config(drop_path_rate=0.1))
+    assert read_config(tmp_path / "run").model.backbone_args["num_heads"] == 12

@@ -43,7 +43,15 @@ _WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 
 _HEADS = {"tiny": "3 or 12", "small": "6 or 12"}
 
 _GENERATOR = r"\.shortcut\.0\.|(^|\.)2\.0\.conv1\."  # names of lightly's ResNetGenerator
-_ACTIVATIONS = ("gelu", "gelu_python")
+
+# timm's names for the activations of transformers; the networks of timm have gelu.
+_ACTIVATIONS = {"gelu": None, "gelu_python": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
+
+# Layouts whose public code normalises images by ImageNet's mean and standard deviation.
+_IMAGENET = (
+    *("MoCo v1, v2 or AdCo", "MoCo v3", "DINO", "DINOv2", "MAE", "SwAV", "SimSiam", "I-JEPA", "VISSL"),
+    "lightly",
+)
 
 
 def backbone_name(settings: dict[str, Any], layout: Layout, tensors: Tensors) -> tuple[str, bool]:
@@ -104,13 +112,16 @@ def find_architecture(
         heads = [] if "num_heads" in arguments else _vit_heads(settings, layout, tensors, name, named, backbone)
         for key, value, source in (
             *heads,
-            *_vit_settings(settings),
+            *_vit_activation(settings),
             *_vit_shapes(tensors, backbone, nominal),
         ):
             if key not in arguments:
                 arguments[key] = value
                 notes.append(f"{key}={value} ({source})")
         found["backbone_args"] = arguments
+        eps = getattr(backbone.norm, "eps", None)
+        if settings.get("layer_norm_eps", eps) != eps:
+            notes.append(f"layer norms add {eps}, the file's network added {settings['layer_norm_eps']}")
         (size, _) = _shapes_only(name, given, arguments).patch_embed.img_size
         if "_dinov2" in name:
             size = 224  # DINOv2 evaluates at 224 pixels with position embeddings for 518
@@ -182,13 +193,11 @@ def position_kind(tensors: Tensors) -> str:
     return ""
 
 
-def _vit_settings(settings: dict[str, Any]) -> list[tuple[str, Any, str]]:
-    """Checks the settings that transformers stores and timm's networks cannot have."""
-    if "model_type" not in settings:
-        return []
-    if (activation := settings.get("hidden_act", "gelu")) not in _ACTIVATIONS:
-        return [("act_layer", activation, "the file's config.json")]
-    return []
+def _vit_activation(settings: dict[str, Any]) -> list[tuple[str, Any, str]]:
+    """Returns the activation that transformers stores if it is not that of timm's networks."""
+    stored = settings.get("hidden_act", "gelu") if "model_type" in settings else "gelu"
+    activation = _ACTIVATIONS.get(stored, stored)
+    return [("act_layer", activation, "the file's settings")] if activation else []
 
 
 def _vit_shapes(tensors: Tensors, backbone: VisionTransformer, nominal: bool) -> list[tuple[str, Any, str]]:
@@ -250,18 +259,19 @@ def _resnet_stem(tensors: Tensors, names: set[str], backbone: nn.Module) -> dict
     )
 
 
-def normalisation(settings: dict[str, Any], name: str) -> tuple[Sequence[float], Sequence[float]] | None:
+def normalisation(settings: dict[str, Any], layout: Layout, name: str) -> tuple[Sequence[float], ...] | None:
     """Returns the mean and standard deviation of the images that the network was trained with, None if unknown.
 
-    They are in the file's settings, or in timm's for a name with the tag of pretrained weights.
+    They are in the file's settings, in timm's for a name with the tag of pretrained weights, or those of public code.
     """
     if settings.get("do_normalize") is False:
         return (0, 0, 0), (1, 1, 1)
     for mean, std in (("pretrained_cfg.mean", "pretrained_cfg.std"), ("image_mean", "image_std")):
         if mean in settings and std in settings:
             return settings[mean], settings[std]
-    known = timm.models.get_pretrained_cfg(name) if "." in name else None
-    return (known.mean, known.std) if known else None
+    if "." in name and (known := timm.models.get_pretrained_cfg(name)):
+        return known.mean, known.std
+    return (MEAN, STD) if layout.name in _IMAGENET else None
 
 
 def to_imagenet_statistics(tensors: Tensors, mean: Sequence[float], std: Sequence[float]) -> Tensors:

@@ -132,7 +132,11 @@ def _call_in_timm(name: str, arguments: dict[str, Any]) -> str:
 def write_torchvision(export: Export, path: Path) -> str:
     """Writes safetensors with torchvision's names. Raises ValueError if torchvision has no such network."""
     path.write_bytes(save(torchvision_weights(export), {"format": "pt"}))
-    return f"torchvision's {export.name}, its last layer replaced by nn.Identity()"
+    network = export.network
+    if not isinstance(network, VisionTransformer):
+        return f"torchvision's {export.name}, its last layer replaced by nn.Identity()"
+    call = ", ".join(map(str, _vit_arguments(network)))
+    return f"torchvision.models.VisionTransformer({call}), its heads replaced by nn.Identity()"
 
 
 def torchvision_weights(export: Export) -> dict[str, Tensor]:
@@ -156,13 +160,10 @@ def _torchvision_twin(export: Export) -> Any:
 
     network = export.network
     if isinstance(network, VisionTransformer):
-        block, patch = network.blocks[0], network.patch_embed
+        patch = network.patch_embed
         if patch.img_size[0] != patch.img_size[1] or patch.patch_size[0] != patch.patch_size[1]:
             raise ValueError(f"torchvision has no ViT for {patch.img_size} pixels in patches of {patch.patch_size}")
-        size, layers, width = patch.img_size[0], len(network.blocks), network.embed_dim
-        twin = torchvision.models.VisionTransformer(
-            size, patch.patch_size[0], layers, block.attn.num_heads, width, block.mlp.fc1.out_features
-        )
+        twin = torchvision.models.VisionTransformer(*_vit_arguments(network))
         twin.heads = nn.Identity()
         return twin
     if not isinstance(network, ResNet) or export.name not in torchvision.models.list_models(torchvision.models):
@@ -170,6 +171,13 @@ def _torchvision_twin(export: Export) -> Any:
     twin = torchvision.models.get_model(export.name)
     twin.fc = nn.Identity()
     return twin
+
+
+def _vit_arguments(network: VisionTransformer) -> tuple[int, ...]:
+    """Returns torchvision's image_size, patch_size, num_layers, num_heads, hidden_dim and mlp_dim."""
+    block, patch = network.blocks[0], network.patch_embed
+    sizes = patch.img_size[0], patch.patch_size[0], len(network.blocks)
+    return *sizes, block.attn.num_heads, network.embed_dim, block.mlp.fc1.out_features
 
 
 def write_detectron2(export: Export, path: Path) -> str:

@@ -89,7 +89,7 @@ def import_weights(
         config = config.model_copy(update={"model": given.model_copy(update=found.model)})
         if found.size and config.eval.size is None:
             config = config.model_copy(update={"eval": config.eval.model_copy(update={"size": found.size})})
-        note = _normalise(read.settings, config.model.backbone, networks)
+        note = _normalise(read.settings, layout, config.model.backbone, networks)
         weights, left_out = fit(path, layout, networks, others, config)
         write_atomically(partial / "config.yaml", dump(config))
         (partial / WEIGHTS).write_bytes(save(weights))
@@ -173,12 +173,17 @@ def _rename(tensors: Tensors, head: bool) -> Tensors:
     }
 
 
-def _normalise(settings: dict[str, Any], name: str, networks: dict[str, Tensors]) -> str:
-    """Adapts ViTs to images normalised by ImageNet's statistics; returns a note if other statistics are known."""
-    known = normalisation(settings, name)
-    if known is None or all(abs(x - y) < 1e-3 for x, y in zip((*known[0], *known[1]), (*MEAN, *STD), strict=True)):
+def _normalise(settings: dict[str, Any], layout: Layout, name: str, networks: dict[str, Tensors]) -> str:
+    """Adapts ViTs to images normalised by ImageNet's statistics; returns a note unless these were used in training."""
+    known = normalisation(settings, layout, name)
+    if known is None:
+        return (
+            "normalisation: not in the file; images here are normalised by ImageNet's mean and standard deviation. "
+            "For timm's weights, --backbone with their tag, such as vit_base_patch16_224.augreg_in21k, gives theirs"
+        )
+    if all(abs(x - y) < 1e-3 for x, y in zip((*known[0], *known[1]), (*MEAN, *STD), strict=True)):
         return ""
-    text = f"trained on images with mean {list(known[0])} and standard deviation {list(known[1])}: "
+    text = f"normalisation: trained with mean {list(known[0])} and standard deviation {list(known[1])}; "
     if "backbone.patch_embed.proj.bias" not in networks["student"]:
         return text + "images here are normalised by ImageNet's, so features will differ"
     for network, tensors in networks.items():

@@ -69,7 +69,7 @@ LAYOUTS = (
     Layout("SwAV", "", None, r"^prototypes\b"),
     Layout("MAE", "", "ema.", r"^decoder_pos_embed$"),
     Layout("DINOv2", "", "ema.", r"^(mask_token|register_tokens)$"),
-    Layout("timm, torchvision or transformers", "", "ema."),
+    Layout("timm or torchvision", "", "ema."),
 )
 
 # Tensors that a checkpoint may have besides the backbone: projection heads, predictors, classifiers, decoders, queues,

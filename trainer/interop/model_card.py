@@ -38,6 +38,7 @@ def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.
         method=config.method.name,
         papers=config.method.papers,
         backbone=config.model.backbone,
+        arguments=config.model.backbone_args,
         parameters=sum(p.numel() for p in backbone.parameters()),
         features=getattr(backbone, "head_hidden_size", backbone.num_features),
         network=network,

@@ -44,8 +44,6 @@ CONTAINERS = {
 # Modules that wrap another one: DistributedDataParallel, torch.compile, FSDP, activation checkpointing, Fabric.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 
-_SHOWN = "state_dict, model, student or teacher"  # the most common containers, for messages
-
 
 class ForeignCheckpoint(NamedTuple):
     """The content of a file.
@@ -150,7 +148,7 @@ def _named_tensors(path: Path, entries: dict[Any, Any]) -> dict[str, Tensor]:
     tensors = {str(name): x for name, x in entries.items() if isinstance(x, Tensor)}
     if entries and not tensors:
         others = ", ".join(map(str, entries))
-        raise ValueError(f"{path} has entries that are not tensors, and no {_SHOWN} with tensors: {others}")
+        raise ValueError(f"{path} has entries that are not tensors, and no state_dict or model with tensors: {others}")
     if not tensors:
         raise ValueError(f"{path} has no tensors")
     short: dict[str, str] = {}

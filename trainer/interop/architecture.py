@@ -160,8 +160,8 @@ def _vit_heads(
     if not (heads := next((heads for size, heads in _HEADS.items() if f"_{size}_" in name), "")):
         return []
     positions = position_kind(tensors)
-    if layout.name == "MoCo v3" or positions == "MoCo v3":
-        return [("num_heads", 12, "MoCo v3, as its position embeddings show")]
+    if "MoCo v3" in (layout.name, positions):
+        return [("num_heads", 12, "MoCo v3's ViT-S and ViT-Ti")]
     if (named and not positions) or layout.name in ("DINO", "DINOv2") or "dinov2" in name:
         return []
     raise ValueError(

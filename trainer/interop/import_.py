@@ -14,8 +14,14 @@ from data.normalize import MEAN, STD
 from trainer.build import build_encoder
 from trainer.config import Config
 from trainer.config_file import dump, load
-from trainer.interop.architecture import backbone_name, find_architecture, normalisation, to_imagenet_statistics
-from trainer.interop.layouts import OTHER_TENSORS, Layout, Tensors, find_layout, strip_common_prefix, to_timm
+from trainer.interop.architecture import (
+    backbone_name,
+    find_architecture,
+    normalisation,
+    position_kind,
+    to_imagenet_statistics,
+)
+from trainer.interop.layouts import LAYOUTS, OTHER_TENSORS, Layout, Tensors, find_layout, strip_common_prefix, to_timm
 from trainer.interop.read import read_checkpoint, weight_files
 from trainer.interop.weights import differences
 from trainer.run.checkpoint import WEIGHTS
@@ -59,6 +65,8 @@ def import_weights(
     layout = find_layout(set(tensors))
     networks, others = split_networks(tensors, layout)
     student = {name.removeprefix("backbone."): x for name, x in networks["student"].items()}
+    if layout == LAYOUTS[-1]:  # no name of a method is left in a linear probe's file or an encoder alone
+        layout = layout._replace(name=position_kind(student) or layout.name)
     stored_name, named = backbone_name(read.settings, layout, student)
     name = backbone or stored_name
     if not name:

@@ -54,19 +54,17 @@ def mlp(prefix: str, *widths: int) -> State:
 
 
 CHILDREN = {"conv1": 0, "bn1": 1, "layer1": 4, "layer2": 5, "layer3": 6, "layer4": 7}  # of torchvision's ResNet
-GENERATOR = {"conv1": 0, "bn1": 1, "layer1": 2, "layer2": 3, "layer3": 4, "layer4": 5}  # of lightly's ResNetGenerator
 
 
-def children(network: nn.Module, prefix: str, numbers: dict[str, int] = CHILDREN) -> State:
+def children(network: nn.Module, prefix: str) -> State:
     """Returns the tensors as nn.Sequential(*list(resnet.children())[:-1]) names them."""
     parts = {name: name.split(".", 1) for name in network.state_dict()}
-    return {f"{prefix}{numbers[parts[name][0]]}.{parts[name][1]}": x for name, x in network.state_dict().items()}
+    return {f"{prefix}{CHILDREN[parts[name][0]]}.{parts[name][1]}": x for name, x in network.state_dict().items()}
 
 
 def generator(network: nn.Module, prefix: str) -> State:
-    """Returns the tensors as nn.Sequential(*list(ResNetGenerator("resnet-18").children())[:-1]) names them."""
-    state = children(network, prefix, GENERATOR)
-    return {name.replace(".downsample.", ".shortcut."): x for name, x in state.items()}
+    """Returns the tensors as lightly's ResNetGenerator names them, and many ResNets for CIFAR."""
+    return {name.replace(".downsample.", ".shortcut."): x for name, x in renamed(network, prefix).items()}
 
 
 # The networks of ViTs are written out here, so that what no tensor shows is not taken from timm.

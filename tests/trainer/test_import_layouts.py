@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import types
 from collections import OrderedDict
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -227,7 +229,7 @@ def test_resnets(tmp_path: Path, make: Make, layout: str, teacher: bool) -> None
     assert about["layout"] == layout
     assert f"of {layout}:" in summary
     assert ("normalisation: not in the file" in summary) == (
-        layout in ("a backbone in a larger model", "solo-learn", "timm or torchvision")
+        layout in ("a backbone in a larger model", "solo-learn", "timm or torchvision", "BYOL")
     )
     assert read_config(run).model.backbone_args["channels"] == [8, 8, 8, 16]
     same(run, SwavResNet(networks[0]) if layout == "SwAV" else networks[0], side=32)
@@ -542,12 +544,74 @@ def test_what_no_tensor_shows_is_asked_for(
 
 def test_the_stem_of_lightly_is_known(tmp_path: Path) -> None:
     network = small_stem(narrow_resnet(1), 1)
-    torch.save(
-        {"state_dict": {**generator(network, "backbone."), **mlp("projection_head.", 16, 12)}}, tmp_path / "a.ckpt"
-    )
+    state = {**generator(network, "backbone."), **mlp("projection_head.layers.", 16, 12)}
+    torch.save({"state_dict": state}, tmp_path / "a.ckpt")
     summary = import_weights(tmp_path / "a.ckpt", tmp_path / "run", "resnet18", ["run.device=cpu"], NARROW)
     assert "model.small_images=True (lightly's ResNetGenerator)" in summary
+    assert read_config(tmp_path / "run").eval.size == 32
     same(tmp_path / "run", network, side=32)
+
+
+@pytest.mark.parametrize("overrides", [[], ["model.small_images=true"]])
+def test_children_of_lightly_s_generator_are_another_network(tmp_path: Path, overrides: list[str]) -> None:
+    """Its first ReLU is a function, so it is not in an nn.Sequential of its children."""
+    numbers = {"conv1": 0, "bn1": 1, "layer1": 2, "layer2": 3, "layer3": 4, "layer4": 5}
+    state = generator(small_stem(narrow_resnet(1), 1), "")
+    named = {f"backbone.{numbers[name.split('.')[0]]}.{name.partition('.')[2]}": x for name, x in state.items()}
+    torch.save({"state_dict": named}, tmp_path / "a.ckpt")
+    with pytest.raises(ValueError, match="has no ReLU after its first BatchNorm"):
+        import_weights(tmp_path / "a.ckpt", tmp_path / "run", "resnet18", overrides, NARROW)
+
+
+def convnext_of_its_authors(network: nn.Module) -> State:
+    """Returns the names of facebookresearch/ConvNeXt, which solo-learn has too."""
+    names = (
+        (r"^stem\.(\d)", r"downsample_layers.0.\1"),
+        (r"^stages\.(\d)\.downsample\.(\d)", r"downsample_layers.\1.\2"),
+        (r"^(stages\.\d)\.blocks\.(\d)\.", r"\1.\2."),
+        (r"\.conv_dw\.", ".dwconv."),
+        (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
+        (r"^head\.norm\.", "norm."),
+    )
+    state: State = {}
+    for name, x in network.state_dict().items():
+        for pattern, new in names:
+            name = re.sub(pattern, new, name)
+        state[f"backbone.{name}"] = x
+    return state
+
+
+def test_names_that_timm_converts_itself(tmp_path: Path) -> None:
+    arguments = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
+    network = timm.create_model("convnext_tiny", num_classes=0, **arguments)
+    state = {**convnext_of_its_authors(network), "classifier.weight": torch.zeros(10, 16)}
+    torch.save(
+        {**LIGHTNING, "hyper_parameters": {"backbone": {"name": "convnext_tiny"}}, "state_dict": state},
+        tmp_path / "a.ckpt",
+    )
+    given = ["depths=[1, 1, 1, 1]", "dims=[8, 8, 8, 16]"]
+    import_weights(tmp_path / "a.ckpt", tmp_path / "run", None, ["run.device=cpu"], given)
+    same(tmp_path / "run", network, side=64)
+
+
+@pytest.mark.parametrize("key", ["weights", "my_encoder"])
+def test_tensors_in_an_entry_of_any_name(tmp_path: Path, key: str) -> None:
+    network = narrow_resnet(1)
+    torch.save({key: renamed(network, ""), "note": "good", "optimizer": {"state": {}}}, tmp_path / "a.pt")
+    summary = import_weights(tmp_path / "a.pt", tmp_path / "run", "resnet18", ["run.device=cpu"], NARROW)
+    assert "not looked at: note, optimizer" in summary
+    same(tmp_path / "run", network, side=32)
+
+
+def test_positions_of_patches_only(tmp_path: Path) -> None:
+    """DeiT III adds positions before the class token."""
+    vit = ViT(6, scale=True)
+    vit.pos_embed.data[:, 0] = 0
+    state = {**renamed(vit, ""), "pos_embed": vit.pos_embed[:, 1:].detach()}
+    torch.save(state, tmp_path / "a.pth")
+    import_weights(tmp_path / "a.pth", tmp_path / "run", "vit_small_patch16_224", ["run.device=cpu"], TINY)
+    assert read_config(tmp_path / "run").model.backbone_args["no_embed_class"] is True
+    same(tmp_path / "run", vit)
 
 
 def test_a_vit_without_a_class_token(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ these sources, in this order: the user, the settings in the file, public code th
 definition of the named timm model. What is still open is an error that says what to give.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -42,7 +43,13 @@ _WIDTHS = {192: "tiny", 384: "small", 768: "base", 1024: "large", 1280: "huge", 
 # Sizes for which public code has several numbers of attention heads: 12 in MoCo v3 and in solo-learn's MoCo v3 and MAE.
 _HEADS = {"tiny": "3 or 12", "small": "6 or 12"}
 
-_GENERATOR = r"\.shortcut\.0\.|(^|\.)2\.0\.conv1\."  # names of lightly's ResNetGenerator
+
+# Names of lightly's ResNetGenerator, and of the nn.Sequential of its children, which lacks the ReLU after bn1.
+_GENERATOR = r"(^|\.)layer\d\.0\.shortcut\.0\."
+_GENERATOR_CHILDREN = r"(^|\.)2\.0\.conv1\."
+
+# Values of model_type in transformers' config.json whose networks timm has.
+_TRANSFORMERS = ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers")
 
 # timm's names for the activations of transformers; the networks of timm have gelu.
 _ACTIVATIONS = {"gelu": None, "gelu_python": None, "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -81,6 +88,8 @@ def backbone_name(settings: dict[str, Any], layout: Layout, tensors: Tensors) ->
     patch = tensors["patch_embed.proj.weight"].shape[-1] if width else 0
     if (layout.name == "DINOv2" and width in _WIDTHS and patch == 14) or (model_type.startswith("dinov2") and width):
         return f"vit_{size}_patch14{'_reg4' if 'reg_token' in tensors else ''}_dinov2", False
+    if model_type and model_type not in _TRANSFORMERS:
+        raise ValueError(f"model_type {model_type} of transformers is not read, only {', '.join(_TRANSFORMERS)}")
     if model_type and width:
         return f"vit_{size}_patch{14 if size == 'huge' else 16}_224", False
     return "", False
@@ -126,6 +135,11 @@ def find_architecture(
         if "_dinov2" in name:
             size = 224  # DINOv2 evaluates at 224 pixels with position embeddings for 518
     else:
+        if any(re.search(_GENERATOR_CHILDREN, name) for name in names):
+            raise ValueError(
+                "this is nn.Sequential(*ResNetGenerator(…).children()) of lightly, which has no ReLU after its first "
+                "BatchNorm because that ReLU is not among the children; timm has no such network"
+            )
         stem = _resnet_stem(tensors, names, backbone) if "small_images" not in given.model_fields_set else {}
         notes += [f"model.{key}={value} (lightly's ResNetGenerator)" for key, value in stem.items()]
         found |= {"backbone_args": arguments, **stem}
@@ -237,10 +251,14 @@ def _vit_shapes(tensors: Tensors, backbone: VisionTransformer, nominal: bool) ->
         values["patch_size"] = (patch, patches.patch_size[0])
         values["mlp_ratio"] = (hidden / width, block.mlp.fc1.out_features / backbone.embed_dim)
     if "pos_embed" in shapes:
-        extra = 0 if backbone.no_embed_class else int("cls_token" in shapes)
-        side = (shapes["pos_embed"][1] - extra) ** 0.5
-        if side == int(side):
-            values["img_size"] = (int(side) * patch, patches.img_size[0])
+        total = shapes["pos_embed"][1]
+        tokens = int("cls_token" in shapes) + values["reg_tokens"][0]
+        for without in (backbone.no_embed_class, not backbone.no_embed_class):  # positions of patches only?
+            side = math.isqrt(total - (0 if without else tokens))
+            if side**2 == total - (0 if without else tokens):
+                values["no_embed_class"] = (without, backbone.no_embed_class)
+                values["img_size"] = (side * patch, patches.img_size[0])
+                break
     return [(key, ours, "as its tensors show") for key, (ours, named) in values.items() if ours != named]
 
 

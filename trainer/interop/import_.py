@@ -4,11 +4,14 @@ import fnmatch
 import hashlib
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from safetensors.torch import save
+from timm.models.vision_transformer import VisionTransformer
 
 from data.normalize import MEAN, STD
 from trainer.build import build_encoder
@@ -219,6 +222,7 @@ def fit(
     """
     modules = ("backbone.", "head.") if "head.0.weight" in networks["student"] else ("backbone.",)
     expected = {name: x for name, x in build_encoder(config).state_dict().items() if name.startswith(modules)}
+    networks = {network: _convert_by_timm(tensors, config, expected) for network, tensors in networks.items()}
     weights: Tensors = {}
     left_out = [*others]
     unknown = [name for name in others if not OTHER_TENSORS.search(name)]
@@ -241,6 +245,26 @@ def fit(
         text = "; ".join(f"{' and '.join(where)}: {what}" for what, where in problems.items()).replace("backbone.", "")
         raise ValueError(f"{path} ({layout.name}) is not of {config.model.backbone} as configured: {text}")
     return {name: x.clone() for name, x in weights.items()}, left_out
+
+
+def _convert_by_timm(tensors: Tensors, config: Config, expected: Tensors) -> Tensors:
+    """Applies timm's converter for the names of an architecture's authors, if the names are not timm's.
+
+    The converter is not used where it resizes tensors, nor for ViTs, whose names `layouts.py` has.
+    """
+    backbone = {name.removeprefix("backbone."): x for name, x in tensors.items() if name.startswith("backbone.")}
+    with torch.device("meta"):
+        model = build_encoder(config).backbone
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    missing = {name for name in expected if name.startswith("backbone.")} - tensors.keys()
+    if not missing or convert is None or isinstance(model, VisionTransformer):
+        return tensors
+    converted: Tensors = convert(dict(backbone), model)
+    resized = {x.numel() for x in converted.values()} - {x.numel() for x in backbone.values()}
+    if resized or any(f"backbone.{name}" not in expected and name not in backbone for name in converted):
+        return tensors
+    others = {name: x for name, x in tensors.items() if not name.startswith("backbone.")}
+    return others | {f"backbone.{name}": x for name, x in converted.items()}
 
 
 def _sha256(path: Path) -> str:

@@ -81,9 +81,8 @@ OTHER_TENSORS = re.compile(
     r"|^(net|bn)\.|(^|\.)(total_ops|total_params|n_averaged)$"
 )
 
-# The layers of torchvision's ResNet, and of lightly's ResNetGenerator, by their index in nn.Sequential.
+# The layers of torchvision's ResNet by their index in nn.Sequential(*resnet.children()).
 _CHILDREN = (("0", "conv1"), ("1", "bn1"), ("4", "layer1"), ("5", "layer2"), ("6", "layer3"), ("7", "layer4"))
-_GENERATOR_CHILDREN = (("0", "conv1"), ("1", "bn1"), ("2", "layer1"), ("3", "layer2"), ("4", "layer3"), ("5", "layer4"))
 
 # Other names for layers: a regular expression that one of a network's tensors matches, and the replacements.
 DIALECTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
@@ -142,7 +141,6 @@ DIALECTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
     (r"^blocks\.\d+\.\d+\.norm1\.", ((r"^blocks\.\d+\.(\d+)\.", r"blocks.\1."),)),  # DINOv2's chunks of blocks
     (r"\.mlp\.w12\.", ((r"\.mlp\.w12\.", ".mlp.fc1."), (r"\.mlp\.w3\.", ".mlp.fc2."))),  # DINOv2's SwiGLU
     (r"^blocks\.\d+\.gamma_1$", ((r"\.gamma_(\d)$", r".ls\1.gamma"),)),  # DeiT III and BEiT
-    (r"^2\.0\.conv1\.", tuple((rf"^{index}\.", f"{name}.") for index, name in _GENERATOR_CHILDREN)),
     (r"^4\.0\.conv1\.", tuple((rf"^{index}\.", f"{name}.") for index, name in _CHILDREN)),
     (r"\.shortcut\.0\.", ((r"\.shortcut\.", ".downsample."),)),  # lightly's ResNetGenerator, and many CIFAR ResNets
 )

@@ -75,15 +75,20 @@ def read_checkpoint(path: Path) -> ForeignCheckpoint:
     if not isinstance(loaded, dict):
         raise ValueError(f"{path} holds a {type(loaded).__name__}, need tensors by name (a state_dict)")
     containers = {name: entries for name in CONTAINERS if _has_tensors(entries := _get(loaded, name))}
+    nested = [str(name) for name, entries in loaded.items() if _has_tensors(entries) and "optim" not in str(name)]
+    if not containers and not _has_tensors(loaded) and len(nested) == 1:
+        containers = {nested[0]: loaded[nested[0]]}
     tensors = {
-        CONTAINERS[container] + name: x
+        CONTAINERS.get(container, "") + name: x
         for container, entries in containers.items()
         for name, x in _named_tensors(path, entries).items()
     }
     used = {name.partition(".")[0] for name in containers}
-    ignored = tuple(str(name) for name in loaded if name not in used) if tensors else ()
+    left = [name for name, x in loaded.items() if name not in used and (tensors or not isinstance(x, Tensor))]
     described = {name: x for name, x in loaded.items() if name not in used}
-    return ForeignCheckpoint(tensors or _named_tensors(path, loaded), flatten_settings(described), ignored)
+    return ForeignCheckpoint(
+        tensors or _named_tensors(path, loaded), flatten_settings(described), tuple(map(str, left))
+    )
 
 
 def _read_folder(path: Path) -> ForeignCheckpoint:

@@ -52,7 +52,7 @@ class Encoder(nn.Module):
             self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, **arguments)
         except RuntimeError as error:
             raise ValueError(f"model.backbone: timm has no model {backbone!r} ({error})") from error
-        except TypeError as error:
+        except (TypeError, AssertionError) as error:  # timm asserts that the heads divide the width
             raise ValueError(f"model.backbone_args: {backbone} does not take {arguments} ({error})") from error
         if small_images and not is_vit:
             _shrink_stem(self.backbone, backbone, stem_stride, stem_padding)

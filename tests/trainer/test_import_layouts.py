@@ -655,6 +655,43 @@ def test_the_same_tensor_twice_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["num_heads=7"], r"model\.backbone_args: vit_small_patch16_224 does not take .*divisible by num_heads"),
+        (["img_size=96"], "img_size=96 was given, but the file has position embeddings for 16 pixels"),
+        (["colour=3"], "does not take .*colour"),
+    ],
+)
+def test_arguments_that_do_not_fit(tmp_path: Path, arguments: list[str], message: str) -> None:
+    torch.save(renamed(ViT(6), ""), tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=message):
+        import_weights(tmp_path / "a.pth", tmp_path / "run", "vit_small_patch16_224", [], [*TINY, *arguments])
+    assert not (tmp_path / "run").exists()
+
+
+def test_entries_that_are_not_tensors_are_reported(tmp_path: Path) -> None:
+    state = {**renamed(narrow_resnet(1), ""), "steps": 3, "bn1._extra_state": None}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "a.pth")
+    summary = import_weights(tmp_path / "a.pth", tmp_path / "run", "resnet18", ["run.device=cpu"], NARROW)
+    assert "not looked at: epoch, state_dict.steps, state_dict.bn1._extra_state" in summary
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (None, "its arch is vit_conv_small, which timm has not"),
+        ("vit_small_patch16_224", "stem of several convolutions"),
+    ],
+)
+def test_the_convolutional_stem_of_moco_v3_is_refused(tmp_path: Path, name: str | None, message: str) -> None:
+    state = renamed(ViT(12), "module.base_encoder.")
+    state = {key.replace("embed.proj.", "embed.proj.0."): x for key, x in state.items()}
+    torch.save({"arch": "vit_conv_small", "state_dict": state}, tmp_path / "a.pth.tar")
+    with pytest.raises(ValueError, match=message):
+        import_weights(tmp_path / "a.pth.tar", tmp_path / "run", name, [], TINY)
+
+
+@pytest.mark.parametrize(
     ("text", "message"), [("num_heads", "need key=value"), ("{a: [", "is not YAML"), ("=3", "need")]
 )
 def test_arguments_that_cannot_be_read(tmp_path: Path, text: str, message: str) -> None:

@@ -85,7 +85,7 @@ def backbone_name(settings: dict[str, Any], layout: Layout, tensors: Tensors) ->
                 return name, False
     width, model_type = tensors["cls_token"].shape[-1] if "cls_token" in tensors else 0, settings.get("model_type", "")
     size = _WIDTHS.get(width, "base")
-    patch = tensors["patch_embed.proj.weight"].shape[-1] if width else 0
+    patch = tensors["patch_embed.proj.weight"].shape[-1] if "patch_embed.proj.weight" in tensors else 0
     if (layout.name == "DINOv2" and width in _WIDTHS and patch == 14) or (model_type.startswith("dinov2") and width):
         return f"vit_{size}_patch14{'_reg4' if 'reg_token' in tensors else ''}_dinov2", False
     if model_type and model_type not in _TRANSFORMERS:
@@ -112,6 +112,8 @@ def find_architecture(
     Raises:
         ValueError: Something is open. The message says what, and what to give.
     """
+    if "patch_embed.proj.0.weight" in tensors:
+        raise ValueError("it is a ViT with a stem of several convolutions (MoCo v3's vit_conv_…), which timm has not")
     notes: list[str] = []
     arguments = _stored_arguments(settings, name) | given.backbone_args
     backbone = _shapes_only(name, given, arguments)
@@ -124,6 +126,11 @@ def find_architecture(
             *_vit_activation(settings),
             *_vit_shapes(tensors, backbone, nominal),
         ):
+            if key == "img_size" and key in given.backbone_args:
+                raise ValueError(
+                    f"img_size={given.backbone_args[key]} was given, but the file has position embeddings for {value} "
+                    "pixels: leave it out, images of other sizes are interpolated at run time"
+                )
             if key not in arguments:
                 arguments[key] = value
                 notes.append(f"{key}={value} ({source})")
@@ -224,8 +231,8 @@ def _vit_shapes(tensors: Tensors, backbone: VisionTransformer, nominal: bool) ->
     """
     shapes = {name: x.shape for name, x in tensors.items()}
     block, patches = backbone.blocks[0], backbone.patch_embed
-    if not {"patch_embed.proj.weight", "blocks.0.mlp.fc1.weight"} <= shapes.keys():
-        return []
+    if len(shapes.get("patch_embed.proj.weight", ())) != 4 or "blocks.0.mlp.fc1.weight" not in shapes:
+        return []  # the check of all names and shapes says what differs
     if "cls_token" not in shapes and backbone.cls_token is not None:
         raise ValueError(
             "the file has no class token, so the pooling is open: give --backbone-args class_token=false "
@@ -245,7 +252,7 @@ def _vit_shapes(tensors: Tensors, backbone: VisionTransformer, nominal: bool) ->
         "global_pool": ("avg" if "fc_norm.weight" in shapes else backbone.global_pool, backbone.global_pool),
     }
     if nominal:
-        depth = 1 + max(int(name.split(".")[1]) for name in shapes if name.startswith("blocks."))
+        depth = 1 + max(int(name.split(".")[1]) for name in shapes if re.match(r"blocks\.\d+\.", name))
         values["embed_dim"] = (width, backbone.embed_dim)
         values["depth"] = (depth, len(backbone.blocks))
         values["patch_size"] = (patch, patches.patch_size[0])

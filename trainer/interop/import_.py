@@ -73,8 +73,9 @@ def import_weights(
     stored_name, named = backbone_name(read.settings, layout, student)
     name = backbone or stored_name
     if not name:
+        arch = f" (its arch is {read.settings['arch']}, which timm has not)" if "arch" in read.settings else ""
         raise ValueError(
-            f"{path} ({layout.name}) does not contain the name of its network: give --backbone, such as resnet50"
+            f"{path} ({layout.name}) does not contain the name of its network{arch}: give --backbone, such as resnet50"
         )
     model: dict[str, Any] = {"backbone": name}
     has_head = "head.0.weight" in networks["student"]

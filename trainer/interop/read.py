@@ -85,6 +85,7 @@ def read_checkpoint(path: Path) -> ForeignCheckpoint:
     }
     used = {name.partition(".")[0] for name in containers}
     left = [name for name, x in loaded.items() if name not in used and (tensors or not isinstance(x, Tensor))]
+    left += [f"{name}.{key}" for name, own in containers.items() for key in own if not isinstance(own[key], Tensor)]
     described = {name: x for name, x in loaded.items() if name not in used}
     return ForeignCheckpoint(
         tensors or _named_tensors(path, loaded), flatten_settings(described), tuple(map(str, left))

@@ -4,11 +4,15 @@ While the training process waits for data, a log line names the image that each 
 its training process is gone.
 """
 
+import functools
 import logging
+import multiprocessing
 import os
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
+from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
 import numpy as np
@@ -23,7 +27,7 @@ T = TypeVar("T")
 PATIENCE = 30.0  # seconds of waiting for a batch before the first log line, and between lines
 SLOTS = 4096  # for the threads of all workers of a rank
 MAX_NAMED = 8  # images named in a log line
-ORPHAN_CHECK = 2.0  # seconds between a worker's checks that its training process exists
+_OPEN: list[Connection] = []  # writing ends of pipes, open until the process ends
 
 
 class WatchedSource(Source):
@@ -31,7 +35,7 @@ class WatchedSource(Source):
 
     A process that receives a copy ends when the process that created the source is gone. A killed training process
     cannot end its workers, which would hold memory indefinitely; torch's own check is of the parent, which is the fork
-    server.
+    server, and that lives as long as a worker does.
     """
 
     def __init__(self, source: Source) -> None:
@@ -40,12 +44,14 @@ class WatchedSource(Source):
         # Thread ids are unique on a machine and mostly consecutive, so two threads hardly ever share a slot; if they
         # do, the log names one of them.
         self._reading = SharedArray(np.zeros((SLOTS, 2), np.int64))  # index of the image; time.monotonic_ns() or 0
-        self._trainer = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_trainer": _lifeline()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        trainer = state.pop("_trainer")
         self.__dict__.update(state)
-        if os.getpid() != self._trainer:
-            threading.Thread(target=_exit_after, args=(self._trainer,), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(trainer,), daemon=True).start()
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -115,11 +121,20 @@ class WatchedSource(Source):
         return f"reading {', '.join(reads[:MAX_NAMED])}{more}"
 
 
-def _exit_after(process: int) -> None:
-    """End this process once another one is gone."""
-    while True:
-        time.sleep(ORPHAN_CHECK)
-        try:
-            os.kill(process, 0)  # signal 0 only checks that the process exists
-        except ProcessLookupError:
-            os._exit(1)
+@functools.cache
+def _lifeline() -> Connection:
+    """Return the reading end of a pipe whose writing end is open as long as this process lives.
+
+    A worker that reads it sees the end of a killed process at once, even if nobody collects its exit status (in a
+    container whose first process is no init), and cannot mistake another process for it.
+    """
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    _OPEN.append(writer)
+    return reader
+
+
+def _exit_after(trainer: Connection) -> None:
+    """End this process once the one at the other end of the pipe is gone."""
+    with suppress(EOFError, OSError):
+        trainer.recv_bytes()
+    os._exit(1)

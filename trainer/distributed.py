@@ -1,6 +1,8 @@
 """The process group: one process, or many under torchrun. There is always a group, so all code paths are the same."""
 
+import ctypes
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -38,6 +40,7 @@ def process_group(device: str) -> Iterator[RankInfo]:
     Raises:
         ValueError: This rank has no GPU although one is needed, or the machine's driver is too old.
     """
+    _stop_with_torchrun()
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     local_rank, local_world_size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     if device == "auto":
@@ -68,6 +71,13 @@ def process_group(device: str) -> Iterator[RankInfo]:
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+def _stop_with_torchrun() -> None:
+    """Ask the kernel for a SIGTERM when torchrun ends: nobody else stops the ranks of a torchrun that was killed."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        set_parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
 
 def raise_on_all_ranks(error: str | None) -> None:

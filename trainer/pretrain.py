@@ -32,7 +32,7 @@ from trainer.run.directory import claim
 from trainer.run.files import exists
 from trainer.run.metrics import set_up_logging
 from trainer.run.results import Row, read_rows, write_results
-from trainer.run.sources import check_batch, open_sources
+from trainer.run.sources import check_batch, check_shared_memory, open_sources
 from trainer.train_step import Rates, TrainStep
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ def pretrain(config: Config) -> None:
 def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: float) -> None:
     training, validation = open_sources(config.data, folder)
     check_batch(config, training)
+    check_shared_memory(config, training, rank_info)
     settings = _loop_settings(config, folder, len(training), has_validation=validation is not None, start=process_start)
     saved = checkpoint.newest(folder / "checkpoints")
     # The weights to start from are read only once: later starts continue from the checkpoints.

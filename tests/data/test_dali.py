@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from data import dali
+from data import dali, reader
 from data.batch import Batch, TrainDataset
 from data.loader import train_batches
 from data.order import batch_samples
@@ -241,8 +241,8 @@ def test_an_image_that_breaks_the_pipeline_costs_one_batch(
     source = ImageFolder.scan(root)
     (root / source.name(5)).write_bytes(b"\xff\xd8\xff nothing \xff\xd9")
     # Pretend that the header is valid, and guess a size.
-    header = dali.jpeg_size
-    monkeypatch.setattr(dali, "jpeg_size", lambda data: (50, 50) if b"nothing" in data else header(data))
+    header = reader.jpeg_size
+    monkeypatch.setattr(reader, "jpeg_size", lambda data: (50, 50) if b"nothing" in data else header(data))
     views, augment = [View(size=32)], Augment()
     with caplog.at_level(logging.WARNING):
         ours = make_batches(source, views, augment, stop=6, batch_size=4)
@@ -271,17 +271,21 @@ def test_nothing_readable() -> None:
 def test_jpeg_size() -> None:
     picture = photograph(30, 50)
     for orientation in range(1, 9):
-        assert dali.jpeg_size(jpeg(picture, orientation=orientation)) == ((50, 30) if orientation > 4 else (30, 50))
-    assert dali.jpeg_size(jpeg(picture, "L")) == (30, 50)
-    assert dali.jpeg_size(jpeg(picture, orientation=9)) is None
+        assert reader.jpeg_size(jpeg(picture, orientation=orientation)) == ((50, 30) if orientation > 4 else (30, 50))
+    assert reader.jpeg_size(jpeg(picture, "L")) == (30, 50)
+    assert reader.jpeg_size(jpeg(picture, orientation=9)) is None
+    arithmetic, twelve_bits = bytearray(jpeg(picture)), bytearray(jpeg(picture))
+    frame = arithmetic.index(b"\xff\xc0")
+    arithmetic[frame + 1], twelve_bits[frame + 4] = 0xC9, 12
+    assert reader.jpeg_size(bytes(arithmetic)) is reader.jpeg_size(bytes(twelve_bits)) is None
     for data in (b"", b"\xff\xd8\xff\xd9", jpeg(picture, "CMYK"), jpeg(picture)[:-1], png16(picture)):
-        assert dali.jpeg_size(data) is None
+        assert reader.jpeg_size(data) is None
 
 
 def test_the_graph_for_a_gpu_can_be_built(small: Source) -> None:
     """It cannot run without a GPU, but each operation exists on the device that the graph requests."""
     dataset = TrainDataset(small, data_settings(views=tuple(MULTI_CROP), batch_size=8), 3, 0, 1)
-    pipeline = dali._pipeline(dataset, 0, 4, torch.device("cuda", 0))
+    pipeline = dali._pipeline(dataset, dali._Feed(iter(())), torch.device("cuda", 0))
     pipeline._build_graph()
     devices: dict[str, set[str]] = {}
     for op in pipeline._ops:

@@ -1,9 +1,15 @@
 """Data workers and the signals that their rank gets."""
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
+
+import pytest
+
+from data import processes
 
 PROGRAM = """
 import os, signal, time
@@ -30,3 +36,28 @@ def test_a_signal_to_the_process_group_does_not_reach_the_workers(tmp_path: Path
     command = [sys.executable, str(tmp_path / "program.py")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, start_new_session=True)
     assert done.stdout.split() == ["asked", "99"], done.stderr
+
+
+@pytest.mark.parametrize("length", [80, 150])
+def test_a_long_tmpdir(tmp_path: Path, length: int) -> None:
+    folder = tmp_path / ("x" * (length - len(str(tmp_path)) - 1))
+    folder.mkdir()
+    assert len(str(folder)) == length
+    (tmp_path / "program.py").write_text(PROGRAM.replace("os.killpg(os.getpgrp(), signal.SIGTERM)", "print('asked')"))
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "TMPDIR": str(folder)}
+    command = [sys.executable, str(tmp_path / "program.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["asked", "99"], done.stderr
+    assert list(folder.iterdir()) == []
+
+
+def test_a_long_tmpdir_and_no_other_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> str:
+        raise PermissionError
+
+    monkeypatch.setattr(tempfile, "tempdir", "/" + "x" * 75)
+    monkeypatch.setattr(processes, "get_temp_dir", refuse)
+    monkeypatch.delitem(multiprocessing.current_process()._config, "tempdir", raising=False)  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match=r"TMPDIR=/x+ is too long .* set one of at most 75 bytes"):
+        processes.fork_server([])
+    assert tempfile.gettempdir() == "/" + "x" * 75

@@ -33,7 +33,7 @@ def test_the_machine() -> None:
 def test_a_configuration_that_fits(tmp_path: Path) -> None:
     pictures = write_folder(tmp_path / "pictures")
     found = needs(make_config(tmp_path / "runs" / "x", pictures, data={"val": str(pictures)}))
-    assert list(found) == ["data.train", "data.val", "run.dir"]
+    assert list(found) == ["data.train", "/dev/shm", "data.val", "run.dir"]
     assert found["data.train"] == Check("data.train", "ok", f"24 images in 3 classes at {pictures}")
     assert str(tmp_path) in found["run.dir"].detail
     assert not (tmp_path / "runs").exists()  # doctor creates nothing

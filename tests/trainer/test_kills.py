@@ -6,6 +6,8 @@ import os
 import random
 import signal
 import socket
+import subprocess
+import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.data.test_watch import descendants
 from tests.trainer.small import RESNET, small_config, write_images
 from trainer.config import Config
+from trainer.config_file import dump
 from trainer.pretrain import pretrain
 from trainer.run.results import read_rows
 
@@ -127,3 +131,27 @@ def test_killed_at_any_moment(tmp_path: Path, engine: str, ranks: int, times: in
     assert kills >= times
     assert saving >= times // 4, "the checkpoints are to be hit, too"
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
+def test_ranks_and_workers_end_with_a_killed_torchrun(tmp_path: Path) -> None:
+    images = write_images(tmp_path / "images")
+    run, data = {"epochs": 100_000, "save_every": 1_000_000, "log_every": 1}, {"workers": 1}
+    config = small_config(tmp_path / "run", images, run=run, data=data, eval={"knn_every": 0})
+    (tmp_path / "config.yaml").write_text(dump(config))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer"]
+    torchrun = subprocess.Popen([*command, "pretrain", str(tmp_path / "config.yaml")], stderr=subprocess.DEVNULL)
+    rows = tmp_path / "run/metrics.jsonl"
+    for _ in range(600):
+        if rows.exists() and rows.read_text().count("loss") > 1:
+            break
+        time.sleep(0.1)
+    processes = descendants(torchrun.pid)
+    assert len(processes) >= 3, "a rank, its fork server and a worker"
+    torchrun.kill()
+    torchrun.wait()
+    for _ in range(600):
+        if not any(Path(f"/proc/{process}").exists() for process in processes):
+            break
+        time.sleep(0.1)
+    assert [process for process in processes if Path(f"/proc/{process}").exists()] == []
+    assert (tmp_path / "run/stopped.json").exists(), "the rank has saved a checkpoint"

@@ -5,7 +5,6 @@ Source: https://github.com/maple-research-lab/AdCo.
 """
 
 import io
-import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 
@@ -17,6 +16,7 @@ from torchvision import transforms
 
 from data.normalize import MEAN, STD
 from data.order import batch_samples
+from data.processes import fork_server
 from data.settings import DataSettings
 from data.sources.base import Source
 from data.views import Augment, View
@@ -32,7 +32,7 @@ def batches(source: Source, data: DataSettings, device: torch.device) -> Iterato
         Views(source, data, data.augment),
         batch_sampler=_Order(len(source), data.batch_size),
         num_workers=WORKERS,
-        multiprocessing_context=multiprocessing.get_context("forkserver"),
+        multiprocessing_context=fork_server([]),
         pin_memory=device.type == "cuda",
     )
     for views in loader:

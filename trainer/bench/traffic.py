@@ -13,7 +13,6 @@ Up to 8 ranks are real processes over gloo. More ranks are counted on rank 0 of 
 Shapes: N queries and as many keys over all ranks, N/R of them on each rank, K negatives, D dimensions.
 """
 
-import multiprocessing
 import os
 import socket
 import struct
@@ -36,6 +35,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import kernels
+from data.processes import fork_server
 from models.negatives.bank import Bank
 from models.negatives.base import BankSettings, gather, make_mesh
 from models.negatives.contrast import contrast
@@ -172,8 +172,7 @@ def _take_published_step(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor,
 
 def _in_processes(cases: list[Case], ranks: int) -> list[list[Count]]:
     """Return for each case the counts of all ranks, each a process of one gloo group on this machine."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])  # imports torch once instead of once per rank
+    context = fork_server([__name__])  # imports torch once instead of once per rank
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(ranks, context) as pool:
         store = (Path(folder) / "store").as_uri()
         # Each task waits for all others to join the group, so no process takes two of them.

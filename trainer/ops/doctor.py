@@ -15,9 +15,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from data import shared_memory
+from data.sources.base import Source
 from data.sources.open import open_source
 from trainer.config import Config
 from trainer.run.files import existing_parent
+from trainer.run.sources import shared_memory_bytes
 
 
 class Check(NamedTuple):
@@ -114,6 +117,17 @@ def check_disk(folder: Path) -> Check:
     return Check("disk", "ok" if writable and free >= 1 else "missing", detail)
 
 
+def _check_shared_memory(config: Config, train: Source) -> Check:
+    """Check the shared memory for torchrun's ranks or, without it, for one rank per GPU of this machine."""
+    on_gpu = torch.cuda.is_available() and config.run.device != "cpu"
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE") or (torch.cuda.device_count() if on_gpu else 1))
+    world_size = int(os.environ.get("WORLD_SIZE") or ranks)
+    needed = shared_memory_bytes(config, train, torch.device("cuda" if on_gpu else "cpu"), world_size)
+    if problem := shared_memory.shortage(needed, ranks):
+        return Check(str(shared_memory.FOLDER), "missing", problem)
+    return Check(str(shared_memory.FOLDER), "ok", f"{needed * ranks / 1e6:,.0f} MB needed for batches made ahead")
+
+
 def _check_config(config: Config) -> list[Check]:
     checks = []
     for name, path in (("data.train", config.data.train), ("data.val", config.data.val)):
@@ -122,6 +136,8 @@ def _check_config(config: Config) -> list[Check]:
         try:
             source = open_source(path)
             checks.append(Check(name, "ok", f"{len(source)} images in {len(source.classes)} classes at {path}"))
+            if name == "data.train":
+                checks.append(_check_shared_memory(config, source))
         except (ValueError, OSError) as error:
             checks.append(Check(name, "missing", str(error)))
     if config.run.device == "cuda" and not torch.cuda.is_available():

@@ -1,6 +1,5 @@
 """Plans a training: what each number of nodes takes, and which engine, placement of the bank and batch to choose."""
 
-import multiprocessing
 import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import track
 
 from data.order import steps_per_epoch
+from data.processes import fork_server
 from trainer.config import Config
 from trainer.plan.calibrate import Calibration, read_calibration
 from trainer.plan.cases import ENGINES, PlanCase, case_config, check_ranks, engine_name, replaced
@@ -114,8 +114,7 @@ class DryRuns:
         self.done: dict[tuple[PlanCase, int], DryRun] = {}
 
     def __enter__(self) -> "DryRuns":
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["trainer.plan.dry_run", "timm"])
+        context = fork_server(["trainer.plan.dry_run", "timm"])
         self.pool = ProcessPoolExecutor(len(os.sched_getaffinity(0)), context, max_tasks_per_child=1)
         return self
 

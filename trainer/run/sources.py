@@ -3,13 +3,16 @@
 import zlib
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 
+from data import shared_memory
 from data.settings import DataSettings
 from data.sources.base import Source
 from data.sources.open import open_source
 from trainer.config import Config
-from trainer.distributed import raise_on_all_ranks
+from trainer.distributed import RankInfo, raise_on_all_ranks
+from trainer.evaluate.features import image_size
 
 
 def open_training(config: Config, folder: Path) -> Source:
@@ -29,6 +32,21 @@ def check_batch(config: Config, train: Source) -> None:
         raise ValueError(
             f"data.batch_size: a batch of {batch} images is larger than {config.data.train}, which has {len(train)}"
         )
+
+
+def check_shared_memory(config: Config, train: Source, rank_info: RankInfo) -> None:
+    """Raise ValueError on all ranks if the batches of the run and its evaluations do not fit into shared memory."""
+    needed = shared_memory_bytes(config, train, rank_info.device, rank_info.world_size)
+    raise_on_all_ranks(shared_memory.shortage(needed, rank_info.local_world_size))
+
+
+def shared_memory_bytes(config: Config, train: Source, device: torch.device, world_size: int) -> int:
+    """Return the bytes of shared memory that a rank's batches can occupy, with those of an evaluation."""
+    needed = shared_memory.training_bytes(train, config.data, device, world_size)
+    if config.data.val is None:
+        return needed
+    workers, batch_size = config.data.workers_for(device), min(config.eval.batch_size, len(train))
+    return needed + shared_memory.evaluation_bytes(image_size(config), batch_size, workers)
 
 
 def open_sources(data: DataSettings, folder: Path) -> tuple[Source, Source | None]:

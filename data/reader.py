@@ -1,0 +1,168 @@
+"""Reads the images of a batch for DALI: encoded JPEGs and the parameters of the views, in worker processes.
+
+The result of a batch is one array, which worker processes hand over in shared memory without a copy. The message that
+announces it is shorter than the 4096 bytes that a pipe takes as a whole, so a killed worker leaves no half a message.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import simplejpeg
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.batch import TrainDataset, load_or_replace
+from data.decode import decode, jpeg_frame, orientation_segments, read_orientation
+from data.sources.base import UnreadableImage
+from data.views import LUMA, ViewParams, crop_boxes
+
+MAX_DALI_PIXELS = 1 << 27  # of an image that DALI decodes: 400 MB
+ALIGNMENT = 64  # bytes
+
+Item = tuple[NDArray[np.uint8], int, int]  # encoded [n] or pixels [H, W, 3]; upright height and width
+
+# Type and shape per image of the inputs of a view; `data.dali._view` describes them.
+PER_VIEW = (
+    ("f4", (2,)),
+    ("f4", (2,)),
+    ("?", ()),
+    ("?", ()),
+    ("f4", (3, 3)),
+    ("f4", (3, 3)),
+    ("f4", ()),
+    ("?", ()),
+)
+
+
+@dataclass
+class Inputs:
+    """DALI's inputs for a batch of B images.
+
+    Attributes:
+        packed: uint8 [n], all arrays one after another: the index of each image shown, int64 [B]; the shape of each
+            stored image, int64 [B, 3], with zeros after the number of bytes of an encoded one; the inputs of each view;
+            the stored images.
+        count: Number of images.
+        views: Number of views.
+        unreadable: Index and error of each image that could not be read.
+    """
+
+    packed: Tensor
+    count: int
+    views: int
+    unreadable: list[tuple[int, str]]
+
+    def pin_memory(self) -> "Inputs":
+        """Return itself: DALI copies from pageable memory."""
+        return self
+
+    def unpack(self) -> tuple[NDArray[np.int64], list[NDArray[np.uint8]], list[NDArray]]:
+        """Return the indices of the images shown, int64 [B], the stored images, and the inputs [B, …] of all views.
+
+        Nothing is copied. Stored images are encoded, uint8 [n], or pixels, uint8 [H, W, 3].
+        """
+        packed, place = self.packed.numpy(), 0
+
+        def take(kind: str, shape: tuple[int, ...]) -> NDArray:
+            nonlocal place
+            dtype = np.dtype(kind)
+            start, place = place, place + dtype.itemsize * int(np.prod(shape))
+            array = packed[start:place].view(dtype).reshape(shape)
+            place += -place % ALIGNMENT
+            return array
+
+        shown, shapes = take("i8", (self.count,)), take("i8", (self.count, 3))
+        views = [take(kind, (self.count, *shape)) for _ in range(self.views) for kind, shape in PER_VIEW]
+        images = [take("u1", (h, w, c) if w else (h,)) for h, w, c in shapes.tolist()]
+        return shown, images, views
+
+
+class Reader(Dataset[Inputs]):
+    """DALI's inputs for each global step."""
+
+    def __init__(self, dataset: TrainDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, step: int) -> Inputs:
+        """Return the inputs of a step. Raises ValueError if no image can be read."""
+        samples, params = self.dataset.plan(step)
+        items: list[Item] = []
+        shown = samples.copy()
+        unreadable: list[tuple[int, str]] = []
+        for slot, sample in enumerate(samples.tolist()):
+            item, shown[slot] = load_or_replace(self._load, len(self.dataset.source), sample, unreadable)
+            items.append(item)
+        shapes = np.array([(*item[0].shape, 0, 0)[:3] for item in items], np.int64)
+        heights, widths = np.array([item[1:] for item in items], np.int64).T
+        views = [array for p in params for array in _view_inputs(p, crop_boxes(p, heights, widths))]
+        arrays = [shown, shapes, *views, *(item[0] for item in items)]
+        return Inputs(torch.from_numpy(_pack(arrays)), len(items), len(params), unreadable)
+
+    def _load(self, i: int) -> Item:
+        data = self.dataset.source.read(i)
+        if isinstance(data, bytes):
+            if size := jpeg_size(data):
+                return np.frombuffer(data, np.uint8), *size
+            try:
+                data = decode(data)
+            except ValueError as error:
+                raise UnreadableImage(f"{self.dataset.source.name(i)}: {error}") from error
+        return data, data.shape[0], data.shape[1]
+
+
+def _pack(arrays: list[NDArray]) -> NDArray[np.uint8]:
+    """Return the bytes of all arrays, each at a multiple of ALIGNMENT."""
+    packed = np.empty(sum(array.nbytes + -array.nbytes % ALIGNMENT for array in arrays), np.uint8)
+    place = 0
+    for array in arrays:
+        packed[place : place + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        place += array.nbytes + -array.nbytes % ALIGNMENT
+    return packed
+
+
+def _view_inputs(params: ViewParams, boxes: NDArray[np.int64]) -> Iterator[NDArray]:
+    """Yield one array [B, …] for each input of a view, with the types of PER_VIEW."""
+    boxes_B4 = boxes.astype(np.float32)
+    offset_B33 = params.color_offset[:, None, None] * np.broadcast_to(LUMA, (3, 3))
+    arrays = (
+        boxes_B4[:, :2],
+        boxes_B4[:, :2] + boxes_B4[:, 2:],
+        params.flip,
+        params.recolored,
+        params.color_linear,
+        offset_B33,
+        params.sigma,
+        params.solarize,
+    )
+    for array, (kind, _) in zip(arrays, PER_VIEW, strict=True):
+        yield array.astype(kind)
+
+
+def jpeg_size(data: bytes) -> tuple[int, int] | None:
+    """Return upright height and width of a JPEG that DALI decodes like the CPU backend; None for any other file.
+
+    Such a JPEG is baseline or progressive, of 8 bits, grey or YCbCr, and not huge. It ends with the end marker, and its
+    orientation is in one segment of EXIF data, if it has one. Only headers are read; the decoder finds damage between
+    them.
+    """
+    if not data.startswith(b"\xff\xd8\xff") or not data.endswith(b"\xff\xd9"):
+        return None
+    try:
+        marker, precision, height, width = jpeg_frame(data)
+        _, _, color, _ = simplejpeg.decode_jpeg_header(data)
+    except ValueError:
+        return None
+    if marker not in (0xC0, 0xC1, 0xC2) or precision != 8 or color not in ("Gray", "YCbCr"):
+        return None
+    if height * width > MAX_DALI_PIXELS:
+        return None
+    if segments := orientation_segments(data):
+        orientation = read_orientation(data)
+        if len(segments) > 1 or not segments[0].startswith(b"Exif") or orientation is None:
+            return None
+        if orientation >= 5:  # rotated by 90 degrees
+            height, width = width, height
+    return height, width

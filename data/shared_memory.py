@@ -102,4 +102,4 @@ def _stored_bytes(source: Source) -> int:
 
 
 def _mb(size: int) -> str:
-    return f"{size / 1e6:,.0f} MB"
+    return f"{size / 1e6:,.1f} MB"

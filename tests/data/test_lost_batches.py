@@ -119,10 +119,10 @@ def test_full_shared_memory(tmp_path: Path) -> None:
     batch = 24 * 2 * 3 * 224 * 224 / 1e6
     for name, megabytes in (("cpu", 3 * batch), ("evaluation", 3 * batch / 2)):
         message = found["before"][name]
-        assert "/dev/shm has 0 MB" in message
-        assert f"take {megabytes:,.0f} MB (one rank); " in message
+        assert "/dev/shm has 0.3 MB" in message
+        assert f"take {megabytes:,.1f} MB (one rank); " in message
         assert "--shm-size" in message
-    assert "/dev/shm has 0 MB" in found["before"]["dali"]
+    assert "/dev/shm has 0.3 MB" in found["before"]["dali"]
     assert found["doctor"]["state"] == "missing"
     assert "--ipc=host" in found["doctor"]["detail"]
     for name, message in found["while loading"].items():

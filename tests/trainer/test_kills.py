@@ -141,7 +141,7 @@ def test_ranks_and_workers_end_with_a_killed_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "trainer"]
     torchrun = subprocess.Popen([*command, "pretrain", str(tmp_path / "config.yaml")], stderr=subprocess.DEVNULL)
     rows = tmp_path / "run/metrics.jsonl"
-    for _ in range(600):
+    for _ in range(2400):
         if rows.exists() and rows.read_text().count("loss") > 1:
             break
         time.sleep(0.1)
@@ -149,7 +149,7 @@ def test_ranks_and_workers_end_with_a_killed_torchrun(tmp_path: Path) -> None:
     assert len(processes) >= 3, "a rank, its fork server and a worker"
     torchrun.kill()
     torchrun.wait()
-    for _ in range(600):
+    for _ in range(2400):
         if not any(Path(f"/proc/{process}").exists() for process in processes):
             break
         time.sleep(0.1)

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pickle
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,7 +29,8 @@ from trainer.interop.weights import CheckpointChoice
 from trainer.pretrain import pretrain
 from trainer.train_step import Rates
 
-EXAMPLE = Path(__file__).parents[2] / "docs/examples/adco.py"
+DOCS = Path(__file__).parents[2] / "docs"
+EXAMPLE = DOCS / "examples/adco.py"
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,21 @@ def test_what_cannot_be_loaded_is_refused(run: Path, tmp_path: Path) -> None:
         api.load(run, step=5)
     with pytest.raises(ValueError, match="got no images"):
         api.features(api.load(run), [])
+
+
+def test_the_examples_of_the_page_work(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/demo").symlink_to(run)
+    (tmp_path / "images").symlink_to(run.parent / "images")
+    Image.fromarray(IMAGE).save(tmp_path / "photo.png")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for code in re.findall(r"```python\n(.*?)```", (DOCS / "python.md").read_text(encoding="utf-8"), re.DOTALL):
+        exec(code, names)
+    assert names["y_BD"].shape == (1, 16)
+    assert names["z_BD"].norm().item() == pytest.approx(1, abs=1e-5)
+    torch.testing.assert_close(torch.from_numpy(names["x_ND"][:1]), names["y_BD"].detach())
+    assert (tmp_path / "runs/small/results.json").exists()
 
 
 IMAGE = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)

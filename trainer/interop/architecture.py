@@ -166,8 +166,7 @@ def _stored_arguments(settings: dict[str, Any], name: str) -> dict[str, Any]:
     """Returns the arguments that timm stores in config.json, if they belong to this name."""
     if settings.get("architecture") != name:
         return {}
-    arguments = {key.removeprefix("model_args."): x for key, x in settings.items() if key.startswith("model_args.")}
-    return {key: x for key, x in arguments.items() if key != "num_classes"}
+    return {key: x for key, x in settings.get("model_args", {}).items() if key != "num_classes"}
 
 
 def _vit_heads(
@@ -176,7 +175,7 @@ def _vit_heads(
     """Returns the number of attention heads if it is not the named model's."""
     usual = backbone.blocks[0].attn.num_heads
     for key, value in settings.items():
-        if re.search(r"(^|\.)num_(attention_)?heads$", key) and not key.startswith("decoder"):
+        if re.search(r"(^|\.)num_(attention_)?heads$", key) and "decoder" not in key and isinstance(value, int):
             return [("num_heads", value, "the file's settings")] if value != usual else []
     if not (heads := next((heads for size, heads in _HEADS.items() if f"_{size}_" in name), "")):
         return []

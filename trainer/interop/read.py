@@ -108,7 +108,9 @@ def _read_folder(path: Path) -> ForeignCheckpoint:
     for name in ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin"):
         if (path / name).exists():
             break
-    return ForeignCheckpoint(read_checkpoint(path / name).tensors, flatten_settings(settings))
+    # The arguments for timm stay as they are: they may have null or mappings as values.
+    flat = flatten_settings(settings) | {"model_args": settings.get("model_args") or {}}
+    return ForeignCheckpoint(read_checkpoint(path / name).tensors, flat)
 
 
 def weight_files(path: Path) -> list[Path]:

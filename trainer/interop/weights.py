@@ -55,11 +55,16 @@ def load_encoder(run: Path, config: Config, choice: CheckpointChoice = NEWEST) -
     """
     path, step = find_weights(run, choice.step)
     encoder = read_encoder(path, config, choice.network)
-    if difference := architecture_difference(read_config(run), config):
-        raise ValueError(
-            f"{run} has another architecture than the configuration, with tensors of the same shapes: "
-            f"{difference}; use its model.backbone_args, see {run / 'config.yaml'}"
-        )
+    error = None
+    try:
+        if difference := architecture_difference(read_config(run), config):
+            error = (
+                f"{run} has another architecture than the configuration, with tensors of the same shapes: "
+                f"{difference}; use its model.backbone_args, see {run / 'config.yaml'}"
+            )
+    except (ValueError, OSError) as failure:
+        error = str(failure)
+    raise_on_all_ranks(error)
     return encoder, step
 
 

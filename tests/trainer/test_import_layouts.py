@@ -472,6 +472,15 @@ def test_half_precision_and_channels_last(tmp_path: Path, dtype: torch.dtype) ->
     same(tmp_path / "run", network.float(), side=32)
 
 
+def test_tensors_of_a_gpu_that_is_not_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.serialization, "location_tag", lambda storage: "cuda:3")
+        torch.save(renamed(narrow_resnet(1), ""), tmp_path / "a.pth")
+    assert b"cuda:3" in (tmp_path / "a.pth").read_bytes()
+    import_weights(tmp_path / "a.pth", tmp_path / "run", "resnet18", ["run.device=cpu"], NARROW)
+    same(tmp_path / "run", narrow_resnet(1), side=32)
+
+
 def test_names_in_the_metadata_of_safetensors(tmp_path: Path) -> None:
     network = narrow_resnet(1)
     save_file(renamed(network, ""), tmp_path / "a.safetensors", {"format": "pt", "architecture": "resnet18"})

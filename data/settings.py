@@ -1,17 +1,20 @@
 """The configuration's section `data`: the data sets, how batches are made, and what happens to each view."""
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 
 from data.order import Blocks
+from data.paths import absolute
 from data.views import Augment, View
 
 # Marks fields that may change when a run resumes, because they do not change what the run learns.
 RESUMABLE: JsonDict = {"resumable": True}
+# The type of settings that are a path or a pattern of paths.
+PathText = Annotated[str, AfterValidator(absolute)]
 
 
 class DecoderSettings(BaseModel):
@@ -49,10 +52,22 @@ class DataSettings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    train: str = Field(
-        description="Training images: a folder of class/image.jpg, shards, an index, or another format of docs/data.md."
+    train: PathText = Field(
+        description="Training images: a folder of class/image.jpg, shards, an index, or another format of "
+        "docs/data.md. The folder may differ when a run is resumed, the images may not.",
+        json_schema_extra=RESUMABLE,
     )
-    val: str | None = Field(None, description="Labelled test images for evaluations, in any format of `train`.")
+    val: PathText | None = Field(
+        None,
+        description="Labelled test images for evaluations, in any format of `train`; null for none.",
+        json_schema_extra=RESUMABLE,
+    )
+    accept_changed: bool = Field(
+        False,
+        description="Continue on images that are not those that the run was started with; images.json in the run "
+        "directory records it.",
+        json_schema_extra=RESUMABLE,
+    )
     batch_size: int = Field(256, ge=1, description="Images per step, over all ranks.")
     backend: Literal["auto", "cpu", "dali"] = Field(
         "auto",

@@ -71,6 +71,15 @@ interrupted() { # WHAT: a failure before training, which does not count if the j
     failed "$1"
 }
 
+replace() { # SETTING…: adds settings; each takes the place of an earlier one of the same key
+    local new old kept
+    for new in "$@"; do
+        kept=()
+        for old in "${settings[@]}"; do [[ ${old%%=*} == "${new%%=*}" ]] || kept+=("$old"); done
+        settings=("${kept[@]}" "$new")
+    done
+}
+
 asked=
 run_dir=
 trap 'ask_to_stop USR1' USR1
@@ -87,7 +96,7 @@ if [[ -n $task && -f $job/code/sweep ]]; then
     seed=
     mapfile -t -s $((task - 1)) -n 1 line <"$job/code/sweep"
     read -ra line <<<"${line[0]:?SWEEP has no line $task}"
-    settings+=("${line[@]}")
+    replace "${line[@]}"
 fi
 fits=()
 [[ $verb != pretrain ]] || fits=(--nodes "$SLURM_NNODES" --ranks-per-node "$ranks")
@@ -99,7 +108,7 @@ run_dir=$(srun --nodes=1 --ntasks=1 "${srun_options[@]}" "${container[@]}" \
 if [[ $verb == pretrain ]]; then
     run_dir=$run_dir${task:+-$task}
     work=(pretrain "$config")
-    settings+=("run.dir=$run_dir" ${seed:+"run.seed=$seed"})
+    replace "run.dir=$run_dir" ${seed:+"run.seed=$seed"}
 else # an evaluation has its own directory in that of the run, with the same files
     work=("$verb" "$run_dir" --name "$NAME${task:+-$task}" ${seed:+--seed "$seed"})
     run_dir=$run_dir/$NAME${task:+-$task}

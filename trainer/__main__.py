@@ -1,6 +1,7 @@
 """The command line, `python -m trainer VERB`. Each verb imports what it needs, so that --help is quick."""
 
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
+from data.paths import expand_user
 from trainer.bench.cli import ConfigPath, OutPath, Overrides, bench_app, scale_app
 from trainer.evaluate.registry import EVALUATIONS, Registration
 from trainer.plan.request import PlanRequest, parse_nodes
@@ -164,7 +166,8 @@ def _add_evaluation(verb: str, registration: Registration) -> None:
         from trainer.evaluate.run import run_evaluation
         from trainer.interop.weights import CheckpointChoice
 
-        settings = [*(overrides or []), *registration.overrides(seed, fast)]
+        given = overrides or []
+        settings = [*given, *(text for text in registration.overrides(seed, fast) if text not in given)]
         _stoppable(lambda: run_evaluation(verb, run, settings, folder_name, CheckpointChoice(network, step)))
 
 
@@ -329,10 +332,17 @@ def show_plan(
     report(make_plan(settings, request), settings, out)
 
 
+def _expand_home(argument: str) -> str:
+    """Expand `~` at the start of an argument or of an option's value, where the shell has left it: --out=~/x."""
+    option = re.match("--[a-z-]+=(?=~)", argument)
+    start = option.end() if option else 0
+    return argument[:start] + expand_user(argument[start:])
+
+
 def main() -> None:
     """Run a verb. User errors end with one line and exit code 1; TRAINER_TRACEBACK=1 shows the traceback."""
     try:
-        app()
+        app([_expand_home(argument) for argument in sys.argv[1:]])
     except (ValueError, OSError) as error:
         if os.environ.get("TRAINER_TRACEBACK"):
             raise

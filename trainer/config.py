@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from data.settings import RESUMABLE, DataSettings
+from data.settings import RESUMABLE, DataSettings, PathText
 from models import acssl, adco, byol, caco, moco, simclr
 from models.negatives.base import BankSettings, num_shards
 from trainer.engines import ddp, fsdp, zero
@@ -31,7 +31,7 @@ Engine = Annotated[ddp.Settings | fsdp.Settings | zero.Settings, Field(discrimin
 class Run(Section):
     """Storage, length, device, intervals and time limits of a run."""
 
-    dir: str = Field(
+    dir: PathText = Field(
         description="Run directory; the same command with the same directory resumes the run.",
         json_schema_extra=RESUMABLE,
     )
@@ -95,7 +95,7 @@ class Model(Section):
     )
     head_norm: bool = Field(False, description="Use BatchNorm in the projection head.")
     predictor: int | None = Field(None, ge=1, description="Hidden units of the student's predictor; null for none.")
-    weights: str | None = Field(
+    weights: PathText | None = Field(
         None, description="Run directory, pre-trained or imported, whose student initialises this run; null for none."
     )
 
@@ -110,7 +110,7 @@ class MonitorSettings(Section):
         description="Project of Weights & Biases, or null for none; its environment variables such as "
         "WANDB_MODE=offline apply, and its files are in `wandb/` in the run directory.",
     )
-    prometheus: str | None = Field(
+    prometheus: PathText | None = Field(
         None,
         pattern=r"\.prom$",
         description="File for node_exporter's textfile collector, rewritten with the newest values; null for none.",

@@ -2,34 +2,41 @@
 
 A YAML file has the sections of `trainer.config.Config`. `extends: other.yaml` in it takes another file of the same
 folder as the base, one level deep; `section.key=value` on the command line is applied last.
+
+On the command line the value of a text setting is taken as it is, so that a path may contain any character; an optional
+text is null for `key=` and `key=null`. The values of other settings are YAML. In a file every value is YAML. Paths are
+relative to the working directory, and `~` is expanded (`data.paths`).
 """
 
 import difflib
-import functools
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
+from data.paths import expand_user
 from trainer.config import Config
-from trainer.schema import Key, default_variant, walk_keys
+from trainer.schema import Key, default_variant, is_optional, is_text, nested_models, walk_keys
+from trainer.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 
 def load(path: Path, overrides: list[str] | None = None) -> Config:
     """Read a YAML file and apply `section.key=value` overrides.
 
     Raises:
-        ValueError: The file is missing or not YAML, or a key is unknown or its value does not fit. One line of text.
+        ValueError: The file is missing or not YAML, or a key is unknown or given twice or its value does not fit. One
+            line of text.
     """
     values = _read(path)
     base = values.pop("extends", None)
     if base is not None:
-        base_values = _read(path.parent / str(base))
+        base_values = _read(path.parent / expand_user(str(base)))
         if "extends" in base_values:
             raise ValueError(f"{path}: extends {base}, which extends another file; only one level is allowed")
         values = _apply(base_values, values)
-    values = _apply(values, functools.reduce(_merge, map(_parse_override, overrides or []), {}))
+    values = _override(values, overrides or [])
+    # A section without keys, `engine:`, has its defaults.
+    values = {name: value for name, value in values.items() if value is not None or name not in Config.model_fields}
     try:
         return Config.model_validate(values)
     except ValidationError as error:
@@ -38,7 +45,7 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
 
 def dump(config: Config) -> str:
     """Return the complete configuration as YAML, which `load` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return dump_yaml(config.model_dump(mode="json"))
 
 
 def changed_keys(before: Config, now: Config) -> list[str]:
@@ -64,29 +71,56 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: {error.strerror}") from error
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: the file is not UTF-8 or has an impossible date
-        raise ValueError(f"{path}: not YAML: {' '.join(str(error).split())}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: need sections such as 'run:' and 'data:', got {type(values).__name__}")
+        got = "an empty file" if values is None else f"a {type(values).__name__}"
+        raise ValueError(f"{path}: need sections such as 'run:' and 'data:', got {got}")
     return values
 
 
-def _parse_override(text: str) -> dict[str, Any]:
-    """Return `a.b=1` as {"a": {"b": 1}}."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"got {text!r}, need section.key=value")
+def _override(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """Return `values` with `section.key=value` overrides. Raises ValueError if one is not that, or is given twice."""
+    given: dict[str, Any] = {}
+    for text in overrides:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise ValueError(f"got {text!r}, need section.key=value")
+        nested = _parse_value(name, value)
+        for key in reversed(name.split(".")):
+            nested = {key: nested}
+        _insert(given, nested, "")
+    if any(text.startswith("model.backbone_args.") for text in overrides):
+        model, changes = values.get("model") or {}, given["model"]
+        before = model.get("backbone_args")
+        if isinstance(before, dict) and changes.get("backbone") in (None, model.get("backbone")):
+            changes["backbone_args"] = before | changes["backbone_args"]
+    return _apply(values, given)
+
+
+def _parse_value(name: str, value: str) -> Any:
+    """Return the value of a setting as the command line gives it: a text as it is, anything else as YAML."""
+    fields = [key.field for key in walk_keys(Config) if key.name == name]
+    if fields and all(is_text(field.annotation) for field in fields):
+        optional = all(is_optional(field.annotation) for field in fields)
+        return None if optional and value in ("", "null") else value
     try:
-        nested: Any = yaml.safe_load(value)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ValueError(f"{name}: value {value!r} is not YAML: {' '.join(str(error).split())}") from error
-    for key in reversed(name.split(".")):
-        nested = {key: nested}
-    return nested
+        return parse_yaml(value)
+    except ValueError as error:
+        if fields or any(name.startswith(f"{key.name}.") for key in walk_keys(Config) if not nested_models(key.field)):
+            reason = str(error).removeprefix("line 1: ")
+            raise ValueError(f"{name}: value {value!r}{' is ' if 'not YAML' in reason else ': '}{reason}") from error
+        return value  # of an unknown setting, which is refused by its name
+
+
+def _insert(given: dict[str, Any], nested: dict[str, Any], section: str) -> None:
+    """Add an override to the others. Raises ValueError if one of its keys is there already."""
+    for key, value in nested.items():
+        if key not in given:
+            given[key] = value
+        elif isinstance(given[key], dict) and isinstance(value, dict):
+            _insert(given[key], value, f"{section}{key}.")
+        else:
+            raise ValueError(f"{section}{key} is given twice: as {given[key]!r} and as {value!r}")
 
 
 def _apply(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
@@ -130,6 +164,8 @@ def _describe(error: Any) -> str:
         return f"{name}: unknown key" + _advice(name, variant)
     if error["type"] == "missing":
         return f"{name}: is missing"
+    if error["type"] == "string_type":
+        return f"{name}: need a text, got {error['input']!r}" + "; put it in quotes" * (error["input"] is not None)
     message = error["msg"].removeprefix("Value error, ")
     if not name:  # a check across sections names the keys itself
         return str(message)

@@ -1,7 +1,9 @@
 """Building blocks of the configuration's schema: the base class of sections, and a walk over all keys."""
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, get_args
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict
 from pydantic.fields import FieldInfo
@@ -52,6 +54,23 @@ def _models(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [model for argument in get_args(annotation) for model in _models(argument)]
+
+
+def is_text(annotation: Any) -> bool:
+    """Return whether all values of a type are texts or null: a str, a Path, a Literal of texts, or a union of them."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return is_text(arguments[0])
+    if origin is Literal:
+        return all(isinstance(value, str) for value in arguments)
+    if origin in (Union, UnionType):
+        return all(argument is NoneType or is_text(argument) for argument in arguments)
+    return annotation in (str, Path)
+
+
+def is_optional(annotation: Any) -> bool:
+    """Return whether null is a value of a type."""
+    return NoneType in get_args(annotation)
 
 
 def variant_of(field: FieldInfo, model: type[BaseModel]) -> str | None:

@@ -11,6 +11,7 @@ import typer
 import yaml
 from typer.testing import CliRunner
 
+from tests.data.images import write_folder
 from trainer.__main__ import app, main
 
 ROOT = Path(__file__).parents[2]
@@ -78,8 +79,8 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     [
         (("pretrain", "nowhere.yaml"), "error: nowhere.yaml: No such file or directory\n"),
         (("doctor", "nowhere.yaml"), "error: nowhere.yaml: No such file or directory\n"),
-        (("report", "nowhere"), "error: nowhere is not a run: it has no config.yaml\n"),
-        (("knn", "nowhere", "eval.k=20"), "error: nowhere is not a run: it has no config.yaml\n"),
+        (("report", "nowhere"), f"error: {Path.cwd()}/nowhere is not a run: it has no config.yaml\n"),
+        (("knn", "nowhere", "eval.k=20"), f"error: {Path.cwd()}/nowhere is not a run: it has no config.yaml\n"),
     ],
 )
 def test_files_that_are_missing(
@@ -94,7 +95,7 @@ def test_data_that_are_missing(tmp_path: Path) -> None:
     config.write_text(yaml.safe_dump(values))
     result = run("-m", "trainer", "pretrain", str(config))
     assert result.returncode == 1
-    assert result.stderr.startswith("error: data: nowhere does not exist")
+    assert result.stderr.startswith(f"error: data: {ROOT}/nowhere does not exist")
     assert result.stderr.count("\n") == 1
     assert CliRunner().invoke(app, ["doctor", str(config)]).exit_code == 1
 
@@ -104,3 +105,24 @@ def test_the_traceback_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(sys, "argv", ["trainer", "pretrain", str(tmp_path / "nowhere.yaml")])
     with pytest.raises(ValueError, match="No such file"):
         main()
+
+
+def test_home_directories_in_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The shell leaves `~` in --out=~/x and in a quoted argument."""
+    write_folder(tmp_path / "images", classes=2, per_class=1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+
+    def call(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["trainer", "data", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(str(ended.value.code))
+
+    assert call("verify", "~/images", "--out=~/a.npz") == 0
+    assert call("verify", str(tmp_path / "images"), "--out", "~/b.npz") == 0
+    assert call("index", "~/images", "~/c.npz") == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"images", "a.npz", "b.npz", "c.npz"}
+    assert call("index", "~nobody-here/x", "b.npz") == 1
+    assert "error: there is no home directory ~nobody-here" in capsys.readouterr().err

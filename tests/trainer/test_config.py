@@ -84,7 +84,6 @@ def test_overrides_come_last_and_keep_their_neighbours(tmp_path: Path) -> None:
         path,
         [
             "optim.lr=1e-3",
-            "run.epochs=5",
             "run.epochs=7",
             "run.dir=a=b",
             "data.val=",
@@ -94,8 +93,8 @@ def test_overrides_come_last_and_keep_their_neighbours(tmp_path: Path) -> None:
         ],
     )
     assert config.optim.lr == 1e-3
-    assert (config.run.epochs, config.run.dir) == (7, "a=b")
-    assert config.data.train == "pictures"
+    assert (config.run.epochs, config.run.dir) == (7, str(Path.cwd() / "a=b"))
+    assert config.data.train == str(Path.cwd() / "pictures")
     assert config.data.val is None
     assert isinstance(config.method, adco.Settings)
     assert config.method.symmetric
@@ -108,9 +107,17 @@ def test_overrides_come_last_and_keep_their_neighbours(tmp_path: Path) -> None:
     [
         ("run: [1", "not YAML"),
         ("run:\n\tdir: x", "not YAML"),
-        ("run: 2024-13-45", "not YAML: month"),
+        ("run: *x", "line 1: not YAML: found undefined alias 'x'; put a text with special characters in quotes"),
+        ("run: x\n---\nrun: x", "line 2: not YAML"),
+        ("run: 2024-13-45", "run: input should be a valid dictionary"),
         ("just words", "need sections"),
-        ("", "need sections"),
+        ("", "need sections such as 'run:' and 'data:', got an empty file"),
+        ("# nothing", "got an empty file"),
+        ("- run\n- data", "got a list"),
+        ("run:\n  dir: x\n  epochs: 2\n  dir: y", "line 4: the key 'dir' is in line 2 already"),
+        ("data: {train: x}\nrun: {}\ndata: {val: x}", "line 3: the key 'data' is in line 1 already"),
+        ("run: {dir: x, epochs: 1,\n dir: x}", "line 2: the key 'dir' is in line 1 already"),
+        ("? [a]\n: 1", "line 1: a key must be a name"),
     ],
 )
 def test_files_that_are_not_configurations(tmp_path: Path, text: str, words: str) -> None:
@@ -125,6 +132,127 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert "Is a directory" in refusal(tmp_path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\xfd")
     assert "not YAML" in refusal(tmp_path / "binary.yaml")
+    (tmp_path / "latin.yaml").write_bytes("run: {epochs: 2}\ndata: {train: caf\u00e9}".encode("latin-1"))
+    assert "line 2 is not UTF-8 text: save the file as UTF-8" in refusal(tmp_path / "latin.yaml")
+    (tmp_path / "wide.yaml").write_bytes("run: {epochs: 2}".encode("utf-16"))
+    assert "line 1 is not UTF-8" in refusal(tmp_path / "wide.yaml")
+
+
+def test_files_of_other_systems(tmp_path: Path) -> None:
+    text = "run: {dir: x, epochs: 2}\ndata:\n  train: pictures\n"
+    expected = load(write(tmp_path / "a.yaml", BASE | {"run": {"dir": "x", "epochs": 2}}))
+    for name, encoded in (("bom", "\ufeff" + text), ("crlf", text.replace("\n", "\r\n"))):
+        (tmp_path / name).write_bytes(encoded.encode())
+        assert load(tmp_path / name) == expected
+
+
+def test_scalars_of_yaml_1_2(tmp_path: Path) -> None:
+    """PyYAML reads version 1.1, in which these are 8, true, 90, False, 0o10 and a date."""
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "run: {dir: on, epochs: 010, seed: 1_000}\ndata: {train: no, val: 2026-11-29, order: block}\n"
+        "optim: {lr: 1e-3}\nmethod: {symmetric: yes}\n"
+        "model: {backbone_args: {a: 1e-3, b: 0x10, c: 1:30, d: off, e: ~, f: .5, g: 0o10, h: '012'}}\n"
+    )
+    config = load(path)
+    assert (Path(config.run.dir).name, config.run.epochs, config.run.seed) == ("on", 10, 1000)
+    assert (Path(config.data.train).name, Path(str(config.data.val)).name) == ("no", "2026-11-29")
+    assert config.optim.lr == 1e-3
+    assert config.method == adco.Settings(symmetric=True)
+    assert list(config.model.backbone_args.values()) == [1e-3, 16, "1:30", "off", None, 0.5, 8, "012"]
+    (tmp_path / "b.yaml").write_text(dump(config), encoding="utf-8")
+    assert load(tmp_path / "b.yaml") == config
+    assert yaml.safe_load(dump(config)) == config.model_dump(mode="json")
+    assert ": run.dir: need a text, got 20261129; put it in quotes" in refusal(
+        write(path, {**BASE, "run": {"dir": 20261129, "epochs": 1}})
+    )
+    assert ": run.dir: need a text, got None" in refusal(write(path, {**BASE, "run": {"dir": None, "epochs": 1}}))
+
+
+def test_keys_of_a_merged_mapping_may_be_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "run: {dir: x, epochs: 2}\ndata: {train: x}\nfinetune: &f {lr: 1, <<: {epochs: 3}}\nlinear: {<<: *f, lr: 2}\n"
+    )
+    assert (load(path).finetune.lr, load(path).linear.lr, load(path).linear.epochs) == (1, 2, 3)
+
+
+def test_a_base_with_a_key_given_twice(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("run: {dir: x}\nrun: {epochs: 1}\n")
+    message = refusal(write(tmp_path / "a.yaml", {"extends": "base.yaml"}))
+    assert message == f"{tmp_path / 'base.yaml'}: line 2: the key 'run' is in line 1 already"
+
+
+TEXTS = ["/data/set #1", "20261129", "*.tar", "null", "yes", "1e3", "a: b", "[x]", "{x}", "@x", "%x", "'x'", '"x']
+TEXTS += ["- x", "!x", "a=b", " x", "./~", "x\\n", "2024-13-45", "$HOME", "caf\u00e9", "&x", "|", "x # y"]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path: Path, text: str) -> None:
+    path = write(tmp_path / "a.yaml", BASE)
+    config = load(path, [f"run.dir={text}", f"data.train={text}", f"model.backbone={text}", f"monitor.wandb={text}"])
+    assert config.run.dir == config.data.train == str(Path.cwd() / text)
+    assert config.model.backbone == text
+    assert config.monitor.wandb == (None if text == "null" else text)
+
+
+def test_an_optional_text_is_null_for_an_empty_value_and_for_null(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.yaml", {**BASE, "model": {"weights": "runs/a"}, "monitor": {"wandb": "p"}})
+    for value in ("", "null"):
+        config = load(path, [f"model.weights={value}", f"monitor.wandb={value}", f"data.val={value}"])
+        assert (config.model.weights, config.monitor.wandb, config.data.val) == (None, None, None)
+    assert "run.dir: need a path, got ''" in refusal(path, "run.dir=")
+    assert "data.train: need a path, got ''" in refusal(path, "data.train=")
+
+
+@pytest.mark.parametrize(
+    "key", ["run.dir", "data.train", "data.val", "model.weights", "finetune.subset_list", "voc07.root"]
+)
+def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    """In files and on the command line, relative to the working directory; `~` and `~user` are home directories."""
+    section, name = key.split(".")
+    path = write(tmp_path / "a.yaml", BASE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    for text, expected in (("x/../y", f"{tmp_path}/x/../y"), ("~/x", "/home/me/x"), ("~root/x", "/root/x")):
+        assert getattr(getattr(load(path, [f"{key}={text}"]), section), name) == expected
+        values: dict[str, Any] = {**BASE, section: {**BASE.get(section, {}), name: text}}
+        assert getattr(getattr(load(write(tmp_path / "b.yaml", values)), section), name) == expected
+    assert f"{key}: there is no home directory ~nobody-here" in refusal(path, f"{key}=~nobody-here/x")
+
+
+def test_an_empty_section_has_its_defaults(tmp_path: Path) -> None:
+    expected = load(write(tmp_path / "a.yaml", BASE))
+    for name in ("engine", "method", "model"):
+        assert load(write(tmp_path / "b.yaml", {**BASE, name: None})) == expected
+    assert "data: is missing" in refusal(write(tmp_path / "c.yaml", {**BASE, "data": None}))
+
+
+def test_the_default_path_is_absolute_too(tmp_path: Path) -> None:
+    assert load(write(tmp_path / "a.yaml", BASE)).voc07.root == str(Path.cwd() / "VOCdevkit/VOC2007")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["run.epochs=5", "run.epochs=7"], "run.epochs is given twice: as 5 and as 7"),
+        (["run.dir=a", "optim.lr=1", "run.dir=a"], "run.dir is given twice: as 'a' and as 'a'"),
+        (["engine={compile: true}", "engine.compile=false"], "engine.compile is given twice: as True and as False"),
+        (["model.backbone_args={a: 1}", "model.backbone_args.a=2"], "model.backbone_args.a is given twice"),
+        (["engine={compile: true, compile: false}"], "compile: false}': the key 'compile' is in line 1 already"),
+    ],
+)
+def test_an_override_given_twice(tmp_path: Path, overrides: list[str], words: str) -> None:
+    assert words in refusal(write(tmp_path / "a.yaml", BASE), *overrides)
+
+
+def test_single_arguments_of_the_backbone_keep_the_others(tmp_path: Path) -> None:
+    model = {"backbone": "resnet18", "backbone_args": {"channels": [8], "layers": [1]}}
+    path = write(tmp_path / "a.yaml", {**BASE, "model": model})
+    one, other = "model.backbone_args.layers=[2]", "model.backbone_args.act_layer=gelu"
+    assert load(path, [one, other]).model.backbone_args == {"channels": [8], "layers": [2], "act_layer": "gelu"}
+    assert load(path, [one, "model.backbone=resnet34"]).model.backbone_args == {"layers": [2]}
+    assert load(path, ["model.backbone_args={}"]).model.backbone_args == {}
 
 
 @pytest.mark.parametrize(
@@ -161,7 +289,6 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
     [
         ("run.epochs=many", "run.epochs: input should be a valid integer"),
         ("run.epochs=2.5", "run.epochs: input should be a valid integer"),
-        ("run.dir=5", "run.dir: input should be a valid string, got 5"),
         ("method.symmetric=maybe", "method.symmetric: input should be a valid boolean"),
         ("optim=3", "optim: input should be a valid dictionary"),
         ("optim.lr.x=3", "optim.lr: input should be a valid number"),
@@ -186,7 +313,8 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         ("optim.lr", "need section.key=value"),
         ("=3", "need section.key=value"),
         ("optim.lr=[", "optim.lr: value '[' is not YAML"),
-        ("run.dir=2024-13-45", "run.dir: value '2024-13-45' is not YAML"),
+        ("data.tran=*.tar", "data.tran: unknown key, did you mean data.train?"),
+        ("bank.velocity=null", "bank.velocity: input should be 'fp32', 'bf16' or 'none', got 'null'"),
     ],
 )
 def test_wrong_values_are_refused(tmp_path: Path, override: str, words: str) -> None:

@@ -93,7 +93,8 @@ def submit(
     missing = [job for job in jobs if job[2] not in measured]
     for kind, size, out in track(missing, "measuring", disable=not local):
         batch_size = _batch_size(config, kind, size)
-        words = [*overrides, f"data.batch_size={batch_size}", *arguments, "--out", str(out.resolve())]
+        others = [text for text in overrides if not text.startswith("data.batch_size=")]
+        words = [*others, f"data.batch_size={batch_size}", *arguments, "--out", str(out.resolve())]
         if local:
             threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(sizes))))
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]

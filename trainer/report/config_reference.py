@@ -25,6 +25,15 @@ PAGE = """\
 Every key of a YAML file, by section. `section.key=value` on the command line replaces a value.
 `python -m trainer config --explain KEY` prints one key or section, `python -m trainer config CONFIG` a complete
 configuration. A key marked with ↻ may differ when a run is resumed, because it does not change what the run learns.
+
+- **On the command line**, the value of a text or of a choice between words is taken as it is, after the shell:
+  `'data.train=/data/set #1/train'`, `run.dir=20261129`. An optional text is null for `data.val=` and for
+  `data.val=null`. All other values are YAML: `optim.lr=1e-3`, `'data.views=[{size: 224}, {size: 96}]'`.
+- **In a file**, every value is YAML 1.2: a text with special characters, or one that looks like a number, needs quotes
+  (`dir: "20261129"`). `extends: other.yaml` takes another file as the base.
+- **Paths** may begin with `~` or `~user`, and are otherwise relative to the working directory of the command.
+  Environment variables are not expanded in a file. A run stores absolute paths.
+- A key that a file or the command line has twice is refused.
 """
 
 

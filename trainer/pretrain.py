@@ -57,7 +57,7 @@ def pretrain(config: Config) -> None:
 
 
 def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: float) -> None:
-    training, validation = open_sources(config.data, folder)
+    training, validation = open_sources(config.data, folder, record=True)
     check_batch(config, training)
     check_shared_memory(config, training, rank_info)
     settings = _loop_settings(config, folder, len(training), has_validation=validation is not None, start=process_start)

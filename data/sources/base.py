@@ -82,3 +82,7 @@ class LabelledSource(Source):
 
     def __len__(self) -> int:
         return len(self._labels.array)
+
+    def identity(self) -> dict[str, NDArray[Any]]:
+        """Return arrays that differ between data sets, by what they hold, without reading images; no absolute paths."""
+        return {"labels": self.labels}

@@ -5,6 +5,7 @@ Format: https://www.cs.toronto.edu/~kriz/cifar.html
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +51,10 @@ class CifarBinary(LabelledSource):
         """Return the file of image i and its position there."""
         file = int(np.searchsorted(self._starts, i, side="right")) - 1
         return f"{self._files[file]}[{i - self._starts[file]}]"
+
+    def identity(self) -> dict[str, NDArray[Any]]:
+        """Return labels and pixels; see `LabelledSource.identity`."""
+        return {**super().identity(), "pixels": self._images.array}
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """Return image i, uint8 [32, 32, 3]."""

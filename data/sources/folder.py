@@ -53,6 +53,23 @@ class ImageFolder(Listing):
         np.cumsum(np.concatenate([sizes for _, sizes in by_class]), out=offsets[1:])
         return cls(root, classes, labels, names, offsets)
 
+    def changed_since(self, seconds: float) -> bool:
+        """Return whether an entry of the root or of a class folder was added, removed or renamed since a time.
+
+        Folders deeper than the class folders are not looked at.
+        """
+        with os.scandir(self.root) as entries:
+            folders = [os.fspath(self.root), *(entry.path for entry in entries if entry.is_dir())]
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            return any(pool.map(lambda folder: os.stat(folder).st_mtime >= seconds, folders))
+
+    def missing(self, count: int) -> list[str]:
+        """Return those of `count` images, evenly spread over the list, that do not exist."""
+        names = [self.name(i) for i in np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)).tolist()]
+        with ThreadPoolExecutor(SCAN_THREADS) as pool:
+            found = pool.map(lambda name: os.path.exists(os.path.join(self.root, name)), names)
+            return [name for name, exists in zip(names, found, strict=True) if not exists]
+
     def read(self, i: int) -> bytes:
         """Return the encoded bytes of image i. Raises UnreadableImage."""
         name = self.name(i)

@@ -8,6 +8,7 @@ import math
 import re
 import zlib
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,6 +53,10 @@ class IdxImages(LabelledSource):
     def name(self, i: int) -> str:
         """Return the file and the position of image i in it."""
         return f"{self._file}[{i}]"
+
+    def identity(self) -> dict[str, NDArray[Any]]:
+        """Return labels and pixels; see `LabelledSource.identity`."""
+        return {**super().identity(), "pixels": self._images.array}
 
     def read(self, i: int) -> NDArray[np.uint8]:
         """Return image i, uint8 [H, W, 3] with the grey value in all channels."""

@@ -48,6 +48,14 @@ class Listing(LabelledSource):
         start, stop = self._offsets.array[i : i + 2].tolist()
         return os.fsdecode(self._names.array[start:stop].tobytes())
 
+    def identity(self) -> dict[str, NDArray[Any]]:
+        """Return labels and names; see `LabelledSource.identity`."""
+        return {**super().identity(), "names": self._names.array, "lengths of names": np.diff(self._offsets.array)}
+
+    def changed_since(self, seconds: float) -> bool:
+        """Return whether images may have been added or removed since a time in seconds of the epoch."""
+        return False
+
     def without(self, samples: list[int]) -> Self:
         """Return the list without some images; the classes stay the same."""
         keep = np.ones(len(self), bool)
@@ -61,7 +69,7 @@ class Listing(LabelledSource):
 
     @classmethod
     def load(cls, index: Path, root: Path) -> Self | None:
-        """Return the list that `save` wrote, or None if there is no index of this root.
+        """Return the list that `save` wrote, or None if there is no index of this root, or the root has changed since.
 
         Raises:
             OSError: The index exists and cannot be read.
@@ -76,7 +84,11 @@ class Listing(LabelledSource):
             return None
         if found != root.resolve() or arrays.keys() != cls.ARRAYS:
             return None
-        return cls.from_arrays(arrays, root)
+        listing = cls.from_arrays(arrays, root)
+        if root.is_dir() and listing.changed_since(index.stat().st_mtime):
+            log.info("%s has changed since %s was written: listing it again", root, index)
+            return None
+        return listing
 
     def save(self, index: Path) -> None:
         """Write the list for `load`, atomically, so that several ranks may do this at once."""

@@ -13,6 +13,7 @@ here and a line in SHARD_FORMATS, if its images can be read by offset, or in OTH
 """
 
 import glob
+import logging
 import os
 import re
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from data.sources.base import Source
 from data.sources.cifar import TRAINING, CifarBinary
 from data.sources.folder import EXTENSIONS, ImageFolder
 from data.sources.idx import IdxImages
-from data.sources.index import read_index
+from data.sources.index import Listing, read_index
 from data.sources.parquet import ParquetFiles
 from data.sources.shards import ShardContents, Shards
 from data.sources.tar import scan_tar
@@ -37,36 +38,51 @@ OTHER_FORMATS: dict[str, Callable[[Path, list[Path]], Source]] = {
 }
 SUFFIXES = {*SHARD_FORMATS, *OTHER_FORMATS}
 IMAGE_SUFFIXES = tuple(extension.decode() for extension in EXTENSIONS)
+log = logging.getLogger(__name__)
+
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 
-def open_source(path: str | Path, index: Path | None = None) -> Source:
+def open_source(
+    path: str | Path, index: Path | None = None, check: Callable[[Source], None] = lambda source: None
+) -> Source:
     """Open the data set at `path`.
 
     Args:
         path: A folder, file or pattern of the formats above.
         index: For a folder and shards, a file that stores their list. It is written after the first scan and replaces
-            later scans, so it has to be deleted when the images change.
+            later scans until the folder changes (see `data.sources.folder`).
+        check: Is called with the source before the index is written; may raise ValueError.
 
     Raises:
         ValueError: There is no usable data set.
     """
     path = Path(path)
     if path.suffix == ".npz" and path.is_file():
-        root, arrays = read_index(path)
-        return (Shards if "files" in arrays else ImageFolder).from_arrays(arrays, root)
+        source: Source = _open_index(path)
+        check(source)
+        return source
     files = find_files(path)
     suffix = files[0].suffix if files else ""
-    if suffix in OTHER_FORMATS:
-        return OTHER_FORMATS[suffix](path, files)
     if files and suffix not in SHARD_FORMATS:
-        return IdxImages(path)
-    kind = Shards if files else ImageFolder
-    listing = kind.load(index, path) if index else None
-    if listing is None:
-        listing = Shards.scan(path, files, SHARD_FORMATS[suffix]) if files else ImageFolder.scan(path)
-        if index:
-            listing.save(index)
+        source = OTHER_FORMATS[suffix](path, files) if suffix in OTHER_FORMATS else IdxImages(path)
+        check(source)
+        return source
+    stored = (Shards if files else ImageFolder).load(index, path) if index else None
+    if isinstance(stored, Shards) and not stored.consists_of(files):
+        stored = None
+    listing = stored or (Shards.scan(path, files, SHARD_FORMATS[suffix]) if files else ImageFolder.scan(path))
+    check(listing)
+    if index and stored is None:
+        listing.save(index)
+    return listing
+
+
+def _open_index(path: Path) -> Listing:
+    root, arrays = read_index(path)
+    listing: Listing = (Shards if "files" in arrays else ImageFolder).from_arrays(arrays, root)
+    if listing.changed_since(path.stat().st_mtime):
+        log.warning("%s may have changed since %s was written: python -m trainer data index lists it again", root, path)
     return listing
 
 
@@ -87,8 +103,8 @@ def find_files(path: Path) -> list[Path]:
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] * os.path.exists(pattern)
         if not found:
             raise ValueError(
-                f"{pattern} does not exist: give a folder of class/image.jpg, shards (.tar, .arrow, .parquet, or a "
-                "pattern such as train-{000..146}.tar), CIFAR's .bin, or a *-images-idx3-ubyte[.gz] file"
+                f"{Path(pattern).absolute()} does not exist: give a folder of class/image.jpg, shards (.tar, .arrow, "
+                ".parquet, or a pattern such as train-{000..146}.tar), CIFAR's .bin, or a *-images-idx3-ubyte[.gz] file"
             )
         files += map(Path, found)
     suffixes = {file.suffix for file in files}

@@ -54,6 +54,7 @@ class ParquetFiles(LabelledSource):
             self._group_of += [(number, g) for g in range(len(groups))]
         super().__init__(*make_classes(root, codes, np.concatenate(labels), names))
         self._files = [str(file) for file in files]
+        self._file_sizes = np.array([file.stat().st_size for file in files])
         self._starts = np.cumsum([0, *rows])  # first row of each group, counted over all files
 
     def name(self, i: int) -> str:
@@ -61,6 +62,10 @@ class ParquetFiles(LabelledSource):
         group = self._group(i)
         file, number = self._group_of[group]
         return f"{Path(self._files[file]).name}/{number}/{i - self._starts[group]}"
+
+    def identity(self) -> dict[str, NDArray[Any]]:
+        """Return labels, row groups and sizes of the files; see `LabelledSource.identity`."""
+        return {**super().identity(), "row groups": self._starts, "sizes": self._file_sizes}
 
     def read(self, i: int) -> bytes:
         """Return the encoded bytes of image i. Raises UnreadableImage."""

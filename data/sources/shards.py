@@ -110,6 +110,14 @@ class Shards(Listing):
         except OSError as error:
             raise UnreadableImage(f"{self.name(i)}: {error.strerror}") from error
 
+    def consists_of(self, files: list[Path]) -> bool:
+        """Return whether these are the shards, in this order."""
+        return self.files == [str(file.resolve()) for file in files]
+
+    def identity(self) -> dict[str, NDArray[Any]]:
+        """Return labels, names and sizes; see `LabelledSource.identity`."""
+        return {**super().identity(), "sizes": self._sizes.array}
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return the arrays of the index, except for the root."""
         return {

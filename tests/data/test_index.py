@@ -139,6 +139,8 @@ def test_index_is_used_instead_of_scanning(tmp_path: Path) -> None:
     assert index.is_file()
     assert [p.name for p in index.parent.iterdir()] == ["index.npz"]  # no temporary file remains
     (root / "c0" / "0.png").rename(root / "c0" / "new.png")
+    for path in (root, *root.iterdir()):
+        os.utime(path, (0, 0))  # the time of the last change decides whether the folder is scanned again
     again = folder(root, index)
     assert (names(again), again.classes) == (names(first), first.classes)
     assert again.labels.tolist() == first.labels.tolist()

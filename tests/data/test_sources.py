@@ -219,13 +219,15 @@ def test_index_of_shards(tmp_path: Path) -> None:
     for k in range(3):
         write_tar(shards / f"{k}.tar", {f"{c}/{k}.png": png(k) for c in "ab"})
     first = open_source(shards, index)
+    once_more = open_source(shards, index)
     write_tar(shards / "3.tar", {"c/3.png": png(3)})  # not in the index
-    for again in (open_source(shards, index), open_source(index)):
+    for again in (once_more, open_source(index)):
         assert isinstance(again, Shards)
         check(again, [png(0), png(0), png(1), png(1), png(2), png(2)], ["a", "b"] * 3)
         assert [again.name(i) for i in range(6)] == [first.name(i) for i in range(6)]
         left = again.without([1, 4])
         check(left, [png(0), png(1), png(1), png(2)], ["a", "a", "b", "b"])
+    assert len(open_source(shards, index)) == 7
     write_tar(shards / "1.tar", {"a/x.png": bytes(20_000)})
     for path, cache in ((shards, index), (index, None)):
         with pytest.raises(ValueError, match=r"1\.tar has \d+ bytes, and had \d+ when its index was made"):

@@ -32,6 +32,7 @@ class EvaluationContext(NamedTuple):
         folder: The directory of this evaluation, for the files that it writes.
         index_folder: The directory with the indices of the images.
         started: When this process started, in seconds of the epoch.
+        sources: The images that `Evaluator.open_sources` has opened, by name.
     """
 
     encoder: Encoder
@@ -40,6 +41,11 @@ class EvaluationContext(NamedTuple):
     folder: Path
     index_folder: Path
     started: float
+    sources: dict[str, Source]
+
+
+def _no_sources(context: EvaluationContext) -> dict[str, Source]:
+    return {}
 
 
 class Evaluator(NamedTuple):
@@ -48,18 +54,20 @@ class Evaluator(NamedTuple):
     Attributes:
         folder_name: Returns the default name of its directory, from the configuration with overrides and that of the
             run without them.
-        settings: Returns what the results depend on, besides the weights, the image size and the precision.
+        settings: Returns what the results depend on, besides the weights, the images, their size and the precision.
         evaluate: Returns the results, on rank 0 at least. Collective. A deviation of metric NAME is called
             NAME_deviation.
+        open_sources: Opens the images; an evaluation that has begun is refused on other images. Collective.
     """
 
     folder_name: Callable[["Config", "Config"], str]
     settings: Callable[["Config"], dict[str, Any]]
     evaluate: Callable[[EvaluationContext], Results]
+    open_sources: Callable[[EvaluationContext], dict[str, Source]] = _no_sources
 
 
-def labelled_sources(context: EvaluationContext) -> tuple[Source, Source]:
-    """Open the training and the validation images. Collective.
+def labelled_sources(context: EvaluationContext) -> dict[str, Source]:
+    """Open the training images and the validation images, `train` and `val`. Collective.
 
     Raises:
         ValueError: On all ranks, if there are no validation images or the training images have a single class.
@@ -72,4 +80,4 @@ def labelled_sources(context: EvaluationContext) -> tuple[Source, Source]:
         raise ValueError("an evaluation needs labelled validation images: give data.val=…")
     if len(train.classes) < 2:
         raise ValueError(f"an evaluation needs at least two classes; {data.train} has one, {train.classes[0]}")
-    return train, test
+    return {"train": train, "val": test}

@@ -26,6 +26,7 @@ from rich.table import Table
 from timm.optim import param_groups_layer_decay
 
 from data.order import steps_per_epoch
+from data.settings import PathText
 from data.sources.base import Source
 from data.sources.subset import Subset, draw_balanced, find_named, read_names
 from models.batchnorm import synchronise_bn
@@ -45,7 +46,7 @@ class Settings(Section):
     """Fine-tuning with few labels."""
 
     labels: float = Field(0.01, gt=0, le=1, description="Share of the training images whose labels are used.")
-    subset_list: str | None = Field(
+    subset_list: PathText | None = Field(
         None, description="File with the names of the labelled images, one per line, which replaces labels."
     )
     subset_seed: int = Field(0, ge=0, lt=2**63, description="Seed of the choice of the labelled images.")
@@ -81,13 +82,13 @@ def _settings(config: "Config") -> dict[str, Any]:
     finetune = config.finetune.model_dump(exclude={"save_every"})
     names = _listed_names(config.finetune)
     checksum = hashlib.sha256("\n".join(names).encode(errors="surrogateescape")).hexdigest() if names else None
-    return {"train": config.data.train, "val": config.data.val, **finetune, "subset_list": checksum}
+    return {**finetune, "subset_list": checksum}
 
 
 def _evaluate(context: EvaluationContext) -> Results:
     """Train once for each seed, in the directories seed-N."""
     finetune = context.config.finetune
-    all_images, test = labelled_sources(context)
+    all_images, test = context.sources["train"], context.sources["val"]
     train = Subset(all_images, _labelled_samples(all_images, finetune))
     if context.rank_info.rank == 0:
         write_atomically(context.folder / "subset.txt", "".join(f"{train.name(i)}\n" for i in range(len(train))))
@@ -110,7 +111,7 @@ def _evaluate(context: EvaluationContext) -> Results:
     return summary
 
 
-EVALUATOR = Evaluator(_folder_name, _settings, _evaluate)
+EVALUATOR = Evaluator(_folder_name, _settings, _evaluate, labelled_sources)
 
 
 def _listed_names(finetune: Settings) -> list[str] | None:

@@ -49,18 +49,17 @@ def _folder_name(config: "Config", trained: "Config") -> str:
 
 
 def _settings(config: "Config") -> dict[str, object]:
-    data = {"train": config.data.train, "val": config.data.val}
-    return {**data, "k": config.eval.k, "temperature": config.eval.temperature}
+    return {"k": config.eval.k, "temperature": config.eval.temperature}
 
 
 def _evaluate(context: EvaluationContext) -> Results:
-    train, test = labelled_sources(context)
+    train, test = context.sources["train"], context.sources["val"]
     value = evaluate(context.encoder, train, test, context.rank_info.device, context.config)
     settings = context.config.eval
     return {"knn": value, "protocol": "weighted kNN", "k": settings.k, "temperature": settings.temperature}
 
 
-EVALUATOR = Evaluator(_folder_name, _settings, _evaluate)
+EVALUATOR = Evaluator(_folder_name, _settings, _evaluate, labelled_sources)
 
 
 def evaluate(encoder: Encoder, train: Source, test: Source, device: torch.device, config: "Config") -> float:

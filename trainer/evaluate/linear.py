@@ -54,20 +54,20 @@ def _settings(config: "Config") -> dict[str, Any]:
         protocol: dict[str, Any] = {"fast": config.fast.model_dump(), "seed": linear.seed, "scale": linear.scale}
     else:
         protocol = linear.model_dump(exclude={"save_every"})
-    return {"train": config.data.train, "val": config.data.val, **protocol}
+    return protocol
 
 
 def _evaluate(context: EvaluationContext) -> Results:
     return _evaluate_fast(context) if context.config.linear.fast else _evaluate_published(context)
 
 
-EVALUATOR = Evaluator(_folder_name, _settings, _evaluate)
+EVALUATOR = Evaluator(_folder_name, _settings, _evaluate, labelled_sources)
 
 
 def _evaluate_published(context: EvaluationContext) -> Results:
     from trainer.evaluate.fit import Recipe, fit
 
-    train, test = labelled_sources(context)
+    train, test = context.sources["train"], context.sources["val"]
     linear = context.config.linear
     network = Classifier(context.encoder, len(train.classes), frozen=True, seed=linear.seed)
     optimizer = torch.optim.SGD(
@@ -92,7 +92,7 @@ def _evaluate_published(context: EvaluationContext) -> Results:
 
 def _evaluate_fast(context: EvaluationContext) -> Results:
     """Only the chosen classifier is evaluated on the test images, once."""
-    train, test = labelled_sources(context)
+    train, test = context.sources["train"], context.sources["val"]
     fast, seed = context.config.fast, context.config.linear.seed
     start = time.monotonic()
     network = Classifier(context.encoder, len(train.classes), frozen=True, seed=seed)

@@ -18,13 +18,14 @@ from torch import nn
 
 from trainer.config import Config
 from trainer.config_file import flatten
-from trainer.distributed import RankInfo, process_group
+from trainer.distributed import RankInfo, process_group, raise_on_all_ranks
 from trainer.evaluate.base import RESULTS, EvaluationContext, Evaluator, Results
 from trainer.evaluate.features import image_size
 from trainer.evaluate.registry import load_evaluator
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.run.directory import lock_directory, read_config
 from trainer.run.files import exists, read_json, write_json
+from trainer.run.images import fingerprint
 from trainer.run.metrics import set_up_logging
 from trainer.run.results import write_results
 
@@ -83,21 +84,24 @@ def evaluate(
     encoder, step = load_encoder(run, config, choice)
     to_device(encoder, rank_info.device)
     checksum = weights_checksum(encoder.backbone)
-    settings = {
-        "backbone": checksum,
-        "size": image_size(config),
-        "precision": config.run.precision,
-        **evaluator.settings(config),
-    }
     trained = read_config(run)
     name = folder_name or _default_name(evaluator.folder_name(config, trained), run, choice, step)
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"--name: got {name!r}, need a name of letters, digits, - and . for a directory in {run}")
-    with lock_directory(run / name, rank_info, lambda folder: _store_settings(folder, settings)) as folder:
+    with lock_directory(run / name, rank_info, _check_directory) as folder:
+        same_images = (config.data.train, config.data.val) == (trained.data.train, trained.data.val)
+        context = EvaluationContext(encoder, config, rank_info, folder, run if same_images else folder, started, {})
+        sources = evaluator.open_sources(context)
+        settings = {
+            "backbone": checksum,
+            "size": image_size(config),
+            "precision": config.run.precision,
+            **evaluator.settings(config),
+            **{name: fingerprint(source) for name, source in sources.items()},
+        }
+        raise_on_all_ranks(_store_settings(folder, settings) if rank_info.rank == 0 else None)
         if not exists(folder / RESULTS):
-            same_images = (config.data.train, config.data.val) == (trained.data.train, trained.data.val)
-            context = EvaluationContext(encoder, config, rank_info, folder, run if same_images else folder, started)
-            results = evaluator.evaluate(context)
+            results = evaluator.evaluate(context._replace(sources=sources))
             if weights_checksum(encoder.backbone) != checksum:
                 raise RuntimeError("the backbone has changed during its evaluation: the results would be meaningless")
             origin = {"network": choice.network, "step": step, **_hardware(rank_info)}
@@ -113,8 +117,15 @@ def _default_name(name: str, run: Path, choice: CheckpointChoice, step: int) -> 
     return f"{name}-step{step}" if taken or choice.step is not None else name
 
 
-def _store_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Write settings.json. Raises ValueError if the directory has another evaluation, or something else."""
+def _check_directory(folder: Path) -> None:
+    """Raise ValueError if the directory has something else than an evaluation."""
+    known = {"lock", "stop", "index-train.npz", "index-val.npz"}  # of a start that found no usable images
+    if not (folder / "settings.json").exists() and any(path.name not in known for path in folder.iterdir()):
+        raise ValueError(f"{folder} is not the directory of an evaluation. Choose another --name")
+
+
+def _store_settings(folder: Path, settings: dict[str, Any]) -> str | None:
+    """Write settings.json. Return an error message if the directory has another evaluation, or cannot be written."""
     stored = folder / "settings.json"
     if stored.exists():
         before, now = flatten(read_json(stored)), flatten(json.loads(json.dumps(settings)))
@@ -122,12 +133,12 @@ def _store_settings(folder: Path, settings: dict[str, Any]) -> None:
         started = any(folder.rglob(RESULTS)) or any(folder.rglob("checkpoints/step-*"))
         if changed and started:
             listed = "; ".join(f"{key} was {before.get(key)}, now {now.get(key)}" for key in changed)
-            raise ValueError(
-                f"{folder} holds another evaluation: {listed}. Choose another --name (in a SLURM job: NAME=…)"
-            )
-    elif any(path.name not in ("lock", "stop") for path in folder.iterdir()):
-        raise ValueError(f"{folder} is not the directory of an evaluation. Choose another --name")
-    write_json(stored, settings)
+            return f"{folder} holds another evaluation: {listed}. Choose another --name (in a SLURM job: NAME=…)"
+    try:
+        write_json(stored, settings)
+    except OSError as error:
+        return f"settings not saved: {error}"
+    return None
 
 
 def weights_checksum(network: nn.Module) -> str:

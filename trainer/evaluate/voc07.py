@@ -25,6 +25,8 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from pydantic import Field
 
+from data.settings import PathText
+from data.sources.base import Source
 from data.sources.voc import read_split
 from trainer.distributed import raise_on_all_ranks
 from trainer.evaluate.base import EvaluationContext, Evaluator, Results
@@ -32,7 +34,7 @@ from trainer.evaluate.features import embed
 from trainer.schema import Section
 
 if TYPE_CHECKING:
-    pass
+    from trainer.config import Config
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +42,11 @@ log = logging.getLogger(__name__)
 class Settings(Section):
     """SVMs on the features of PASCAL VOC 2007."""
 
-    root: str = Field("VOCdevkit/VOC2007", description="Directory of the development kit, with trainval and test.")
+    root: PathText = Field(
+        "VOCdevkit/VOC2007",
+        description="Directory of the development kit, with trainval and test.",
+        validate_default=True,
+    )
     costs: tuple[float, ...] = Field(
         (*(10.0**power for power in range(-7, 3)), *(0.5**power for power in range(4, 20))),
         description="Values of the SVM's cost C, from which cross-validation chooses for each class.",
@@ -95,7 +101,15 @@ def _evaluate(context: EvaluationContext) -> Results:
     }
 
 
-EVALUATOR = Evaluator(lambda config, trained: "voc07", lambda config: config.voc07.model_dump(), _evaluate)
+def _settings(config: "Config") -> dict[str, Any]:
+    return config.voc07.model_dump(exclude={"root"})
+
+
+def _open_splits(context: EvaluationContext) -> dict[str, Source]:
+    return {split: _read_split(context, split)[0] for split in ("trainval", "test")}
+
+
+EVALUATOR = Evaluator(lambda config, trained: "voc07", _settings, _evaluate, _open_splits)
 
 
 def classify(
@@ -190,14 +204,21 @@ def per_image(labels_NC: NDArray[np.int64], scores_NC: NDArray[np.floating]) -> 
     return float(np.mean([average_precision_score(relevant, scores) for relevant, scores in rows]))
 
 
-def _embed_split(context: EvaluationContext, split: str) -> Split:
-    """Compute the features of a split and share them with all ranks. Collective."""
-    rank_info, error = context.rank_info, None
+def _read_split(context: EvaluationContext, split: str) -> tuple[Source, list[str], NDArray[np.int64]]:
+    """Read the lists of a split. Raises ValueError, on all ranks, if a rank cannot."""
+    error = None
     try:
-        images, classes, labels_NC = read_split(Path(context.config.voc07.root), split)
+        found = read_split(Path(context.config.voc07.root), split)
     except ValueError as cause:
         error = f"voc07.root: {cause}"
     raise_on_all_ranks(error)
+    return found
+
+
+def _embed_split(context: EvaluationContext, split: str) -> Split:
+    """Compute the features of a split and share them with all ranks. Collective."""
+    rank_info = context.rank_info
+    images, classes, labels_NC = _read_split(context, split)
     mine = np.arange(rank_info.rank, len(images), rank_info.world_size)
     features = embed(context.encoder, images, mine, rank_info.device, context.config)
     part = (features.x_ND.cpu().numpy(), features.samples_N.numpy())

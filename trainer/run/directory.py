@@ -5,6 +5,7 @@ metrics.jsonl       one row for each logging step and each kNN evaluation
 tensorboard/        the same rows for TensorBoard
 wandb/              the same rows for Weights & Biases, if monitor.wandb is set
 checkpoints/        see `trainer.run.checkpoint`
+images.json         numbers and hashes of the images, see `trainer.run.images`
 index-*.npz         index of the images of a folder or of archives
 unreadable-*.txt    images that could not be read, one file for each rank
 results.json        results of the finished run
@@ -29,6 +30,7 @@ from trainer.config import Config
 from trainer.config_file import changed_keys, dump, load
 from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.run.files import exists, write_atomically
+from trainer.run.images import has_started
 
 IMPORTED = "imported.json"  # in the directory of an imported model: where it is from
 
@@ -36,7 +38,7 @@ IMPORTED = "imported.json"  # in the directory of an imported model: where it is
 def read_config(folder: Path, overrides: list[str] | None = None) -> Config:
     """Read the configuration of the run in `folder`, with overrides. Raises ValueError if there is no run."""
     if not exists(folder / "config.yaml"):
-        raise ValueError(f"{folder} is not a run: it has no config.yaml")
+        raise ValueError(f"{folder.absolute()} is not a run: it has no config.yaml")
     return load(folder / "config.yaml", overrides)
 
 
@@ -95,7 +97,7 @@ def _store_config(folder: Path, config: Config) -> None:
     A start that failed before its first row of metrics, such as for a wrong data.train, does not keep the directory.
     """
     stored = folder / "config.yaml"
-    started = any(exists(folder / name) for name in ("checkpoints", "metrics.jsonl", "results.json"))
+    started = has_started(folder)
     if exists(folder / IMPORTED):
         raise ValueError(f"run.dir: {folder} holds an imported model. Choose another run.dir")
     if exists(stored):
@@ -105,4 +107,6 @@ def _store_config(folder: Path, config: Config) -> None:
             raise ValueError(f"run.dir: {folder} holds another run: {'; '.join(changed)}. Choose another run.dir")
     elif started:
         raise ValueError(f"run.dir: {folder} has files of a run, but no config.yaml. Choose another run.dir")
-    write_atomically(stored, dump(config))
+    # The images are accepted for this start only.
+    once = config.data.model_copy(update={"accept_changed": False})
+    write_atomically(stored, dump(config.model_copy(update={"data": once})))

@@ -1,6 +1,7 @@
 """Opens the images of a run on all ranks and checks that every rank finds the same ones."""
 
-import zlib
+import os
+import socket
 from pathlib import Path
 
 import torch
@@ -9,10 +10,14 @@ import torch.distributed as dist
 from data import shared_memory
 from data.settings import DataSettings
 from data.sources.base import Source
+from data.sources.folder import ImageFolder
 from data.sources.open import open_source
 from trainer.config import Config
 from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.evaluate.features import image_size
+from trainer.run.images import Fingerprint, check_images, describe, difference, fingerprint, record_images
+
+SPOT_CHECKS = 256  # images whose files each node looks for
 
 
 def open_training(config: Config, folder: Path) -> Source:
@@ -49,39 +54,69 @@ def shared_memory_bytes(config: Config, train: Source, device: torch.device, wor
     return needed + shared_memory.evaluation_bytes(image_size(config), batch_size, workers)
 
 
-def open_sources(data: DataSettings, folder: Path) -> tuple[Source, Source | None]:
+def open_sources(data: DataSettings, folder: Path, *, record: bool = False) -> tuple[Source, Source | None]:
     """Open the training images and, if `data.val` is set, the validation images. Called by all ranks.
 
     Args:
         data: The section `data` of the configuration.
-        folder: Run directory, where the indices of the images are stored.
+        folder: Run directory, where the indices of the images are stored, and the record of those that the run uses.
+        record: Write that record.
 
     Returns:
         The training source, and the validation source or None.
 
     Raises:
-        ValueError: On all ranks, if a rank cannot open the images or finds other images than rank 0, or if the
-            validation images have classes that the training images lack.
+        ValueError: On all ranks, if a rank cannot open the images or finds other images than rank 0 or than the run has
+            recorded, or if the validation images have classes that the training images lack.
     """
-    train, val = None, None
+    sources: dict[str, Source] = {}
+    found: dict[str, Fingerprint] = {}
+
+    def check(name: str, source: Source) -> None:
+        found[name] = fingerprint(source)
+        check_images(folder, data, name, found[name])
+
     for turn in (True, False):  # rank 0 may list millions of files; the other ranks then read the stored index
         error = None
         try:
             if (dist.get_rank() == 0) == turn:
-                train = open_source(data.train, folder / "index-train.npz")
-                val = open_source(data.val, folder / "index-val.npz") if data.val else None
+                for name, path in (("train", data.train), ("val", data.val)):
+                    if path:
+                        index = folder / f"index-{name}.npz"
+                        sources[name] = open_source(path, index, lambda source, name=name: check(name, source))  # type: ignore[misc]
         except (ValueError, OSError) as cause:
-            error = f"data: {cause}"
+            error = str(cause) if str(cause).startswith("data.") else f"data: {cause}"
         raise_on_all_ranks(error)
-    assert train is not None
+    train, val = sources["train"], sources.get("val")
     if val and (unknown := sorted(set(val.classes) - set(train.classes))):
         error = f"data.val: {data.val} has classes that {data.train} does not have: {', '.join(unknown[:3])}"
     raise_on_all_ranks(error)
-    for name, source in (("data.train", train), ("data.val", val)):
-        if source:
-            mine = (len(source), len(source.classes), zlib.crc32(source.labels.tobytes()))
-            first = [mine]
-            dist.broadcast_object_list(first)
-            here, there = ("{} images in {} classes, checksum {:08x}".format(*x) for x in (mine, first[0]))
-            raise_on_all_ranks(None if mine == first[0] else f"{name}: this rank finds {here}, rank 0 finds {there}")
+    for name, source in sources.items():
+        raise_on_all_ranks(_compare_with_rank_0(f"data.{name}", source, found[name], data.max_unreadable))
+    if record:
+        raise_on_all_ranks(_record(folder, data, found) if dist.get_rank() == 0 else None)
     return train, val
+
+
+def _compare_with_rank_0(name: str, source: Source, found: Fingerprint, max_unreadable: float) -> str | None:
+    """Return an error message if this rank finds other images than rank 0, or lacks the files of the list of rank 0."""
+    first = [found]
+    dist.broadcast_object_list(first)
+    if found != first[0]:
+        return f"{name}: this rank finds {describe(found)}, rank 0 {difference(found, first[0])}"
+    # A rank of another node may have read the list that rank 0 stored, and not its own folder.
+    if isinstance(source, ImageFolder) and os.environ.get("LOCAL_RANK", "0") == "0":
+        missing, count = source.missing(SPOT_CHECKS), min(SPOT_CHECKS, len(source))
+        if len(missing) > max_unreadable * max(count, 1000):  # as in `trainer.run.unreadable`
+            where = f"{source.root} on {socket.gethostname()}"
+            return f"{name}: {where} lacks {len(missing)} of {count} images that were listed, such as {missing[0]}"
+    return None
+
+
+def _record(folder: Path, data: DataSettings, found: dict[str, Fingerprint]) -> str | None:
+    """Write the record of the images; return an error message if the file system refuses."""
+    try:
+        record_images(folder, data, found)
+    except OSError as error:
+        return f"images not recorded: {error}"
+    return None

@@ -140,7 +140,9 @@ def test_it_runs(command: Command, small_run: Path, tmp_path: Path, monkeypatch:
         if word.endswith(".pth.tar"):
             (tmp_path / word).symlink_to(small_run / "checkpoint.pth.tar")
     if any(word.startswith("configs/") for word in words):
-        words += [f"data.train={images}", f"data.val={images}", *SMALL]
+        given = {word.split("=")[0] for word in words}
+        small = [f"data.train={images}", f"data.val={images}", *SMALL]
+        words += [setting for setting in small if setting.split("=")[0] not in given]
     monkeypatch.chdir(tmp_path)
     result = CliRunner().invoke(app, words)
     if result.exception is not None and not isinstance(result.exception, SystemExit):

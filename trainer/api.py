@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data.cpu import render_center
 from data.normalize import normalize
+from data.paths import absolute
 from data.sources.dataset import to_pixels
 from models.encoder import Encoder
 from trainer.config import Config
@@ -76,7 +77,7 @@ def load(run: str | Path, network: Network = "student", step: int | None = None,
     Raises:
         ValueError: There is no such run, network or checkpoint.
     """
-    path = Path(run).expanduser()
+    path = Path(absolute(str(run)))
     config = read_config(path)
     with _process_group():
         encoder, step = load_encoder(path, config, CheckpointChoice(network, step))

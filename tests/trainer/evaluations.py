@@ -35,7 +35,8 @@ def write_run(folder: Path, images: Path, **sections: dict[str, Any]) -> Path:
 
 
 def evaluate_here(evaluator: Evaluator, run: Path, overrides: list[str], name: str | None = None) -> Results:
-    """Evaluate a run in the process group of this process."""
+    """Evaluate a run in the process group of this process. An override replaces an earlier one of the same key."""
+    overrides = list({text.partition("=")[0]: text for text in overrides}.values())
     world_size = dist.get_world_size()
     rank_info = RankInfo(torch.device("cpu"), dist.get_rank(), world_size, world_size)
     return evaluate(evaluator, run, read_config(run, overrides), name, NEWEST, rank_info, time.time())

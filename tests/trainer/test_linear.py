@@ -294,7 +294,7 @@ def test_errors(run: Path, tmp_path: Path, images: Path) -> None:
     with pytest.raises(ValueError, match="checkpoints is not the directory of an evaluation"):
         evaluate_here(EVALUATOR, run, [], "checkpoints")
     with pytest.raises(ValueError, match=r"epoch.*not finite|not finite.*lower learning rate"):
-        evaluate_here(EVALUATOR, run, [*(text for text in FULL if "lr=" not in text), "linear.lr=1e38"], "large")
+        evaluate_here(EVALUATOR, run, [*FULL, "linear.lr=1e38"], "large")
     (run / "weights.safetensors").write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"weights\.safetensors is not a safetensors file"):
         evaluate_here(EVALUATOR, run, [])

@@ -25,13 +25,13 @@ def test_phases_add_up_until_they_are_taken() -> None:
     phases = PhaseTimer(torch.device("cpu"))
     for _ in range(2):
         with phases("data"):
-            time.sleep(0.02)
+            time.sleep(0.2)
         with phases("backward"):
             pass
     taken = phases.pop()
     assert list(taken) == ["data", "backward"]
-    assert taken["data"] >= 0.04
-    assert taken["backward"] < 0.02
+    assert taken["data"] >= 0.4
+    assert taken["backward"] < taken["data"] / 2
     assert phases.pop() == {}
 
 

@@ -11,7 +11,7 @@ DATA := .data/fashion-mnist
 RUN := runs/demo
 SCRIPTS = .ci/run $(wildcard slurm/*.sh docs/bench/*.sh)
 
-PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadgroup --no-loadscope-reorder
+PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv data demo test test-slow test-all lint format clean
 .DELETE_ON_ERROR:

@@ -17,16 +17,9 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(len(os.sched_getaffinity(0)) + 1, 8)
 
 
-@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process, where they share fixtures, unless marks make smaller groups of them.
-
-    The groups that mostly wait, for SLURM, are the first, so that others compute meanwhile.
-    """
+    """Start with the tests that mostly wait, for SLURM, so that other processes compute meanwhile."""
     items.sort(key=lambda item: "slurm" not in item.path.parts)
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(item.config.rootpath))))
 
 
 @pytest.fixture(scope="session", autouse=True)

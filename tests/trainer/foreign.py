@@ -150,6 +150,7 @@ class ViT(nn.Module):
     ) -> None:
         super().__init__()
         torch.manual_seed(heads)
+        self.heads = heads
         self.patch_embed = PatchEmbed(width, patch)
         self.cls_token = nn.Parameter(torch.randn(1, 1, width))
         self.pos_embed = nn.Parameter(torch.randn(1, (side // patch) ** 2 + 1, width))

@@ -333,7 +333,8 @@ VITS: list[tuple[Callable[[ViT], Any], ViT, str | None, list[str]]] = [  # the n
 @pytest.mark.parametrize(("make", "vit", "name", "arguments"), VITS, ids=lambda x: getattr(x, "__name__", ""))
 def test_vits(tmp_path: Path, make: Any, vit: ViT, name: str | None, arguments: list[str]) -> None:
     torch.save(make(vit), tmp_path / "a.pth")
-    import_weights(tmp_path / "a.pth", tmp_path / "run", name, ["run.device=cpu"], arguments)
+    summary = import_weights(tmp_path / "a.pth", tmp_path / "run", name, ["run.device=cpu"], arguments)
+    assert ("num_heads=6 (timm's vit_small_patch16_224" in summary) == (name is not None and vit.heads == 6)
     same(tmp_path / "run", vit)
     config = read_config(tmp_path / "run")
     assert config.model.backbone_args["img_size"] == 16, "the number of positions shows it"

@@ -172,7 +172,7 @@ def _stored_arguments(settings: dict[str, Any], name: str) -> dict[str, Any]:
 def _vit_heads(
     settings: dict[str, Any], layout: Layout, tensors: Tensors, name: str, named: bool, backbone: VisionTransformer
 ) -> list[tuple[str, Any, str]]:
-    """Returns the number of attention heads if it is not the named model's."""
+    """Returns the number of attention heads if it is not the named model's, or if the name alone says it."""
     usual = backbone.blocks[0].attn.num_heads
     for key, value in settings.items():
         if re.search(r"(^|\.)num_(attention_)?heads$", key) and "decoder" not in key and isinstance(value, int):
@@ -182,8 +182,10 @@ def _vit_heads(
     positions = position_kind(tensors)
     if "MoCo v3" in (layout.name, positions):
         return [("num_heads", 12, "MoCo v3's ViT-S and ViT-Ti")]
-    if (named and not positions) or layout.name in ("DINO", "DINOv2") or "dinov2" in name:
+    if layout.name in ("DINO", "DINOv2") or "dinov2" in name:
         return []
+    if named and not positions:
+        return [("num_heads", usual, f"timm's {name}; public code has {heads}")]
     raise ValueError(
         f"the number of attention heads is open: {name} has {heads} in public code (12 in MoCo v3, and in solo-learn's "
         "MoCo v3 and MAE), and no tensor shows it. Give it: --backbone-args num_heads=N"

@@ -624,6 +624,19 @@ def test_positions_of_patches_only(tmp_path: Path) -> None:
     same(tmp_path / "run", vit)
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"meta": {"config": "model = dict(\n backbone=dict(type='ResNet', depth=50, style='caffe'))"}},
+        {"hyper_parameters": {"backbone": {"depth": 50, "style": "caffe"}}},
+    ],
+)
+def test_caffe_s_strides_are_refused(tmp_path: Path, entries: dict[str, Any]) -> None:
+    torch.save({**entries, "state_dict": renamed(narrow_resnet(1), "backbone.")}, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match="stride in the 1 x 1 convolution"):
+        import_weights(tmp_path / "a.pth", tmp_path / "run", "resnet18", [], NARROW)
+
+
 def test_a_vit_without_a_class_token(tmp_path: Path) -> None:
     """I-JEPA's file has the encoder and the target encoder as entries of their own."""
     state = {name: x for name, x in renamed(ViT(12), "module.").items() if "cls_token" not in name}

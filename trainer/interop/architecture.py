@@ -48,6 +48,8 @@ _HEADS = {"tiny": "3 or 12", "small": "6 or 12"}
 _GENERATOR = r"(^|\.)layer\d\.0\.shortcut\.0\."
 _GENERATOR_CHILDREN = r"(^|\.)2\.0\.conv1\."
 
+_CAFFE = r"\bstyle\s*=\s*['\"]caffe"  # in the settings of OpenMMLab's programs
+
 # Values of model_type in transformers' config.json whose networks timm has.
 _TRANSFORMERS = ("vit", "vit_mae", "vit_msn", "ijepa", "dinov2", "dinov2_with_registers")
 
@@ -146,6 +148,11 @@ def find_architecture(
             raise ValueError(
                 "this is nn.Sequential(*ResNetGenerator(…).children()) of lightly, which has no ReLU after its first "
                 "BatchNorm because that ReLU is not among the children; timm has no such network"
+            )
+        if any(re.search(_CAFFE, f"{key}='{value}'") for key, value in settings.items()):
+            raise ValueError(
+                "it is a ResNet with the stride in the 1 x 1 convolution of a bottleneck (style caffe); timm has it in "
+                "the 3 x 3 convolution, with tensors of the same shapes and other features"
             )
         stem = _resnet_stem(tensors, names, backbone) if "small_images" not in given.model_fields_set else {}
         notes += [f"model.{key}={value} (lightly's ResNetGenerator)" for key, value in stem.items()]

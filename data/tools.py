@@ -25,10 +25,10 @@ from data.loader import train_batches
 from data.order import epoch_order
 from data.settings import DataSettings
 from data.sources.base import Source, UnreadableImage
-from data.sources.folder import EXTENSIONS
 from data.sources.index import Listing
 from data.sources.open import open_source
 from data.sources.parquet import ParquetFiles
+from data.sources.selection import EXTENSIONS
 
 CHUNK = 64  # images that a thread verifies at a time
 PLAN = ".plan.json"  # describes the shards being written, in their unfinished folder
@@ -74,7 +74,7 @@ def verify(path: str, out: Path | None, threads: int) -> tuple[list[str], int]:
             try:
                 source.image(i)
             except UnreadableImage as error:
-                unreadable.append((i, " ".join(str(error).split())))
+                unreadable.append((i, str(error)))
         return len(samples), unreadable
 
     unreadable: list[tuple[int, str]] = []
@@ -110,8 +110,6 @@ def write_shards(path: str, dest: Path, samples: int, threads: int, seed: int | 
     """
     _refuse_existing(dest)
     source = open_source(path)
-    if any("\n" in name for name in source.classes):
-        raise ValueError(f"{path} has class names with line breaks, which classes.txt cannot hold")
     if not isinstance(source.read(0), bytes):
         raise ValueError(f"{path} stores pixels, not encoded images, so there are no bytes to copy")
     if isinstance(source, ParquetFiles) and seed is not None:
@@ -146,7 +144,7 @@ def write_shards(path: str, dest: Path, samples: int, threads: int, seed: int | 
                 pool.shutdown(cancel_futures=True)
                 raise
         classes = "".join(name + "\n" for name in source.classes)
-        (partial / "classes.txt").write_text(classes, encoding="utf-8", errors="surrogateescape")
+        (partial / "classes.txt").write_text(classes, encoding="utf-8")
         os.rename(partial, dest)
         (dest / PLAN).unlink()
     return f"{len(source):,} images in {shards} shards: {dest}"

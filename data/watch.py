@@ -62,7 +62,7 @@ class WatchedSource(Source):
         return len(self.source)
 
     def name(self, i: int) -> str:
-        """Return the name of image i for messages."""
+        """Return the name of image i."""
         return self.source.name(i)
 
     def read(self, i: int) -> bytes | NDArray[np.uint8]:

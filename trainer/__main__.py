@@ -1,5 +1,6 @@
 """The command line, `python -m trainer VERB`. Each verb imports what it needs, so that --help is quick."""
 
+import io
 import os
 import re
 import sys
@@ -240,7 +241,9 @@ def data_index(
 ) -> None:
     """List the images of a folder or of shards once, so that runs with data.train=OUT.npz need no scan."""
     from data.tools import make_index
+    from trainer.run.metrics import set_up_logging
 
+    set_up_logging(0)
     print(make_index(src, out))
 
 
@@ -252,7 +255,9 @@ def data_verify(
 ) -> None:
     """Read and decode every image. List the unreadable ones with the reason; the exit code is 1 if there are any."""
     from data.tools import verify
+    from trainer.run.metrics import set_up_logging
 
+    set_up_logging(0)
     bad, total = verify(src, out, threads)
     print(*bad, f"{len(bad):,} of {total:,} images cannot be read", sep="\n")
     if bad:
@@ -270,7 +275,9 @@ def data_shard(
 ) -> None:
     """Write a data set as tar shards of equal size, with unchanged image files. Repeat the command to continue it."""
     from data.tools import write_shards
+    from trainer.run.metrics import set_up_logging
 
+    set_up_logging(0)
     print(write_shards(src, dest, samples, threads, seed if shuffle else None))
 
 
@@ -341,12 +348,14 @@ def _expand_home(argument: str) -> str:
 
 def main() -> None:
     """Run a verb. User errors end with one line and exit code 1; TRAINER_TRACEBACK=1 shows the traceback."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path or name that the terminal's encoding lacks
     try:
         app([_expand_home(argument) for argument in sys.argv[1:]])
     except (ValueError, OSError) as error:
         if os.environ.get("TRAINER_TRACEBACK"):
             raise
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        print("error: " + re.sub(r"\s*\n\s*", " ", str(error).strip()), file=sys.stderr)
         sys.exit(1)
 
 

@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from data.names import to_text
+from data.sources.classes import label_text
 from data.sources.shards import ShardContents
 
 # pyarrow is imported in the functions, because most runs do not need it and would wait for the import.
@@ -37,7 +39,8 @@ def find_columns(schema: Any, file: Path) -> Columns:
     labels = [name for name in schema.names if kinds.get(name) == "ClassLabel"]
     labels += [name for name in ("label",) if name in schema.names]
     label = labels[0] if labels else None
-    return Columns(images[0], label, features[label].get("names") if label in features else None)
+    classes = features[label].get("names") if label in features else None
+    return Columns(images[0], label, [to_text(name) for name in classes] if classes else None)
 
 
 def image_bytes(column: Any, file: Path) -> Any:
@@ -54,13 +57,13 @@ def image_bytes(column: Any, file: Path) -> Any:
 
 
 def encode_labels(column: Any) -> tuple[list[str], NDArray[np.int64]]:
-    """Return the distinct labels of a column as text, and each row's index into them; -1 for null and for label -1."""
+    """Return the distinct labels of a column as text, and each row's index into them; -1 for a row without a label."""
     encoded = column.dictionary_encode()
-    values = [str(value) for value in encoded.dictionary.to_pylist()]
-    labelled = np.array([value != "-1" for value in values] + [False])
-    index = np.where(labelled, labelled.cumsum() - 1, -1)
+    texts = [label_text(value) for value in encoded.dictionary.to_pylist()]
+    codes: dict[str, int] = {}
+    index = np.array([-1 if text is None else codes.setdefault(text, len(codes)) for text in texts] + [-1])
     rows = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    return [value for value in values if value != "-1"], index[rows]
+    return list(codes), index[rows]
 
 
 def scan_arrow(file: Path) -> ShardContents:

@@ -13,11 +13,11 @@ from data.decode import decode
 
 
 class UnreadableImage(Exception):
-    """An image cannot be read or decoded; the message has its name and the reason."""
+    """An image cannot be read or decoded; the message is one line with its name and the reason."""
 
 
 class Source(Protocol):
-    """A list of labelled images."""
+    """A list of labelled images. Its names of images and classes are text, as `data.names` defines it."""
 
     classes: list[str]
 
@@ -29,7 +29,7 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     def name(self, i: int) -> str:
-        """Return the name of image i for messages."""
+        """Return the name of image i."""
         ...
 
     def read(self, i: int) -> bytes | NDArray[np.uint8]:

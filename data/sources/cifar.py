@@ -39,7 +39,7 @@ class CifarBinary(LabelledSource):
             counts.append(len(records))
         names = files[0].with_name("batches.meta.txt" if "batch" in files[0].name else "fine_label_names.txt")
         max_label = max(int(part.max()) for part in labels)
-        classes = [name for name in read_classes(names) or map(str, range(max_label + 1)) if name]
+        classes = read_classes(names) or [str(label) for label in range(max_label + 1)]
         if max_label >= len(classes):
             raise ValueError(f"{names} names {len(classes)} classes, but there is a label {max_label}")
         super().__init__(classes, np.concatenate(labels))

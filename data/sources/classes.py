@@ -1,9 +1,12 @@
 """Classes of a data set from the labels that it stores."""
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from data.names import from_text, read_lines, to_text
 
 
 def make_classes(
@@ -30,7 +33,7 @@ def make_classes(
     if len(labels) == 0:
         raise ValueError(f"{root} has no images")
     if not codes:
-        return [root.resolve().name], np.zeros(len(labels), np.int64)
+        return [to_text(root.resolve().name)], np.zeros(len(labels), np.int64)
     missing = int((labels < 0).sum())
     if missing:
         raise ValueError(f"{root}: {missing} of {len(labels)} images have no label: label all, or none")
@@ -42,14 +45,44 @@ def make_classes(
         if names is not None:
             if int(keys[-1]) >= len(names):
                 raise ValueError(f"{root} has a label {keys[-1]}, but only {len(names)} class names")
-            return names, np.array([int(key) for key in codes])[labels]
+            return number_repeated(names), np.array([int(key) for key in codes])[labels]
     index = {key: k for k, key in enumerate(keys)}
-    return keys, np.array([index[key] for key in codes])[labels]
+    return [to_text(key) for key in keys], np.array([index[key] for key in codes])[labels]
+
+
+def label_text(value: object) -> str | None:
+    """Return a stored label as text, or None for no label: null, NaN, -1, empty text, or what is no text or number."""
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "surrogateescape")
+    if isinstance(value, float):
+        value = int(value) if value.is_integer() else None if value != value else value
+    return str(value) if isinstance(value, int | float | str) and str(value) not in ("", "-1") else None
 
 
 def read_classes(path: Path) -> list[str] | None:
-    """Return the lines of a classes.txt, or None if the file does not exist."""
+    """Return the names in a classes.txt, one for each label, or None if the file does not exist.
+
+    Raises ValueError if a line between two names is empty.
+    """
     try:
-        return path.read_text(encoding="utf-8", errors="surrogateescape").removesuffix("\n").split("\n")
+        lines = read_lines(path)
     except FileNotFoundError:
         return None
+    if "" in lines:
+        raise ValueError(f"{path}: line {lines.index('') + 1} is empty: line k + 1 must have the name of label k")
+    return number_repeated([to_text(from_text(line)) for line in lines])
+
+
+def require_same_classes(names: list[str] | None, more: list[str] | None, file: Path) -> list[str] | None:
+    """Return the names of the classes that files agree on. Raises ValueError if `file` has `more`, which differ."""
+    if names and more and names != more:
+        k = next(k for k in range(len(names) + 1) if names[k : k + 1] != more[k : k + 1])
+        first, here = (repr(some[k]) if k < len(some) else "no class" for some in (names, more))
+        raise ValueError(f"{file}: label {k} is {here}, but {first} in the files before it: open them separately")
+    return names or more
+
+
+def number_repeated(names: list[str]) -> list[str]:
+    """Return different names for all classes: ImageNet has two cranes, `crane (134)` and `crane (517)`."""
+    counts = Counter(names)
+    return [f"{name} ({k})" if counts[name] > 1 else name for k, name in enumerate(names)]

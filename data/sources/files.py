@@ -7,6 +7,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
+from data.names import to_text
+
 T = TypeVar("T")
 
 DELAYS = (0.1, 0.5, 2.0)  # seconds before each further attempt
@@ -30,6 +32,16 @@ def retry(read: Callable[[], T]) -> T:
                 raise
         time.sleep(delay)
     return read()
+
+
+def short_names(files: list[Path]) -> list[str]:
+    """Return different names for files, as text: their base names, or their paths from the folder that has all."""
+    paths = [os.fsencode(file.absolute()) for file in files]
+    bases = [os.path.basename(path) for path in paths]
+    if len(set(bases)) < len(set(paths)):
+        common = os.path.commonpath(paths)
+        bases = [os.path.relpath(path, common) for path in paths]
+    return [to_text(base) for base in bases]
 
 
 def read_file(path: str | bytes | Path) -> bytes:

@@ -14,7 +14,9 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from data.sources.base import LabelledSource, SharedArray
+from data.names import from_text, to_text
+from data.sources.base import LabelledSource, SharedArray, Source
+from data.sources.selection import LeftOut
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +24,12 @@ SCAN_THREADS = 16  # network storage answers many requests at once, each after a
 
 
 class Listing(LabelledSource):
-    """Named images under a root. The names are stored as one block of bytes."""
+    """Named images under a root. The names are stored as one block of bytes, as they are in the file system."""
 
     # The arrays of an index, apart from the root; those in PER_IMAGE have one element per image.
     ARRAYS: ClassVar[frozenset[str]] = frozenset({"classes", "labels", "names", "offsets"})
     PER_IMAGE: ClassVar[tuple[str, ...]] = ("labels",)
-    # Separates the classes in an index: folder names have no slash.
-    SEPARATOR: ClassVar[str] = "/"
+    SEPARATOR: ClassVar[str] = "/"  # between the classes in an index: folder names have no slash
 
     def __init__(
         self,
@@ -44,9 +45,13 @@ class Listing(LabelledSource):
         self._offsets = SharedArray(offsets)
 
     def name(self, i: int) -> str:
+        """Return the path of image i relative to the root, as text."""
+        return to_text(self.stored_name(i))
+
+    def stored_name(self, i: int) -> bytes:
         """Return the path of image i relative to the root."""
         start, stop = self._offsets.array[i : i + 2].tolist()
-        return os.fsdecode(self._names.array[start:stop].tobytes())
+        return self._names.array[start:stop].tobytes()
 
     def identity(self) -> dict[str, NDArray[Any]]:
         """Return labels and names; see `LabelledSource.identity`."""
@@ -115,7 +120,8 @@ class Listing(LabelledSource):
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, NDArray[Any]], root: Path) -> Self:
         """Make a list from the arrays of `read_index`. Raises ValueError if the files have changed since."""
-        classes = split_names(arrays["classes"], cls.SEPARATOR)
+        # An index of an earlier version has the bytes of the classes.
+        classes = [to_text(from_text(name)) for name in split_names(arrays["classes"], cls.SEPARATOR)]
         return cls(root, classes, **{name: arrays[name] for name in cls.ARRAYS - {"classes"}})
 
 
@@ -141,3 +147,9 @@ def join_names(names: list[str], separator: str) -> NDArray[np.uint8]:
 def split_names(joined: NDArray[np.uint8], separator: str) -> list[str]:
     """Undo `join_names`."""
     return [os.fsdecode(name) for name in joined.tobytes().split(separator.encode())]
+
+
+def log_listing(root: Path, source: Source, left_out: LeftOut | None = None) -> None:
+    """Log how many images a listing has, and what it left out."""
+    counts = f"{len(source):,} images in {len(source.classes):,} classes"
+    log.info("%s: %s%s", to_text(os.fsencode(root)), counts, f"; left out: {left_out}" if left_out is not None else "")

@@ -19,13 +19,15 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from data.names import read_lines
 from data.sources.arrow import scan_arrow
 from data.sources.base import Source
 from data.sources.cifar import TRAINING, CifarBinary
-from data.sources.folder import EXTENSIONS, ImageFolder
+from data.sources.folder import ImageFolder
 from data.sources.idx import IdxImages
 from data.sources.index import Listing, read_index
 from data.sources.parquet import ParquetFiles
+from data.sources.selection import EXTENSIONS, is_hidden
 from data.sources.shards import ShardContents, Shards
 from data.sources.tar import scan_tar
 
@@ -63,7 +65,7 @@ def open_source(
         check(source)
         return source
     files = find_files(path)
-    suffix = files[0].suffix if files else ""
+    suffix = files[0].suffix.lower() if files else ""
     if files and suffix not in SHARD_FORMATS:
         source = OTHER_FORMATS[suffix](path, files) if suffix in OTHER_FORMATS else IdxImages(path)
         check(source)
@@ -107,7 +109,7 @@ def find_files(path: Path) -> list[Path]:
                 ".parquet, or a pattern such as train-{000..146}.tar), CIFAR's .bin, or a *-images-idx3-ubyte[.gz] file"
             )
         files += map(Path, found)
-    suffixes = {file.suffix for file in files}
+    suffixes = {file.suffix.lower() for file in files}
     if len(suffixes) > 1 or suffixes - SUFFIXES:
         found_suffixes, known = (", ".join(sorted(some)) for some in (suffixes, SUFFIXES))
         raise ValueError(f"{path} stands for {found_suffixes} files: need one of {known}")
@@ -117,11 +119,11 @@ def find_files(path: Path) -> list[Path]:
 def _files_in(folder: Path) -> list[Path]:
     """Return the sorted data files in a folder, or [] if it has images or other folders in it."""
     if (splits := folder / "dataset_dict.json").is_file():
-        raise ValueError(f"{folder} holds several data sets ({splits.read_text()[:200]}): give one of them")
+        raise ValueError(f"{folder} holds several data sets ({' '.join(read_lines(splits))[:200]}): give one of them")
     names = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if entry.name.startswith("."):
+            if is_hidden(os.fsencode(entry.name)):
                 continue
             if entry.name.lower().endswith(IMAGE_SUFFIXES) or entry.is_dir():
                 return []
@@ -134,7 +136,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _is_training_data(name: str) -> bool:
-    suffix = os.path.splitext(name)[1]
+    suffix = os.path.splitext(name)[1].lower()
     if suffix == ".bin":
         return bool(TRAINING.fullmatch(name))
     return suffix in SUFFIXES and not name.startswith("cache-")  # `datasets` stores its caches as cache-*.arrow

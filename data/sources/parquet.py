@@ -10,8 +10,9 @@ from numpy.typing import NDArray
 
 from data.sources.arrow import encode_labels, find_columns, image_bytes
 from data.sources.base import LabelledSource, UnreadableImage
-from data.sources.classes import make_classes
-from data.sources.files import retry
+from data.sources.classes import make_classes, require_same_classes
+from data.sources.files import retry, short_names
+from data.sources.index import log_listing
 
 CACHE_BYTES = 256 << 20  # per process, for row groups
 
@@ -33,12 +34,13 @@ class ParquetFiles(LabelledSource):
         labels: list[NDArray[np.int64]] = []
         rows: list[int] = []
         self._group_of: list[tuple[int, int]] = []  # index of the file and index in the file of each row group
+        self._columns: list[str] = []  # of the images in each file
         names = None
         for number, file in enumerate(files):
             try:
                 with pq.ParquetFile(file) as parquet:
-                    self._column, label, file_names = find_columns(parquet.schema_arrow, file)
-                    kind = parquet.schema_arrow.field(self._column).type
+                    column, label, file_names = find_columns(parquet.schema_arrow, file)
+                    kind = parquet.schema_arrow.field(column).type
                     image_bytes(pa.array([], kind), file)
                     groups = [parquet.metadata.row_group(g).num_rows for g in range(parquet.num_row_groups)]
                     keys: list[str] = []
@@ -47,21 +49,23 @@ class ParquetFiles(LabelledSource):
                         keys, found = encode_labels(parquet.read([label]).column(0).combine_chunks())
             except (pa.ArrowInvalid, OSError) as error:
                 raise ValueError(f"{file} is not a Parquet file, or damaged: {error}") from error
-            names = names or file_names
+            self._columns.append(column)
+            names = require_same_classes(names, file_names, file)
             code = np.array([codes.setdefault(key, len(codes)) for key in keys] + [-1])
             labels.append(code[found])
             rows += groups
             self._group_of += [(number, g) for g in range(len(groups))]
         super().__init__(*make_classes(root, codes, np.concatenate(labels), names))
-        self._files = [str(file) for file in files]
+        self._files, self._file_names = [str(file) for file in files], short_names(files)
         self._file_sizes = np.array([file.stat().st_size for file in files])
         self._starts = np.cumsum([0, *rows])  # first row of each group, counted over all files
+        log_listing(root, self)
 
     def name(self, i: int) -> str:
         """Return the file, the row group in it, and the row in the group."""
         group = self._group(i)
         file, number = self._group_of[group]
-        return f"{Path(self._files[file]).name}/{number}/{i - self._starts[group]}"
+        return f"{self._file_names[file]}/{number}/{i - self._starts[group]}"
 
     def identity(self) -> dict[str, NDArray[Any]]:
         """Return labels, row groups and sizes of the files; see `LabelledSource.identity`."""
@@ -74,13 +78,13 @@ class ParquetFiles(LabelledSource):
         group = self._group(i)
         file, number = self._group_of[group]
         try:
-            rows = _row_group(self._files[file], number, self._column)
+            rows = _row_group(self._files[file], number, self._columns[file])
             stored: bytes | None = rows[int(i - self._starts[group])].as_py()
             if stored is None:
                 raise ValueError("the row has no bytes")
             return stored
         except (ValueError, pa.ArrowException, OSError) as error:
-            raise UnreadableImage(f"{self.name(i)}: {error}") from error
+            raise UnreadableImage(f"{self.name(i)}: {' '.join(str(error).split())}") from error
 
     def _group(self, i: int) -> int:
         return int(np.searchsorted(self._starts, i, side="right")) - 1

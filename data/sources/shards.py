@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data.sources.base import SharedArray, UnreadableImage
-from data.sources.classes import make_classes, read_classes
-from data.sources.files import read_range
-from data.sources.index import SCAN_THREADS, Listing, join_names, split_names
+from data.sources.classes import make_classes, read_classes, require_same_classes
+from data.sources.files import read_range, short_names
+from data.sources.index import SCAN_THREADS, Listing, join_names, log_listing, split_names
+from data.sources.selection import LeftOut
 
 
 class ShardContents(NamedTuple):
@@ -24,6 +25,7 @@ class ShardContents(NamedTuple):
     starts: NDArray[np.int64]  # [n] in bytes
     sizes: NDArray[np.int64]  # [n] in bytes
     classes: list[str] | None = None  # names of the labels 0, 1, …, if the file has them
+    left_out: LeftOut = LeftOut()
 
 
 class Shards(Listing):
@@ -49,6 +51,7 @@ class Shards(Listing):
     ) -> None:
         super().__init__(root, classes, labels, names, offsets)
         self.files = split_names(files, self.SEPARATOR)
+        self._file_names = short_names([Path(file) for file in self.files])
         self._file_sizes = file_sizes
         self._file_of = SharedArray(file_of)
         self._starts = SharedArray(starts)
@@ -58,8 +61,8 @@ class Shards(Listing):
     def scan(cls, root: Path, files: list[Path], scan_file: Callable[[Path], ShardContents]) -> Self:
         """List the images in shards.
 
-        Classes have the names of the stored labels. If these are numbers, the names come from the first shard that has
-        names, or from the lines of a classes.txt beside it.
+        Classes have the names of the stored labels. If these are numbers, the names come from the shards that have
+        names, or from the lines of a classes.txt beside the first shard.
 
         Args:
             root: The path that stands for the shards.
@@ -67,38 +70,42 @@ class Shards(Listing):
             scan_file: Lists the images in a shard.
 
         Raises:
-            ValueError: There are no images, or only some have a label.
+            ValueError: There are no images, only some have a label, or the shards name their classes differently.
         """
-        classes = read_classes(files[0].with_name("classes.txt"))
+        names, left_out = None, LeftOut()
         codes: dict[str, int] = {}
         blocks: list[bytes] = []
         columns: list[tuple[NDArray[np.int64], ...]] = []
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            for contents in pool.map(scan_file, files):
-                classes = contents.classes or classes
+            for file, contents in zip(files, pool.map(scan_file, files), strict=True):
+                names = require_same_classes(names, contents.classes, file)
+                left_out.update(contents.left_out)
                 code = np.array([codes.setdefault(key, len(codes)) for key in contents.keys] + [-1])
-                encoded = [os.fsencode(name) for name in contents.names]
+                encoded = [name.encode("utf-8", "surrogateescape") for name in contents.names]
                 blocks.append(b"".join(encoded))
                 name_sizes = np.fromiter(map(len, encoded), np.int64, len(encoded))
                 columns.append((name_sizes, code[contents.labels], contents.starts, contents.sizes))
         name_sizes, labels, starts, sizes = (np.concatenate(column) for column in zip(*columns, strict=True))
-        classes, labels = make_classes(root, codes, labels, classes)
-        return cls(
+        names = names or read_classes(files[0].with_name("classes.txt"))
+        classes, labels = make_classes(root, codes, labels, names)
+        source = cls(
             root,
             classes,
             labels,
             np.frombuffer(bytearray().join(blocks), np.uint8),
             np.concatenate([[0], np.cumsum(name_sizes)]),
-            files=join_names([str(file.resolve()) for file in files], cls.SEPARATOR),
+            files=join_names([str(file.absolute()) for file in files], cls.SEPARATOR),
             file_sizes=np.array([file.stat().st_size for file in files], np.int64),
             file_of=np.repeat(np.arange(len(files), dtype=np.int32), [len(column[0]) for column in columns]),
             starts=starts,
             sizes=sizes,
         )
+        log_listing(root, source, left_out)
+        return source
 
     def name(self, i: int) -> str:
-        """Return the file name of image i's shard and the image's name in it."""
-        return f"{os.path.basename(self.files[self._file_of.array[i]])}/{super().name(i)}"
+        """Return the name of image i's shard and the image's name in it."""
+        return f"{self._file_names[self._file_of.array[i]]}/{super().name(i)}"
 
     def read(self, i: int) -> bytes:
         """Return the encoded bytes of image i. Raises UnreadableImage."""
@@ -112,7 +119,7 @@ class Shards(Listing):
 
     def consists_of(self, files: list[Path]) -> bool:
         """Return whether these are the shards, in this order."""
-        return self.files == [str(file.resolve()) for file in files]
+        return self.files == [str(file.absolute()) for file in files]
 
     def identity(self) -> dict[str, NDArray[Any]]:
         """Return labels, names and sizes; see `LabelledSource.identity`."""

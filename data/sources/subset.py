@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.names import from_text, read_lines, to_text
 from data.random import SUBSET, hash_counters
 from data.sources.base import SharedArray, Source
 
@@ -31,7 +32,7 @@ class Subset(Source):
         return len(self.samples)
 
     def name(self, i: int) -> str:
-        """Return the name of image i for messages."""
+        """Return the name of image i."""
         return self.source.name(int(self.samples[i]))
 
     def read(self, i: int) -> bytes | NDArray[np.uint8]:
@@ -69,7 +70,7 @@ def find_named(source: Source, names: list[str], origin: Path) -> NDArray[np.int
 
     Args:
         source: The images.
-        names: The names to find.
+        names: The names to find, as text (see `data.names`) or as they are.
         origin: The file that lists the names, for messages.
 
     Returns:
@@ -86,23 +87,24 @@ def find_named(source: Source, names: list[str], origin: Path) -> NDArray[np.int
             if key in index:
                 ambiguous.add(key)
             index[key] = i
-    missing = [name for name in names if name not in index]
+    # A list that another program wrote has backslashes as they are.
+    found = [next((key for key in (to_text(from_text(name)), to_text(name)) if key in index), None) for name in names]
+    missing = [to_text(name) for name, key in zip(names, found, strict=True) if key is None]
     if missing:
         raise ValueError(
             f"{origin}: {len(missing):,} of {len(names):,} names are not in the data, such as {missing[0]}"
         )
-    if several := [name for name in names if name in ambiguous]:
+    if several := [key for key in found if key in ambiguous]:
         raise ValueError(f"{origin}: {several[0]} is the name of several images: give names with their folders")
-    samples = np.array(sorted({index[name] for name in names}), np.int64)
+    samples = np.array(sorted({index[key] for key in found if key is not None}), np.int64)
     if len(samples) < len(names):
         raise ValueError(f"{origin}: {len(names) - len(samples)} of its {len(names)} lines are repetitions")
     return samples
 
 
 def read_names(path: Path) -> list[str]:
-    """Return the lines of a list of names. Raises ValueError if it is empty."""
-    lines = path.read_text(encoding="utf-8", errors="surrogateescape").split("\n")
-    names = [line.rstrip("\r") for line in lines if line.strip()]
+    """Return the lines of a list of names that are not empty. Raises ValueError if there are none."""
+    names = [line for line in read_lines(path) if line]
     if not names:
         raise ValueError(f"{path} has no names in it")
     return names

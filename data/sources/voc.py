@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from data.names import read_lines
 from data.sources.folder import ImageFolder
 
 
@@ -50,7 +51,6 @@ def read_split(root: Path, split: str) -> tuple[ImageFolder, list[str], NDArray[
 
 def _lines(path: Path) -> list[str]:
     try:
-        lines = path.read_text(encoding="ascii").splitlines()
+        return [line for line in read_lines(path) if line]
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}: need VOC's development kit, VOCdevkit/VOC2007") from error
-    return [line.strip() for line in lines if line.strip()]

@@ -31,7 +31,7 @@ def run(*words: object) -> tuple[int, list[str]]:
     result = CliRunner().invoke(app, ["data", *map(str, words)])
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
-    return result.exit_code, result.output.splitlines()
+    return result.exit_code, result.stdout.splitlines()
 
 
 def content(source: Source) -> Counter[tuple[str, bytes | str]]:
@@ -67,7 +67,7 @@ def test_verify(folder: Path, tmp_path: Path) -> None:
     assert code == 1
     assert lines == [
         "c0/1.png: damaged, cut short, or not a PNG",
-        "c1/two lines.png: damaged, cut short, or not an image that OpenCV can read",
+        "c1/two\\nlines.png: damaged, cut short, or not an image that OpenCV can read",
         "c2/7.png: the file is empty",
         "3 of 25 images cannot be read",
     ]
@@ -100,7 +100,7 @@ def test_shards_have_the_same_images(folder: Path, tmp_path: Path, samples: int)
     assert max(sizes) - min(sizes) <= 1
     assert max(sizes) <= samples
     source = open_source(tmp_path / "out")
-    assert source.classes == open_source(folder).classes == ["c0", "c1", "c2", "empty"]
+    assert source.classes == open_source(folder).classes == ["c0", "c1", "c2"]
     assert content(source) == content(open_source(folder))
     if samples == 24:
         labels = source.labels[:13].tolist()
@@ -215,9 +215,6 @@ def test_data_that_cannot_be_sharded(folder: Path, tmp_path: Path, monkeypatch: 
     with pytest.raises(ValueError, match=r"c1/3\.png: No such file.*data verify SRC --out"):
         run("shard", tmp_path / "x.npz", tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    (folder / "two\nlines").mkdir()
-    with pytest.raises(ValueError, match=r"class names with line breaks"):
-        run("shard", folder, tmp_path / "other")
 
 
 def test_two_thousand_images_in_shards(tmp_path: Path) -> None:

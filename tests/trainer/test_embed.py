@@ -116,9 +116,9 @@ def test_names_of_any_bytes(run: Path, tmp_path: Path) -> None:
     (folder / "class-0" / "000.png").rename(folder / "class-0" / "a,\n\udcff.png")
     run_ranks(1, embed_on_ranks, run, folder, tmp_path / "a.parquet")
     run_ranks(1, embed_on_ranks, run, folder, tmp_path / "a.npy")
-    assert pq.read_table(tmp_path / "a.parquet")["name"].to_pylist() == ["class-0/001.png", "class-0/a,\n\\xff.png"]
+    assert pq.read_table(tmp_path / "a.parquet")["name"].to_pylist() == ["class-0/001.png", "class-0/a,\\n\\xff.png"]
     with (tmp_path / "a.csv").open(encoding="utf-8", newline="") as file:
-        assert list(csv.reader(file))[2] == ["class-0/a,\n\\xff.png", "class-0"]
+        assert list(csv.reader(file))[2] == ["class-0/a,\\n\\xff.png", "class-0"]
 
 
 def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -97,7 +97,7 @@ def _read_folder(path: Path) -> ForeignCheckpoint:
     try:
         for name in ("preprocessor_config.json", "config.json"):
             if name == "config.json" or (path / name).exists():
-                settings |= json.loads((path / name).read_text(encoding="utf-8"))
+                settings |= json.loads((path / name).read_text(encoding="utf-8-sig"))
         if not {"architecture", "model_type"} & settings.keys():
             raise ValueError("no architecture")
     except (OSError, ValueError, TypeError) as error:

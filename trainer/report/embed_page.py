@@ -55,10 +55,8 @@ def render_embeddings(
 
 
 def name_and_label(source: Source, sample: int) -> tuple[str, str]:
-    """Returns an image's name and class as valid Unicode; a file's name may contain any bytes."""
-    texts = (source.name(sample), source.classes[source.labels[sample]])
-    name, label = (text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace") for text in texts)
-    return name, label
+    """Returns the name and the class of an image."""
+    return source.name(sample), source.classes[source.labels[sample]]
 
 
 def map_2d(unit_PD: NDArray[np.float32]) -> NDArray[np.float32]:

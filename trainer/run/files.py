@@ -37,7 +37,8 @@ def write_atomically(path: Path, text: str) -> None:
 
     Raises OSError with the path and the number of bytes if the file system refuses.
     """
-    temporary, content = path.with_name(f".{path.name}.{os.getpid()}"), text.encode()
+    # Names of images are valid Unicode, but a page may show a path that is not.
+    temporary, content = path.with_name(f".{path.name}.{os.getpid()}"), text.encode("utf-8", "backslashreplace")
     try:
         with temporary.open("wb") as file:
             file.write(content)

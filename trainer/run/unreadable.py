@@ -1,6 +1,7 @@
 """Unreadable images of a run: each rank lists its own in a file, and too many of them end the run."""
 
 import logging
+import re
 from pathlib import Path
 
 import torch
@@ -14,8 +15,8 @@ class UnreadableImages:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.path = folder / f"unreadable-{rank}.txt"
-        lines = self.path.read_bytes().splitlines() if self.path.exists() else []
-        self.listed = {int(line.split(b"\t")[0]) for line in lines}  # indices of samples
+        content = self.path.read_bytes() if self.path.exists() else b""
+        self.listed = {int(sample) for sample in re.findall(rb"^(\d+)\t", content, re.MULTILINE)}  # indices of samples
         self.encountered: set[int] = set()  # since this start; includes those of other ranks after `check_limit`
         self.shared = 0  # the size of `encountered` when the ranks last exchanged it
 
@@ -27,9 +28,8 @@ class UnreadableImages:
                 self.listed.add(sample)
                 log.warning("image %d cannot be read, another image replaces it: %s", sample, reason)
                 try:
-                    # The reason contains a file name, which may contain any bytes and line breaks.
-                    with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
-                        file.write(f"{sample}\t{' '.join(reason.split())}\n")
+                    with self.path.open("a", encoding="utf-8") as file:
+                        file.write(f"{sample}\t{reason}\n")
                 except OSError as error:
                     log.warning("cannot write %s: %s", self.path, error)
 

@@ -31,7 +31,8 @@ class IdxImages(LabelledSource):
         match = PATTERN.fullmatch(path.name)
         if match is None:
             raise ValueError(
-                f"{path} is not named like IDX images: it must be *-images-idx3-ubyte or *-images-idx3-ubyte.gz"
+                f"{path} is not named like IDX images: it must be *-images-idx3-ubyte or *-images-idx3-ubyte.gz. Other "
+                "formats are folders, .tar, .arrow, .parquet and .bin: unpack archives such as .tar.gz and .zip"
             )
         candidates = [path.with_name(f"{match[1]}-labels-idx1-ubyte{end}") for end in (match[2] or "", "", ".gz")]
         labels_path = next((p for p in candidates if p.is_file()), None)

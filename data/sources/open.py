@@ -102,7 +102,9 @@ def find_files(path: Path) -> list[Path]:
         return [path]
     files: list[Path] = []
     for pattern in _expand(str(path)):
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] * os.path.exists(pattern)
+        folder, name = os.path.split(pattern)
+        # Brackets in the name of a folder that exists are no pattern.
+        found = sorted(glob.glob(os.path.join(glob.escape(folder) if os.path.isdir(folder) else folder, name)))
         if not found:
             raise ValueError(
                 f"{Path(pattern).absolute()} does not exist: give a folder of class/image.jpg, shards (.tar, .arrow, "

@@ -200,6 +200,16 @@ def test_upper_case_names_of_files(tmp_path: Path) -> None:
     assert open_source(tmp_path / "x.PARQUET").read(0) == png(1)
 
 
+def test_patterns_in_a_folder_with_brackets(tmp_path: Path) -> None:
+    (tmp_path / "set[1]").mkdir()
+    for k in range(2):
+        write_tar(tmp_path / "set[1]" / f"x-{k}.tar", {"c/0.png": png(k)})
+    for pattern in ("x-*.tar", "x-{0..1}.tar", "x-[01].tar"):
+        assert len(open_source(tmp_path / "set[1]" / pattern)) == 2
+    with pytest.raises(ValueError, match=r"set\[1\]/y-\*\.tar does not exist"):
+        open_source(tmp_path / "set[1]" / "y-*.tar")
+
+
 # Folders
 
 NO_CLASSES = ["empty", "lost+found", "__MACOSX", ".thumbnails", ".ipynb_checkpoints", "@eaDir", "texts"]

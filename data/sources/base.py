@@ -15,6 +15,9 @@ from data.decode import decode
 class UnreadableImage(Exception):
     """An image cannot be read or decoded; the message is one line with its name and the reason."""
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
 
 class Source(Protocol):
     """A list of labelled images. Its names of images and classes are text, as `data.names` defines it."""

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from data.names import to_text
 from data.sources.base import LabelledSource, UnreadableImage
+from data.sources.classes import number_repeated
 
 
 class DatasetSource(LabelledSource):
@@ -38,7 +40,8 @@ class DatasetSource(LabelledSource):
                 f"{title}: its labels are {labels.dtype} of shape {list(labels.shape)}, need {len(dataset)} class "
                 "indices from 0 on"
             )
-        classes = list(map(str, getattr(dataset, "classes", None) or range(int(labels.max()) + 1)))
+        names = getattr(dataset, "classes", None) or range(int(labels.max()) + 1)
+        classes = number_repeated([to_text(str(name)) for name in names])
         if labels.max() >= len(classes):
             raise ValueError(f"{title} has {len(classes)} class names, but there is a label {labels.max()}")
         super().__init__(classes, labels.astype(np.int64))

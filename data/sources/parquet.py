@@ -84,7 +84,7 @@ class ParquetFiles(LabelledSource):
                 raise ValueError("the row has no bytes")
             return stored
         except (ValueError, pa.ArrowException, OSError) as error:
-            raise UnreadableImage(f"{self.name(i)}: {' '.join(str(error).split())}") from error
+            raise UnreadableImage(f"{self.name(i)}: {error}") from error
 
     def _group(self, i: int) -> int:
         return int(np.searchsorted(self._starts, i, side="right")) - 1

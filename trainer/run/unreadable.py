@@ -28,7 +28,7 @@ class UnreadableImages:
                 self.listed.add(sample)
                 log.warning("image %d cannot be read, another image replaces it: %s", sample, reason)
                 try:
-                    with self.path.open("a", encoding="utf-8") as file:
+                    with self.path.open("a", encoding="utf-8", errors="backslashreplace") as file:
                         file.write(f"{sample}\t{reason}\n")
                 except OSError as error:
                     log.warning("cannot write %s: %s", self.path, error)

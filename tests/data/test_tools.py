@@ -67,7 +67,7 @@ def test_verify(folder: Path, tmp_path: Path) -> None:
     assert code == 1
     assert lines == [
         "c0/1.png: damaged, cut short, or not a PNG",
-        "c1/two\\nlines.png: damaged, cut short, or not an image that OpenCV can read",
+        "c1/two\\nlines.png: not an image, or of a format that is not supported",
         "c2/7.png: the file is empty",
         "3 of 25 images cannot be read",
     ]

@@ -89,14 +89,16 @@ def test_files_that_are_missing(
     assert mistake(monkeypatch, capsys, *words) == message
 
 
-def test_data_that_are_missing(tmp_path: Path) -> None:
+def test_data_that_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = tmp_path / "a.yaml"
     values = {"run": {"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"}, "data": {"train": "nowhere"}}
     config.write_text(yaml.safe_dump(values))
-    result = run("-m", "trainer", "pretrain", str(config))
-    assert result.returncode == 1
-    assert result.stderr.startswith(f"error: data: {ROOT}/nowhere does not exist")
-    assert result.stderr.count("\n") == 1
+    monkeypatch.chdir(ROOT)
+    message = mistake(monkeypatch, capsys, "pretrain", str(config))
+    assert message.startswith(f"error: data: {ROOT}/nowhere does not exist")
+    assert message.count("\n") == 1
     assert CliRunner().invoke(app, ["doctor", str(config)]).exit_code == 1
 
 

@@ -59,7 +59,10 @@ class TrainDataset(Dataset[Batch]):
         epoch, samples = batch_samples(
             len(self.source), self.seed, step, settings.batch_size, self.rank, self.world_size, settings.blocks
         )
-        params = [draw(self.seed, epoch, samples, v, view, settings.augment) for v, view in enumerate(settings.views)]
+        params = [
+            draw(self.seed, epoch, samples, v, view, view.own_augment(settings.augment))
+            for v, view in enumerate(settings.views)
+        ]
         return samples, params
 
     def __getitem__(self, step: int) -> Batch:
@@ -122,6 +125,7 @@ class EvalDataset(Dataset[Batch]):
     size: int  # of the view, in pixels
     batch_size: int
     crops: Crops | None  # None: central views
+    center_crop: float | None = None  # see `render_center`
 
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
@@ -135,7 +139,10 @@ class EvalDataset(Dataset[Batch]):
         for i, sample in enumerate(samples.tolist()):
             try:
                 image = self.source.image(sample)
-                images.append(render(image, params, i, self.size) if params else render_center(image, self.size))
+                if params:
+                    images.append(render(image, params, i, self.size))
+                else:
+                    images.append(render_center(image, self.size, self.center_crop))
                 shown.append(sample)
             except UnreadableImage as error:
                 unreadable.append((sample, str(error)))

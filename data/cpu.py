@@ -1,11 +1,12 @@
 """The plain CPU backend: applies `ViewParams` to one image at a time.
 
-A view is: crop, resize, flip, colour matrix, Gaussian blur, solarize. This definition of the pixels holds for all
-backends; docs/data-backends.md has DALI's distance from it.
+A view is: crop, resize, flip, colour matrix, hue, grayscale, Gaussian blur, solarize. This definition of the pixels
+holds for all backends; docs/data-backends.md has DALI's distance from it.
 
 - resize: bilinear between pixel centres, with a triangle filter whose width is the reduction along each axis
   (antialiasing; Pillow, torchvision and DALI call this linear with antialias). Only pixels of the crop are used.
 - colour: `views.color_matrix` about the mean of the resized crop, rounded and clamped once.
+- hue: a rotation in HSV, computed in fp32 and rounded.
 - blur: window 2 ceil(3 sigma) + 1 (DALI's rule; torchvision's recipes use a fixed 23), border reflected about the edge
   pixel.
 - solarize: values from 128 on are inverted.
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.views import ViewParams, color_matrix, crop_box
+from data.views import LUMA, ViewParams, color_matrix, crop_box
 
 Image = NDArray[np.uint8]
 
@@ -39,6 +40,13 @@ def resize(image: Image, height: int, width: int) -> Image:
     return shrunk.permute(0, 2, 3, 1)[0].numpy()
 
 
+def rotate_hue(image: Image, angle: float) -> Image:
+    """Turn the hue of uint8 [H, W, 3] RGB by an angle in radians, from red towards yellow, as in HSV."""
+    hsv = cv2.cvtColor(image.astype(np.float32), cv2.COLOR_RGB2HSV)
+    hsv[..., 0] += math.degrees(angle) % 360  # OpenCV takes hues up to 720 degrees, but no negative ones
+    return cv2.convertScaleAbs(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB))
+
+
 def render(image: Image, params: ViewParams, i: int, size: int) -> Image:
     """Make a view of an image.
 
@@ -57,6 +65,10 @@ def render(image: Image, params: ViewParams, i: int, size: int) -> Image:
         view = cv2.flip(view, 1)
     if params.recolored[i]:
         view = cv2.transform(view, color_matrix(params, i, cv2.mean(view)))
+    if params.hue[i]:
+        view = rotate_hue(view, float(params.hue[i]))
+    if params.gray[i]:
+        view = cv2.transform(view, np.tile(LUMA, (3, 1)))
     sigma = float(params.sigma[i])
     if sigma > 0:
         window = 2 * math.ceil(3 * sigma) + 1
@@ -66,15 +78,23 @@ def render(image: Image, params: ViewParams, i: int, size: int) -> Image:
     return view
 
 
-def render_center(image: Image, size: int) -> Image:
-    """Make the central view for evaluations, uint8 [size, size, 3], of an image, uint8 [H, W, 3] RGB.
+def render_center(image: Image, size: int, crop: float | None = None) -> Image:
+    """Make the central view for evaluations.
 
-    The shorter side is resized to size * 256 / 224 and the central square is cropped, as in torchvision's recipes. If
-    the shorter side is not above `size`, the data set is assumed to have small images: that side becomes `size`, so
-    that a square image is not cropped.
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        size: Height and width of the view.
+        crop: Side of the central square as a share of the image's shorter side. None takes 224 / 256, as torchvision's
+            recipes, for images whose shorter side is above `size`, and 1 for others, which belong to a data set of
+            small images.
+
+    Returns:
+        uint8 [size, size, 3].
     """
     height, width = image.shape[:2]
-    shorter = size if min(height, width) <= size else round(size * 256 / 224)
+    if crop is None:
+        crop = 1.0 if min(height, width) <= size else 224 / 256
+    shorter = round(size / crop)
     image = resize(image, height * shorter // min(height, width), width * shorter // min(height, width))
     y, x = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
     return image[y : y + size, x : x + size]

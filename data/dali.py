@@ -1,7 +1,8 @@
 """The DALI backend: a DALI pipeline decodes images and applies `ViewParams`, on a GPU or, without one, on the CPU.
 
     step -> `data.reader` (worker processes): samples, encoded bytes, boxes, matrices -> external_source
-         -> decode once -> per view: crop and resize, flip, colour matrix, blur, solarize -> uint8 [B, S, S, 3]
+         -> decode once
+         -> per view: crop and resize, flip, colour matrix, hue, grayscale, blur, solarize -> uint8 [B, S, S, 3]
 
 DALI draws no random numbers. `data.views` computes the view parameters as a pure function of the step, so there is no
 state to save, and the number of workers does not matter. Views are uint8 and channels-last, as with the CPU backend:
@@ -34,9 +35,11 @@ from data.batch import Batch, TrainDataset
 from data.loader import iterate
 from data.reader import PER_VIEW, Inputs, Reader
 from data.settings import DecoderSettings
+from data.views import LUMA
 
 log = logging.getLogger(__name__)
 
+NEXT_CHANNEL, PREVIOUS_CHANNEL = [0, 1, 0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0, 1, 0]  # matrices, row by row
 SOLARIZED = [min(value, 255 - value) for value in range(256)]
 MAX_FAILURES = 10  # in a row, before an error is attributed to DALI instead of an image
 
@@ -82,6 +85,10 @@ def _view(
     recolored: DataNode,
     linear: DataNode,
     offset: DataNode,
+    shift: DataNode,
+    rotated: DataNode,
+    turn: DataNode,
+    gray: DataNode,
     sigma: DataNode,
     solarize: DataNode,
 ) -> DataNode:
@@ -93,10 +100,15 @@ def _view(
         start: First corner (y, x) of the crop.
         end: Opposite corner (y, x) of the crop.
         flip: Whether to flip horizontally.
-        recolored: Whether to apply `linear` and `offset`.
-        linear: [3, 3]; the colour becomes `linear @ rgb + offset @ mean`, with the mean colour of the resized crop.
+        recolored: Whether to apply `linear`, `offset` and `shift`.
+        linear: [3, 3]; the colour becomes `linear @ rgb + offset @ mean + shift`, with the mean colour of the resized
+            crop.
         offset: [3, 3], see `linear`. It multiplies the mean in a transform of its own: the mean is on the GPU, and as
             an argument of the first transform it would have to be in host memory, for which the host would wait.
+        shift: [3], see `linear`.
+        rotated: Whether to change the hue.
+        turn: [3, 3], the identity times the angle of the hue in sixths of a turn.
+        gray: Whether to take the luma.
         sigma: Standard deviation of the blur in pixels; 0 for no blur.
         solarize: Whether to solarize.
 
@@ -110,8 +122,12 @@ def _view(
         view = fn.flip(view, horizontal=1)
     if recolored:
         mean = fn.reshape(fn.reductions.mean(view, axes=[0, 1], keep_dims=True), layout="HWC")
-        color = fn.coord_transform(view, M=linear) + fn.coord_transform(mean, M=offset)
+        color = fn.coord_transform(view, M=linear, T=shift) + fn.coord_transform(mean, M=offset)
         view = fn.cast(dali_math.clamp(color, 0.0, 255.0), dtype=types.UINT8)
+    if rotated:
+        view = _rotate_hue(view, turn)
+    if gray:
+        view = fn.coord_transform(view, M=3 * LUMA.tolist(), dtype=types.UINT8)
     if sigma > 0:
         view = fn.gaussian_blur(view, sigma=sigma)  # with a window of 2 ceil(3 sigma) + 1
     if solarize:
@@ -141,6 +157,30 @@ class _Feed:
         """Release the oldest batch; return the indices of the images shown, int64 [B], and its unreadable images."""
         batch, shown = self.pending.popleft()
         return torch.from_numpy(shown.copy()), batch.unreadable
+
+
+def _rotate_hue(view: DataNode, turn: DataNode) -> DataNode:
+    """Turn the hue in HSV, without HSV: DALI has no such operator, and each of its arithmetic operators is a pass.
+
+    In HSV, a channel x of a pixel with minimum m and chroma c is m + clamp(t, 0, c). Here t is a triangular wave of the
+    hue with period 6 and values from -c to 2 c, whose slope is c or -c for each sixth of a turn. From the pixel's
+    channels, t = 2 x - m - clamp(x, low, high), where low and high are the minimum and maximum of the other two, and t
+    falls where the next of the channels RGB is not below the one before. So a rotation moves t along its slope and
+    reflects it at its ends.
+
+    Args:
+        view: uint8 [S, S, 3].
+        turn: [3, 3], the identity times the angle in sixths of a turn.
+    """
+    x = fn.cast(view, dtype=types.FLOAT)
+    after, before = fn.coord_transform(view, M=NEXT_CHANNEL), fn.coord_transform(view, M=PREVIOUS_CHANNEL)
+    low, high = dali_math.min(after, before), dali_math.max(after, before)
+    minimum = dali_math.min(x, low)
+    chroma = dali_math.max(x, high) - minimum
+    falls = dali_math.clamp(2 * (after - before) + 1, -1, 1)  # 1 or -1, because channels are whole numbers
+    t = 2 * x - minimum - dali_math.clamp(x, low, high) - falls * fn.coord_transform(chroma, M=turn)
+    t = dali_math.max(dali_math.min(t, 4 * chroma - t), -2 * chroma - t)
+    return fn.cast(minimum + dali_math.clamp(t, 0, chroma), dtype=types.UINT8)
 
 
 def _or_placeholder(

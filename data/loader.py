@@ -72,6 +72,7 @@ def eval_batches(
     batch_size: int,
     workers: int,
     crops: Crops | None = None,
+    center_crop: float | None = None,
 ) -> Iterator[Batch]:
     """Iterate over batches with one view of each image, in host memory, without unreadable images.
 
@@ -82,6 +83,7 @@ def eval_batches(
         batch_size: Maximum number of images in a batch; unreadable ones make it smaller, even 0.
         workers: Number of worker processes; with 0, this process makes the batches.
         crops: The random crops to show; None for central views.
+        center_crop: Share of the shorter side that central views show, see `render_center`.
 
     Raises:
         ValueError: `batch_size` is below 1, or the batches do not fit into shared memory. While iterating: a worker has
@@ -91,7 +93,7 @@ def eval_batches(
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
     shared_memory.check(shared_memory.evaluation_bytes(size, min(batch_size, len(samples)), workers))
     watched = WatchedSource(source)
-    dataset = EvalDataset(watched, np.asarray(samples, np.int64), size, batch_size, crops)
+    dataset = EvalDataset(watched, np.asarray(samples, np.int64), size, batch_size, crops, center_crop)
     batches = iterate(dataset, range(len(dataset)), workers, shared_memory.EVALUATION_PREFETCH, pin_memory=False)
     return watched.batches(batches)
 

@@ -32,6 +32,10 @@ PER_VIEW = (
     ("?", ()),
     ("f4", (3, 3)),
     ("f4", (3, 3)),
+    ("f4", (3,)),
+    ("?", ()),
+    ("f4", (3, 3)),
+    ("?", ()),
     ("f4", ()),
     ("?", ()),
 )
@@ -134,6 +138,10 @@ def _view_inputs(params: ViewParams, boxes: NDArray[np.int64]) -> Iterator[NDArr
         params.recolored,
         params.color_linear,
         offset_B33,
+        np.repeat(params.color_shift[:, None], 3, axis=1),
+        params.hue != 0,
+        6 / (2 * np.pi) * params.hue[:, None, None] * np.eye(3),
+        params.gray,
         params.sigma,
         params.solarize,
     )

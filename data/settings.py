@@ -110,7 +110,9 @@ class DataSettings(BaseModel):
         description="The views of an image; views[0] is the key (symmetric methods: views[0] and views[1]), the others "
         "are queries.",
     )
-    augment: Augment = Field(Augment(), description="Distribution of the augmentations of all views.")
+    augment: Augment = Field(
+        Augment(), description="Distribution of the augmentations of all views; a view may differ (data.views)."
+    )
 
     @field_validator("views")  # min_length would count only the views without errors
     @classmethod

@@ -5,39 +5,39 @@ and a resumed run repeats them.
 
 Colour
 ------
-Brightness, contrast, saturation, hue and grayscale have their *linear* meaning here. In YIQ (luma Y, chroma I, Q):
+Brightness, contrast and saturation are linear, with Y the luma of a pixel:
 
-    brightness b   Y, I, Q  -> b Y, b I, b Q
-    contrast c     Y -> c Y + (1 - c) mean(Y),  (I, Q) -> c (I, Q)       mean(Y): of the view at that point
-    saturation s   Y -> Y,                      (I, Q) -> s (I, Q)
-    hue t          Y -> Y,                      (I, Q) -> rotated by the angle t, from red to yellow as in HSV
-    grayscale      Y -> Y,                      (I, Q) -> 0
+    brightness b   rgb -> b rgb
+    contrast c     rgb -> c rgb + (1 - c) mean(Y)       mean(Y): of the view at that point
+    saturation s   rgb -> s rgb + (1 - s) Y
 
-Each acts on Y by an affine map that keeps or scales mean(Y), and on chroma by a scaled rotation. Such maps commute, so
-the order of operations, which torchvision draws at random, does not matter and is not drawn. Together they are one 3x4
-matrix per view (`color_matrix`), rounded and clamped to 0..255 once.
+These maps commute, so the order of operations, which torchvision draws at random, does not matter and is not drawn.
+Together they are one 3x4 matrix per view (`color_matrix`), rounded and clamped to 0..255 once. Hue then turns
+each pixel in HSV, as in torchvision, which keeps the channels' minimum and maximum. Grayscale comes last and takes Y.
 
-torchvision's ColorJitter differs as follows: it rounds and clamps after each operation (so the order matters for bright
-images), rotates hue in HSV (which does not preserve luma), and rounds the mean for contrast to whole grey levels. The
-distributions of factors and angle are the same.
+torchvision's ColorJitter rounds down after brightness, contrast and saturation, which makes the view darker by half a
+grey level each; the matrix subtracts as much. Two differences remain. torchvision clamps after each operation, so its
+order matters for bright images, and it rounds the mean for contrast to whole grey levels. docs/data-backends.md has the
+distances.
 """
 
 import math
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_serializer, field_validator
 
 from data.random import VIEWS, uniform
 
 ATTEMPTS = 10  # crops tried before the central one, as in torchvision's RandomResizedCrop
 
-RGB_TO_YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
-YIQ_TO_RGB = np.linalg.inv(RGB_TO_YIQ)
-LUMA = RGB_TO_YIQ[0]
+LUMA = np.array([0.299, 0.587, 0.114])
 LUMA_RED, LUMA_GREEN, LUMA_BLUE = LUMA.tolist()
+# Rounding x - TRUNCATION is rounding x down, also for whole numbers.
+TRUNCATION = 0.499
 
 Range = tuple[float, float]
 
@@ -47,24 +47,6 @@ def _check_range(value: Range, name: str | None) -> Range:
     if not 0 < low <= high < math.inf:
         raise ValueError(f"{name} is {value}; it must be (low, high) with 0 < low <= high")
     return value
-
-
-class View(BaseModel):
-    """A view of an image: its size and the area of its random crop."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    size: int = Field(ge=8, description="Height and width of the view in pixels.")
-    scale: Range = Field(
-        (0.2, 1.0), description="Smallest and largest area of the random crop, as shares of the image's area."
-    )
-
-    @field_validator("scale")
-    @classmethod
-    def _scale(cls, value: Range) -> Range:
-        if value[1] > 1:
-            raise ValueError(f"scale is {value}; a crop cannot be larger than the image (1.0)")
-        return _check_range(value, "scale")
 
 
 class Augment(BaseModel):
@@ -113,6 +95,36 @@ class Augment(BaseModel):
         return _check_range(value, info.field_name)
 
 
+class View(BaseModel):
+    """A view of an image: its size, the area of its random crop, and augmentations of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    size: int = Field(ge=8, description="Height and width of the view in pixels.")
+    scale: Range = Field(
+        (0.2, 1.0), description="Smallest and largest area of the random crop, as shares of the image's area."
+    )
+    augment: Augment = Field(
+        Augment(), description="Augmentations of this view only; keys that are not given are those of data.augment."
+    )
+
+    @field_validator("scale")
+    @classmethod
+    def _scale(cls, value: Range) -> Range:
+        if value[1] > 1:
+            raise ValueError(f"scale is {value}; a crop cannot be larger than the image (1.0)")
+        return _check_range(value, "scale")
+
+    @field_serializer("augment")
+    def _given_augment(self, augment: Augment) -> dict[str, Any]:
+        return augment.model_dump(mode="json", exclude_unset=True)
+
+    def own_augment(self, common: Augment) -> Augment:
+        """Return the distribution of this view's augmentations: `common`, except for the keys that the view gives."""
+        own = {name: getattr(self.augment, name) for name in self.augment.model_fields_set}
+        return common.model_copy(update=own)
+
+
 @dataclass(frozen=True)
 class ViewParams:
     """Parameters of one view of B images, one array each.
@@ -139,25 +151,26 @@ class ViewParams:
     @cached_property
     def recolored(self) -> NDArray[np.bool_]:
         """Bool [B]: true where the colour matrix differs from the identity."""
-        plain = (self.brightness == 1) & (self.contrast == 1) & (self.saturation == 1) & (self.hue == 0)
-        return ~plain | self.gray
+        return (self.brightness != 1) | (self.contrast != 1) | (self.saturation != 1)
 
     @cached_property
     def color_linear(self) -> NDArray[np.float64]:
         """The part of the colour matrix that does not depend on the image: [B, 3, 3]."""
-        chroma = np.where(self.gray, 0.0, self.saturation)
-        cos, sin = chroma * np.cos(self.hue), chroma * np.sin(self.hue)
-        yiq = np.zeros((len(self), 3, 3))
-        yiq[:, 0, 0] = 1
-        yiq[:, 1, 1] = yiq[:, 2, 2] = cos
-        yiq[:, 1, 2], yiq[:, 2, 1] = sin, -sin
+        saturation = self.saturation[:, None, None]
         gain = (self.brightness * self.contrast)[:, None, None]
-        return gain * (YIQ_TO_RGB @ yiq @ RGB_TO_YIQ)
+        return gain * (saturation * np.eye(3) + (1 - saturation) * LUMA)
 
     @cached_property
     def color_offset(self) -> NDArray[np.float64]:
         """The share of the view's mean luma that the colour matrix adds to each channel: [B]."""
         return self.brightness * (1 - self.contrast)
+
+    @cached_property
+    def color_shift(self) -> NDArray[np.float64]:
+        """The grey levels that the colour matrix adds to each channel, because torchvision rounds down: [B]."""
+        return -TRUNCATION * sum(
+            (factor != 1).astype(int) for factor in (self.brightness, self.contrast, self.saturation)
+        )
 
 
 def _between(u: NDArray[np.float64], bounds: Range) -> NDArray[np.float64]:
@@ -231,7 +244,7 @@ def crop_boxes(params: ViewParams, heights: NDArray[np.int64], widths: NDArray[n
 
 
 def color_matrix(params: ViewParams, i: int, mean_rgb: tuple[float, ...] | NDArray[np.floating]) -> NDArray[np.float32]:
-    """Return the colour change of view i.
+    """Return the change of view i's brightness, contrast and saturation.
 
     Args:
         params: Parameters of the views of a batch.
@@ -244,5 +257,6 @@ def color_matrix(params: ViewParams, i: int, mean_rgb: tuple[float, ...] | NDArr
     matrix = np.empty((3, 4), np.float32)
     matrix[:, :3] = params.color_linear[i]
     red, green, blue = mean_rgb[:3]
-    matrix[:, 3] = params.color_offset[i] * (LUMA_RED * red + LUMA_GREEN * green + LUMA_BLUE * blue)
+    mean_luma = LUMA_RED * red + LUMA_GREEN * green + LUMA_BLUE * blue
+    matrix[:, 3] = params.color_offset[i] * mean_luma + params.color_shift[i]
     return matrix

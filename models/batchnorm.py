@@ -1,4 +1,4 @@
-"""BatchNorm across ranks: the shuffle of images for the teacher, and statistics of the global batch.
+"""BatchNorm of parts of a batch and across ranks: groups, the shuffle for the teacher, and the global batch.
 
 A teacher that normalises over the same images as the student leaks which key belongs to which query (MoCo, arXiv
 1911.05722, sec. 3.3). `shuffle` sends each image to the rank that a permutation of the global batch chooses, so a key
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import timm.layers
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -75,7 +76,7 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
         return timm.layers.convert_sync_batchnorm(model)
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            synced = _SyncBatchNormCPU(child.num_features, child.eps, child.momentum)
+            synced = _SyncBatchNormCPU(child.num_features, child.eps, child.momentum, child.affine)
             synced.load_state_dict(child.state_dict())
             setattr(model, name, synced)
         elif isinstance(child, nn.modules.batchnorm._BatchNorm):
@@ -84,6 +85,54 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
         else:
             synchronise_bn(child, device)
     return model
+
+
+def group_bn(model: nn.Module, group: int) -> nn.Module:
+    """Make every BatchNorm of the model normalise over groups of consecutive images instead of the whole batch."""
+    for name, child in model.named_children():
+        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
+            setattr(model, name, _GroupBatchNorm(child, group))
+        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+            kind = type(child).__name__
+            raise ValueError(f"method.bn_group: needs nn.BatchNorm1d or nn.BatchNorm2d, got {kind}")
+        else:
+            group_bn(child, group)
+    return model
+
+
+class _GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """BatchNorm over groups of images: a rank computes what several ranks with fewer images compute.
+
+    The running statistics move as the mean of those of ranks with one group each (SplitBatchNorm in the CIFAR
+    demonstration of github.com/facebookresearch/moco).
+    """
+
+    def __init__(self, like: nn.modules.batchnorm._BatchNorm, group: int) -> None:
+        super().__init__(like.num_features, like.eps, like.momentum, like.affine)
+        self.load_state_dict(like.state_dict())
+        self.group = group
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or len(x) <= self.group:
+            return super().forward(x)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        assert self.momentum is not None
+        parts = x.split(self.group)
+        means_GC, variances_GC = (s.repeat(len(parts), 1) for s in (self.running_mean, self.running_var))
+        normalised = [
+            F.batch_norm(part, mean_C, variance_C, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, mean_C, variance_C in zip(parts, means_GC, variances_GC, strict=True)
+        ]
+        with torch.no_grad():
+            self.running_mean.copy_(means_GC.mean(0))
+            self.running_var.copy_(variances_GC.mean(0))
+            self.num_batches_tracked.add_(1)
+        return torch.cat(normalised)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept any shape."""
 
 
 class _AllReduceSum(torch.autograd.Function):
@@ -127,8 +176,10 @@ class _SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
             assert self.momentum is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale.view(channels) + self.bias.view(channels)).to(dtype)
+        normalised = centred * torch.rsqrt(variance + self.eps).view(channels)
+        if self.affine:
+            normalised = normalised * self.weight.view(channels) + self.bias.view(channels)
+        return normalised.to(dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any shape."""

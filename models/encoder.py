@@ -1,4 +1,6 @@
-"""The encoder: a timm backbone, the two-layer projection head of SimCLR, MoCo v2 and AdCo, and BYOL's predictor."""
+"""The encoder: a timm backbone, the projection head of SimCLR, MoCo and AdCo, and BYOL's predictor."""
+
+from itertools import pairwise
 
 import timm
 import torch
@@ -15,7 +17,10 @@ class Encoder(nn.Module):
         *,
         dim: int = 128,
         hidden: int | None = None,
+        head_layers: int = 2,
         head_norm: bool = False,
+        head_final_norm: bool = False,
+        head_bias: bool = True,
         predictor: int | None = None,
         small_images: bool = False,
         stem_stride: int = 1,
@@ -27,8 +32,13 @@ class Encoder(nn.Module):
         Args:
             backbone: Any name that `timm.create_model` knows.
             dim: Dimensions of an embedding.
-            hidden: Width of the head's hidden layer; None for the number of the backbone's features.
-            head_norm: Whether the head's hidden layer has BatchNorm, as in SimCLR and BYOL but not in MoCo and AdCo.
+            hidden: Width of the head's hidden layers; None for the number of the backbone's features.
+            head_layers: Number of linear layers of the head.
+            head_norm: Whether the head's hidden layers have BatchNorm, as in SimCLR and BYOL but not in MoCo v2 and
+                AdCo.
+            head_final_norm: Whether head and predictor end with a BatchNorm without scale and bias (MoCo v3; SimCLR's
+                has a scale).
+            head_bias: Whether the last linear layers of head and predictor have a bias; never with head_final_norm.
             predictor: Width of the hidden layer of a predictor, a second head with BatchNorm on top of the first (BYOL,
                 arXiv 2006.07733, sec. 3.3); None for no predictor.
             small_images: Adapts the stem to images of about 32 pixels. A ResNet gets a 3 x 3 convolution and no max
@@ -58,8 +68,9 @@ class Encoder(nn.Module):
             _shrink_stem(self.backbone, backbone, stem_stride, stem_padding)
         # Some models (MobileNetV3) have a further layer after pooling.
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
-        self.head = _two_layers(features, hidden or features, dim, head_norm)
-        self.predictor = _two_layers(dim, predictor, dim, True) if predictor else None
+        widths = [features, *[hidden or features] * (head_layers - 1), dim]
+        self.head = _layers(widths, head_norm, head_final_norm, head_bias)
+        self.predictor = _layers([dim, predictor, dim], True, head_final_norm, head_bias) if predictor else None
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """Embed V views [B, 3, S_v, S_v] one after the other: unit rows [V * B, D], fp32.
@@ -76,12 +87,17 @@ class Encoder(nn.Module):
         return self.predictor(z_BD) if self.predictor else z_BD
 
 
-def _two_layers(inputs: int, hidden: int, outputs: int, norm: bool) -> nn.Sequential:
-    between: list[nn.Module] = [nn.BatchNorm1d(hidden)] if norm else []
+def _layers(widths: list[int], norm: bool, final_norm: bool, bias: bool) -> nn.Sequential:
+    """Return linear layers of these widths with ReLU between them."""
+    modules: list[nn.Module] = []
     # A bias before BatchNorm has no effect, since BatchNorm subtracts the mean.
-    return nn.Sequential(
-        nn.Linear(inputs, hidden, bias=not norm), *between, nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
-    )
+    for inputs, outputs in pairwise(widths[:-1]):
+        modules += [nn.Linear(inputs, outputs, bias=not norm)]
+        modules += [nn.BatchNorm1d(outputs)] if norm else []
+        modules += [nn.ReLU(inplace=True)]
+    modules += [nn.Linear(widths[-2], widths[-1], bias=bias and not final_norm)]
+    modules += [nn.BatchNorm1d(widths[-1], affine=False)] if final_norm else []
+    return nn.Sequential(*modules)
 
 
 def _shrink_stem(backbone: nn.Module, name: str, stride: int, padding: int) -> None:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
@@ -52,6 +52,18 @@ class Settings(BaseModel):
             "sync uses the global batch, local the images of each rank."
         ),
     )
+    bn_group: int | None = Field(
+        None,
+        ge=2,
+        description="Images of a rank that share BatchNorm statistics, so that one GPU with 256 images and groups of "
+        "32 trains as eight GPUs with 32 images each; null for all images of a micro-batch. Not for bn: sync.",
+    )
+
+    @model_validator(mode="after")
+    def _sync_has_no_groups(self) -> "Settings":
+        if self.bn_group and self.bn == "sync":
+            raise ValueError("bn_group: goes with bn: shuffle or local; bn: sync normalises over the global batch")
+        return self
 
     @property
     def negatives_class(self) -> type[Negatives] | None:
@@ -177,7 +189,7 @@ class Method:
         """Embed images [B, 3, S, S] with the teacher: unit rows [B, D]."""
         assert self.teacher is not None
         world_size = dist.get_world_size()
-        if self.settings.bn != "shuffle" or world_size == 1:
+        if self.settings.bn != "shuffle" or (world_size == 1 and not self.settings.bn_group):
             return self.teacher([images])
         route = plan_shuffle(len(images), dist.get_rank(), world_size, seed)
         return unshuffle(self.teacher([shuffle(images, route)]), route)

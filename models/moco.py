@@ -23,7 +23,7 @@ class Settings(method.Settings):
     symmetric: bool = Field(
         False,
         description=(
-            "Whether views 0 and 1 both give keys, with averaged losses and all keys entering the queue "
+            "Whether views 0 and 1 both give keys, with the sum of both losses and all keys entering the queue "
             "(the CIFAR demonstration of github.com/facebookresearch/moco), or view 0 only."
         ),
     )
@@ -57,12 +57,12 @@ class MoCo(Method):
     settings: Settings
 
     def loss(self, queries: Views, keys: Views) -> StepOutput:
-        """Compute MoCo, eq. 1, averaged over key views."""
+        """Compute MoCo, eq. 1: the mean over the queries of a key view, summed over key views."""
         assert self.negatives
         results = [
             contrast(queries_for_key(queries, j), k_BD, self.negatives, self.settings.temperature, batch_keys=False)
             for j, k_BD in keys.items()
         ]
-        loss = torch.cat([r.loss_N for r in results]).mean()
+        loss = torch.stack([r.loss_N.mean() for r in results]).sum()
         positive_N, hardest_N = torch.cat([r.positive_N for r in results]), torch.cat([r.hardest_N for r in results])
         return StepOutput(loss, method.similarity_metrics(loss, positive_N, hardest_N), list(keys.values()))

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from data.loader import train_batches
 from data.random import BANK, hash_counters
 from data.sources.base import Source
-from models.batchnorm import synchronise_bn
+from models.batchnorm import group_bn, synchronise_bn
 from models.encoder import Encoder
 from models.method import Method
 from models.negatives.base import make_mesh
@@ -30,7 +30,10 @@ def build_encoder(config: Config) -> Encoder:
         model.backbone,
         dim=model.dim,
         hidden=model.hidden,
+        head_layers=model.head_layers,
         head_norm=model.head_norm,
+        head_final_norm=model.head_final_norm,
+        head_bias=model.head_bias,
         predictor=model.predictor,
         small_images=model.small_images,
         stem_stride=model.stem_stride,
@@ -56,6 +59,8 @@ def build_method(config: Config, rank_info: RankInfo, student: Encoder | None = 
     student = student or build_encoder(config)
     if method.bn == "sync":
         synchronise_bn(student, device)
+    elif method.bn_group:
+        group_bn(student, method.bn_group)
     student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     precision = autocast_dtype(config, device) if bank.precision == "auto" else DTYPES[bank.precision]
     negatives = method.build_negatives(bank, config.model.dim, mesh, precision, config.run.seed)

@@ -91,9 +91,20 @@ class Model(Section):
     stem_padding: Literal[1, 2] = Field(1, description="Padding of the stem for small images; solo-learn has 2.")
     dim: int = Field(128, ge=2, description="Dimensions of the embeddings.")
     hidden: int | None = Field(
-        None, ge=1, description="Hidden units of the projection head; null for as many as the backbone's features."
+        None,
+        ge=1,
+        description="Units of each hidden layer of the projection head; null for as many as the backbone's features.",
     )
-    head_norm: bool = Field(False, description="Use BatchNorm in the projection head.")
+    head_layers: Literal[1, 2, 3] = Field(2, description="Linear layers of the projection head.")
+    head_norm: bool = Field(False, description="Use BatchNorm in the hidden layers of the projection head.")
+    head_final_norm: bool = Field(
+        False, description="End projection head and predictor with a BatchNorm without scale and bias (MoCo v3)."
+    )
+    head_bias: bool = Field(
+        True,
+        description="Give the last linear layers of projection head and predictor a bias; BYOL's have none. With "
+        "head_final_norm there is none in any case.",
+    )
     predictor: int | None = Field(None, ge=1, description="Hidden units of the student's predictor; null for none.")
     weights: PathText | None = Field(
         None, description="Run directory, pre-trained or imported, whose student initialises this run; null for none."
@@ -190,8 +201,11 @@ def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
             f"data.batch_size: {batch} does not divide among {world_size} ranks"
             + (f" times {accumulate} micro-batches (optim.accumulate)" if accumulate > 1 else "")
         )
-    if config.method.bn != "sync" and batch // (world_size * accumulate) < 2:
+    micro_batch, group = batch // (world_size * accumulate), config.method.bn_group
+    if config.method.bn != "sync" and micro_batch < 2:
         raise ValueError(f"data.batch_size: {batch} gives micro-batches of one image, BatchNorm needs at least 2")
+    if group and micro_batch > group and micro_batch % group:
+        raise ValueError(f"method.bn_group: groups of {group} do not divide the {micro_batch} images of a micro-batch")
     if negatives and (shards - 1) * -(-negatives // shards) >= negatives:
         raise ValueError(
             f"bank.size: {negatives} negatives do not give each of {shards} ranks at least one; "

@@ -108,6 +108,30 @@ def test_all_operations_match_the_cpu_backend_in_multi_crop(photos: Source) -> N
     assert np.median(found) <= 0.5
 
 
+OWN = (  # views with augmentations of their own, besides AUGMENT for all
+    View(size=64, augment=Augment(blur=1, flip=0, hue=0.5)),
+    View(size=48, augment=Augment(blur=0, gray=0, solarize=1)),
+    View(size=48),
+)
+AUGMENT = Augment(gray=1, flip=1)
+
+
+def test_views_with_their_own_augmentations_match_the_cpu_backend(photos: Source) -> None:
+    found = distances(photos, list(OWN), AUGMENT, batches=2, batch_size=40)
+    assert found.max() <= 4
+    assert np.median(found) <= 0.5
+
+
+@pytest.mark.parametrize("backend", ["cpu", "dali"])
+def test_views_with_their_own_augmentations_resume(small: Source, backend: str) -> None:
+    straight = make_batches(small, list(OWN), AUGMENT, backend, stop=5)
+    assert_same(make_batches(small, list(OWN), AUGMENT, backend, start=3, stop=5), straight[3:])
+    gray = [
+        all((v[..., 0] == v[..., 1]).all() for v in views) for views in zip(*(b.views for b in straight), strict=True)
+    ]
+    assert gray == [True, False, True]
+
+
 @pytest.mark.skipif(not FOLDER.is_dir(), reason=f"no photographs in {FOLDER}")
 def test_all_operations_on_other_photographs() -> None:
     source = open_source(FOLDER)

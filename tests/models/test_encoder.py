@@ -1,6 +1,7 @@
 """The encoder: what it gives for several views, and which backbones it takes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,36 @@ def test_head_and_predictor_with_batchnorm() -> None:
     view = torch.rand(5, 3, 32, 32)
     expected = nn.functional.normalize(encoder.predictor(encoder.head(encoder.backbone(view))), dim=1)
     torch.testing.assert_close(encoder([view]), expected)
+
+
+def kinds(layers: nn.Sequential) -> list[str]:
+    """Return the types of the layers without ReLU, and whether they have a bias."""
+    found = [layer for layer in layers if isinstance(layer, nn.Linear | nn.BatchNorm1d)]
+    return [type(layer).__name__ + ("" if layer.bias is None else "+bias") for layer in found]
+
+
+@pytest.mark.parametrize(
+    ("settings", "head", "predictor"),
+    [
+        ({"head_layers": 1}, ["Linear+bias"], None),  # MoCo's CIFAR demonstration
+        ({}, ["Linear+bias", "Linear+bias"], None),  # MoCo v2, AdCo
+        (  # BYOL
+            {"head_norm": True, "head_bias": False, "predictor": 6},
+            ["Linear", "BatchNorm1d+bias", "Linear"],
+            ["Linear", "BatchNorm1d+bias", "Linear"],
+        ),
+        (  # SimCLR, MoCo v3
+            {"head_layers": 3, "head_norm": True, "head_final_norm": True, "predictor": 6},
+            ["Linear", "BatchNorm1d+bias", "Linear", "BatchNorm1d+bias", "Linear", "BatchNorm1d"],
+            ["Linear", "BatchNorm1d+bias", "Linear", "BatchNorm1d"],
+        ),
+    ],
+)
+def test_heads_of_the_papers(settings: dict[str, Any], head: list[str], predictor: list[str] | None) -> None:
+    encoder = Encoder("resnet18", dim=8, hidden=24, backbone_args=RESNET, **settings)
+    assert kinds(encoder.head) == head
+    assert (kinds(encoder.predictor) if encoder.predictor else None) == predictor
+    assert encoder([torch.rand(5, 3, 32, 32)]).shape == (5, 8)
 
 
 def test_a_predictor_is_frozen_in_evaluation_and_learns_again_after_it() -> None:

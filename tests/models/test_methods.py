@@ -113,7 +113,7 @@ def info_nce(q: Tensor, k: Tensor, temperature: float, pairs: list[tuple[int, in
         positive = (q[i] * k[j]).sum(1, keepdim=True) / temperature
         logits = torch.cat([positive, q[i] @ n.T / temperature], 1)
         terms.append(nn.functional.cross_entropy(logits, torch.zeros(B, dtype=torch.int64)))
-    return torch.stack(terms).mean()
+    return torch.stack(terms).sum()
 
 
 def nearest_rows(q: Tensor, k: Tensor, temperature: float, large: float, small: float) -> Tensor:

@@ -5,7 +5,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from models.batchnorm import plan_shuffle, shuffle, synchronise_bn, unshuffle
+from models import adco
+from models.batchnorm import group_bn, plan_shuffle, shuffle, synchronise_bn, unshuffle
+from models.encoder import Encoder
+from models.negatives.bank import Bank
+from models.negatives.base import BankSettings, make_mesh
 from tests.ranks import run_ranks
 
 SEED = 7
@@ -107,6 +111,64 @@ def test_synchronised_batchnorm_is_batchnorm_of_the_global_batch(momentum: float
         )
     for rank in ranks:
         torch.testing.assert_close(rank, expected, rtol=1e-5, atol=1e-5)
+
+
+def run_grouped(momentum: float, rows: bool, group: int) -> dict[str, Tensor]:
+    """One step on this rank's share of the images; gradients and buffers as after averaging over ranks."""
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    network = group_bn(make_network(momentum, rows), group)
+    x = make_images(rows).chunk(world_size)[rank]
+    got = run_network(network, x, first_row=rank * len(x))
+    for name, value in got.items():
+        if name.startswith("gradient"):
+            dist.all_reduce(value)
+        elif "running" in name:
+            dist.all_reduce(value)
+            value /= world_size
+    return got
+
+
+@pytest.mark.parametrize(("momentum", "rows"), [(0.3, False), (0.0, False), (0.3, True)])
+def test_groups_on_one_rank_are_the_batches_of_several(momentum: float, rows: bool) -> None:
+    plain, grouped, whole = (
+        run_ranks(world_size, run_grouped, momentum, rows, group) for world_size, group in ((4, 2), (1, 2), (1, 8))
+    )
+    (one,) = grouped
+    for name in ("y", "dx"):
+        torch.testing.assert_close(one.pop(name), torch.cat([rank.pop(name) for rank in plain]))
+    torch.testing.assert_close(one, plain[0])
+    expected = run_network(make_network(momentum, rows), make_images(rows), first_row=0)
+    torch.testing.assert_close(whole[0], expected)  # a group of all images is plain BatchNorm
+    if momentum:
+        assert not torch.allclose(one["0.running_var"], expected["0.running_var"])
+
+
+def test_grouped_batchnorm_keeps_the_memory_format_and_refuses_other_kinds() -> None:
+    network = group_bn(make_network(), 4)
+    images = make_images().contiguous(memory_format=torch.channels_last)
+    assert network(images).is_contiguous(memory_format=torch.channels_last)
+    with pytest.raises(ValueError, match=r"bn_group: needs nn\.BatchNorm1d or nn\.BatchNorm2d, got BatchNorm3d"):
+        group_bn(nn.Sequential(nn.BatchNorm3d(4)), 2)
+
+
+def shuffled_keys(group: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """This rank's images of 8, their keys of a method with `bn: shuffle`, and the running variance."""
+    torch.manual_seed(0)
+    student = Encoder("resnet18", dim=8, backbone_args={"channels": (8, 8, 8, 16), "layers": (1, 1, 1, 1)})
+    if group:
+        group_bn(student, group)
+    settings = adco.Settings(bn_group=group)
+    bank = Bank(BankSettings(size=8), 8, make_mesh("sharded", torch.device("cpu"), 1))
+    method = settings.make(student, bank)
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    images = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(2)).chunk(world_size)[rank]
+    return images, method.keys(images, seed=5), method.teacher([images])  # type: ignore[misc]
+
+
+def test_keys_of_one_rank_with_groups_are_those_of_several_ranks() -> None:
+    several, ((_, keys, unshuffled),) = run_ranks(4, shuffled_keys, None), run_ranks(1, shuffled_keys, 2)
+    torch.testing.assert_close(keys, torch.cat([k for _, k, _ in several]), rtol=1e-4, atol=1e-5)
+    assert (keys - unshuffled).abs().max() > 1e-2  # the shuffle changes the groups
 
 
 def evaluate_synchronised() -> tuple[Tensor, Tensor]:

@@ -22,7 +22,6 @@ from data.normalize import normalize
 from data.order import batch_samples
 from data.settings import DataSettings
 from data.sources.base import Source
-from data.views import Augment
 from trainer import distributed
 from trainer.bench import harness, pil
 from trainer.bench.synthetic import build_step, frozen_rates, random_views
@@ -181,14 +180,14 @@ def _operation_costs(source: Source, data: DataSettings, device: torch.device, r
     """
     clock = time.perf_counter if device.type == "cuda" else time.process_time
     samples = batch_samples(len(source), 0, 0, data.batch_size, 0, 1)[1].tolist()
-    levels = _augment_levels(data.augment)
+    levels = _augment_levels(data)
 
     def cost(action: Callable[[], object], images: int = data.batch_size) -> float:
         action()
         return 1e3 * statistics.median(harness.seconds(action, device, clock) for _ in range(repeats)) / images
 
-    def cost_of_batches(name: Backend, level: Augment) -> float:
-        batches = _batches(name, source, data.model_copy(update={"augment": level, "workers": 0}), device)
+    def cost_of_batches(name: Backend, level: DataSettings) -> float:
+        batches = _batches(name, source, level, device)
         return cost(lambda: [next(batches) for _ in range(2)], 2 * data.batch_size)
 
     threads = torch.get_num_threads()
@@ -200,7 +199,7 @@ def _operation_costs(source: Source, data: DataSettings, device: torch.device, r
     pil_decode = cost(lambda: [np.asarray(pil.decode(source, i)) for i in samples])
     pil_blank = [Image.new("RGB", (view.size, view.size)) for view in data.views] * data.batch_size
     pil_normalise = cost(lambda: [pil.NORMALIZE(image) for image in pil_blank])
-    pil_made = [cost(partial(pil.Views(source, data, level).make, samples)) - pil_normalise for level in levels]
+    pil_made = [cost(partial(pil.Views(source, level).make, samples)) - pil_normalise for level in levels]
     costs = {"pil": _differences(read, pil_decode, pil_made, pil_normalise)}
     for name in BACKENDS:
         decoded = read if name == "dali" and device.type == "cuda" else decode
@@ -209,13 +208,16 @@ def _operation_costs(source: Source, data: DataSettings, device: torch.device, r
     return costs
 
 
-def _augment_levels(augment: Augment) -> list[Augment]:
-    """Return the augmentation with no operation after the crop, and then with one more enabled each time."""
-    enabled = {key: 0.0 for keys in OPERATIONS.values() for key in keys}
-    levels = [augment.model_copy(update=enabled)]
-    for keys in OPERATIONS.values():
-        enabled |= {key: getattr(augment, key) for key in keys}
-        levels.append(augment.model_copy(update=enabled))
+def _augment_levels(data: DataSettings) -> list[DataSettings]:
+    """Return the settings with no operation after the crop, and then with one more enabled each time."""
+    disabled = {key: 0.0 for keys in OPERATIONS.values() for key in keys}
+    levels = []
+    for keys in ((), *OPERATIONS.values()):
+        disabled = {key: zero for key, zero in disabled.items() if key not in keys}
+        views = tuple(v.model_copy(update={"augment": v.augment.model_copy(update=disabled)}) for v in data.views)
+        levels.append(
+            data.model_copy(update={"augment": data.augment.model_copy(update=disabled), "views": views, "workers": 0})
+        )
     return levels
 
 

@@ -29,7 +29,7 @@ NORMALIZE = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN
 def batches(source: Source, data: DataSettings, device: torch.device) -> Iterator[list[Tensor]]:
     """Iterate without end over batches of normalised views on the device, float32 [B, 3, S, S] each."""
     loader = DataLoader(
-        Views(source, data, data.augment),
+        Views(source, data),
         batch_sampler=_Order(len(source), data.batch_size),
         num_workers=WORKERS,
         multiprocessing_context=fork_server([]),
@@ -49,8 +49,9 @@ def decode(source: Source, i: int) -> Image.Image:
 class Views(Dataset[list[Tensor]]):
     """Normalised views of an image, float32 [3, S, S] each."""
 
-    def __init__(self, source: Source, data: DataSettings, augment: Augment) -> None:
-        self.source, self.transforms = source, [_transform(view, augment) for view in data.views]
+    def __init__(self, source: Source, data: DataSettings) -> None:
+        self.source = source
+        self.transforms = [_transform(view, view.own_augment(data.augment)) for view in data.views]
 
     def __getitem__(self, i: int) -> list[Tensor]:
         image = decode(self.source, i)

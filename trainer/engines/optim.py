@@ -110,10 +110,11 @@ class FlatLayout(NamedTuple):
 
 
 class Lars(torch.optim.Optimizer):
-    """LARS (arXiv 1708.03888): SGD whose step is scaled, tensor by tensor, by eta |w| / (|g| + decay |w|).
+    """LARS (arXiv 1708.03888): SGD whose step is scaled, tensor by tensor, by eta |w| / |g + decay w|.
 
-    Groups without weight decay take plain SGD steps. The result is that of timm's Lars. Here parameters may be sharded:
-    DTensors, or flat tensors whose layout is in `layouts`. One reduction per group gives the norms of all tensors.
+    This is the ratio in the code of SimCLR, BYOL and MoCo v3; the paper's has |g| + decay |w| below the line. Groups
+    without weight decay take plain SGD steps. Parameters may be sharded: DTensors, or flat tensors whose layout is in
+    `layouts`. One reduction per group gives the norms of all tensors.
     """
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0, eta: float = 1e-3) -> None:
@@ -148,6 +149,8 @@ class Lars(torch.optim.Optimizer):
         if not tensors:
             return
         decay, momentum = group["weight_decay"], group["momentum"]
+        if decay and weights:
+            grads = list(torch._foreach_add(grads, weights, alpha=decay))
         if decay:
             norms = torch.zeros(2, tensors, device=local(group["params"][0]).device)
             if weights:
@@ -156,12 +159,11 @@ class Lars(torch.optim.Optimizer):
             if ranks is not None:
                 dist.all_reduce(norms, group=ranks)
             w_T, g_T = norms.sqrt()
-            ratio_T = group["eta"] * w_T / (g_T + decay * w_T + 1e-8)
+            ratio_T = group["eta"] * w_T / g_T
             ratio_T = torch.where((w_T > 0) & (g_T > 0), ratio_T, 1.0)
         if not weights:
             return
         if decay:
-            grads = list(torch._foreach_add(grads, weights, alpha=decay))
             torch._foreach_mul_(grads, [ratio_T[index] for index in indices])
         if momentum:
             torch._foreach_mul_(momenta, momentum)

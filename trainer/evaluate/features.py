@@ -73,7 +73,13 @@ def forward_images(
     dtype = autocast_dtype(config, device)
     unreadable: list[tuple[int, str]] = []
     for batch in eval_batches(
-        source, samples, image_size(config), config.eval.batch_size, config.data.workers_for(device), crops
+        source,
+        samples,
+        image_size(config),
+        config.eval.batch_size,
+        config.data.workers_for(device),
+        crops,
+        config.eval.crop,
     ):
         unreadable += batch.unreadable
         if len(batch.samples):

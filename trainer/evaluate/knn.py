@@ -40,6 +40,14 @@ class Settings(Section):
     size: int | None = Field(
         None, ge=8, description="Side of the images in pixels, in every evaluation; null: that of the first view."
     )
+    crop: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Side of the central crop as a share of the shorter side, in every evaluation; null: 0.875 for "
+        "images larger than `size`, 1 for others. 0.875 also enlarges the small images of ImageNet, as torchvision "
+        "does.",
+    )
 
 
 def _folder_name(config: "Config", trained: "Config") -> str:

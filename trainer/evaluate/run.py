@@ -96,6 +96,7 @@ def evaluate(
             "backbone": checksum,
             "size": image_size(config),
             "precision": config.run.precision,
+            **({"crop": config.eval.crop} if config.eval.crop else {}),
             **evaluator.settings(config),
             **{name: fingerprint(source) for name, source in sources.items()},
         }

@@ -242,7 +242,7 @@ def write_folder(export: Export, folder: Path) -> str:
         "mean": MEAN,
         "std": STD,
         "interpolation": "bilinear",
-        "crop_pct": 224 / 256,  # as `data.cpu.render_center` crops
+        "crop_pct": export.config.eval.crop or 224 / 256,  # as `data.cpu.render_center` crops
     }
     timm.models.save_for_hf(network, str(folder), safe_serialization=True, data_config=data)
     # safetensors creates files that only their owner can read.

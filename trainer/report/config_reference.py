@@ -137,7 +137,7 @@ def _entries() -> list[Entry]:
     variants: dict[str, list[str]] = {}  # all variants of each union
     for key in walk_keys(Config):
         section, _, inner = key.name.partition(".")
-        if not inner:
+        if not inner or inner.startswith("views.augment."):  # those are the keys of data.augment, which has the texts
             continue
         texts = (key.name, _type(key.field), _default(key.field), str(key.field.description))
         entry = found.setdefault(texts, Entry(*texts, key.resumable, []))

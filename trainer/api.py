@@ -61,7 +61,7 @@ class Pretrained(NamedTuple):
         Returns:
             float32 [3, S, S] in host memory; S is eval.size, or the size of the first view.
         """
-        view = render_center(to_pixels(image), image_size(self.config))
+        view = render_center(to_pixels(image), image_size(self.config), self.config.eval.crop)
         return normalize(torch.from_numpy(view)[None], torch.device("cpu"))[0]
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data.views import LUMA, ViewParams, color_matrix, crop_box
+from data.views import ViewParams, color_matrix, crop_box
 
 Image = NDArray[np.uint8]
 
@@ -68,7 +68,7 @@ def render(image: Image, params: ViewParams, i: int, size: int) -> Image:
     if params.hue[i]:
         view = rotate_hue(view, float(params.hue[i]))
     if params.gray[i]:
-        view = cv2.transform(view, np.tile(LUMA, (3, 1)))
+        view = cv2.cvtColor(cv2.cvtColor(view, cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     sigma = float(params.sigma[i])
     if sigma > 0:
         window = 2 * math.ceil(3 * sigma) + 1

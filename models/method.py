@@ -19,8 +19,8 @@ from torch.profiler import record_function
 
 import kernels
 from models.batchnorm import plan_shuffle, shuffle, unshuffle
-from models.collapse import embedding_spread
 from models.encoder import Encoder
+from models.health import embedding_spread
 from models.negatives.base import BankSettings, Negatives
 from models.teacher import make_teacher
 

@@ -41,8 +41,8 @@ class Task(Protocol):
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """Train on one batch; steps count from 1. Returns this rank's metrics. Raises NotFinite on all ranks."""
 
-    def log_values(self, step: int) -> dict[str, float]:
-        """Return further values for the row of the log after `step`."""
+    def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
+        """Return further values for the row of the log after `step`, which has the averages of `step`'s metrics."""
 
     def describe_failure(self, error: NotFinite, batch: Batch, step: int) -> str:
         """Keep what is needed to repeat a step that was not finite, and say what the user can do."""
@@ -170,7 +170,7 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                         f"step {step}: not finite: {values}; checkpoints stay as they are; "
                         "a lower learning rate may help"
                     )
-                values |= task.log_values(step) | throughput.take(step) | peak_memory(rank_info.device)
+                values |= task.log_values(step, values) | throughput.take(step) | peak_memory(rank_info.device)
                 metrics.log({**settings.position(step), **values, "unreadable": unreadable.total()})
                 seen = min((step - start) * settings.batch_size, settings.num_images)
                 unreadable.check_limit(seen, settings.max_unreadable)

@@ -15,7 +15,7 @@ from data.loader import train_batches
 from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
 from data.sources.base import Source
-from models.collapse import describe_collapse
+from models.health import HealthCheck
 from trainer import distributed
 from trainer.build import full_student, initialise_negatives
 from trainer.config import Config
@@ -99,7 +99,7 @@ class Pretraining:
         self.phases, self.flops = train_step.phases, step_flops(config)
         self.rates = rates_at(config, 0, steps)
         self.views: list[Tensor] = []
-        self.collapsed: str | None = None
+        self.health = HealthCheck()
 
     def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
         """See `trainer.loop.Task.step`."""
@@ -108,13 +108,12 @@ class Pretraining:
         self.rates = rates_at(self.config, step - 1, self.steps)
         return self.train_step.step(self.views, self._seed(step), self.rates)
 
-    def log_values(self, step: int) -> dict[str, float]:
-        """Return the method's own metrics and the rates, and warn once if the embeddings have collapsed."""
+    def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
+        """Return the method's own metrics and the rates, and warn once of each sign that the run does not learn."""
         values = self.train_step.method.metrics()
-        if not self.collapsed and (found := describe_collapse(values)):
-            self.collapsed = found
+        for sign in self.health.new_signs(averages | values):
             if self.rank_info.rank == 0:
-                log.warning("step %d: %s", step, found)
+                log.warning("step %d: %s", step, sign)
         return values | self.rates._asdict()
 
     def describe_failure(self, error: NotFinite, batch: Batch, step: int) -> str:

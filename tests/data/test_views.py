@@ -269,7 +269,7 @@ def color_steps(picture: NDArray[np.uint8], p: ViewParams, order: tuple[str, ...
     return rgb
 
 
-@pytest.mark.parametrize("order", permutations(["brightness", "contrast", "saturation"]))
+@pytest.mark.parametrize("order", list(permutations(["brightness", "contrast", "saturation"])))
 def test_color_matrix_equals_the_steps_in_any_order(order: tuple[str, ...]) -> None:
     picture = photograph(40, 50)
     p = moved(brightness=1.3, contrast=0.7, saturation=1.35, hue=0.5, gray=1)

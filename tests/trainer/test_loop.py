@@ -43,7 +43,7 @@ class Counter:
             os.kill(os.getpid(), signal.SIGUSR1)
         return {"loss": torch.tensor(float("inf") if step == self.infinite_at else float(step))}
 
-    def log_values(self, step: int) -> dict[str, float]:
+    def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
         self.events.append(f"log {step}")
         return {"extra": 2.0 * step}
 

@@ -121,7 +121,7 @@ class ClassifierTraining:
             update(self.optimizer, [grads], norm, None, self.scale, self.lr(step - 1))
         return {"loss": loss.detach(), "top1": (logits_BC.argmax(1) == labels_B).float().mean()}
 
-    def log_values(self, step: int) -> dict[str, float]:
+    def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
         """See `trainer.loop.Task.log_values`."""
         return {"lr": self.lr(step - 1)}
 

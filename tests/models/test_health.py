@@ -1,11 +1,11 @@
-"""The watch for collapse: what it measures, on one rank and several, and when it speaks."""
+"""The signs that a run does not learn: what is measured, on one rank and several, and when a sign is named."""
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from models.collapse import describe_collapse, embedding_spread
+from models.health import HealthCheck, describe_collapse, embedding_spread
 from tests.ranks import run_ranks
 
 N, D = 600, 16
@@ -42,3 +42,35 @@ def test_spread_is_that_of_all_ranks() -> None:
     for several in run_ranks(3, measure):
         for found, expected in zip(several, alone, strict=True):
             assert found == pytest.approx(expected, abs=1e-6)
+
+
+HEALTHY = {
+    "feature_std": 0.8, "effective_rank": 20.0, "adversary_grad_norm": 4e-5, "bank_share": 0.65, "bank_norm": 0.9,
+    "pretext_top1": 0.85,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"adversary_grad_norm": 2e-14}, ["no weight", "2e-14", "bank.init=keys", "bank.temperature"]),
+        ({"bank_share": 0.99}, ["same weight", "bank.lr"]),
+        ({"bank_norm": 0.002}, ["drifted", "0.002", "bank.weight_decay"]),
+        ({"bank_norm": 3e4}, ["drifted", "3e+04", "bank.lr"]),
+        ({"pretext_top1": 0.99}, ["too easy", "99.0%", "bank.temperature"]),
+    ],
+)
+def test_a_sign_is_named_once_after_it_lasted(changes: dict[str, float], words: list[str]) -> None:
+    check, bad = HealthCheck(), HEALTHY | changes
+    said = [check.new_signs(row) for row in (HEALTHY, bad, bad, HEALTHY, bad, bad, bad, bad, HEALTHY, bad, bad, bad)]
+    assert [len(signs) for signs in said] == [0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0]
+    assert all(word in said[6][0] for word in words)
+
+
+def test_a_collapse_is_named_at_once_and_methods_without_negatives_have_no_other_sign() -> None:
+    check = HealthCheck()
+    assert check.new_signs({"feature_std": 0.9, "effective_rank": 9.0}) == []
+    (sign,) = check.new_signs({"feature_std": 0.01, "effective_rank": 9.0})
+    assert "collapsed" in sign
+    assert "model.predictor" in sign
+    assert check.new_signs({"feature_std": 0.01, "effective_rank": 9.0}) == []

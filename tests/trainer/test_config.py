@@ -377,7 +377,10 @@ def test_the_engine_decides_which_keys_there_are(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["method.name=mocco"], "method.name: got 'mocco', need one of 'adco', 'caco', 'acssl', 'moco', 'simclr', 'byol'"),
+        (
+            ["method.name=mocco"],
+            "method.name: got 'mocco', need one of 'adco', 'caco', 'acssl', 'moco', 'simclr', 'byol'",
+        ),
         (["method.name=moco", "method.symetric=true"], "method.symetric: unknown key, did you mean method.symmetric?"),
         (["method.name=byol", "method.symmetric=true"], "method.symmetric: unknown key"),
         (["method.symetric=true"], "method.symetric: unknown key, did you mean method.symmetric?"),

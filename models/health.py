@@ -36,12 +36,20 @@ def embedding_spread(z_ND: Tensor) -> dict[str, float]:
     gram_DD, sum_D = sums[:-1].cpu(), sums[-1].cpu()
     num_rows, dim = len(z_ND) * dist.get_world_size(), z_ND.shape[1]
     variance_D = gram_DD.diagonal() / num_rows - (sum_D / num_rows).square()
-    share_D = torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt()
-    share_D = share_D / share_D.sum()
     return {
         "feature_std": float(variance_D.clamp(min=0).sqrt().mean()) * math.sqrt(dim),
-        "effective_rank": math.exp(float(torch.special.entr(share_D).sum())),
+        "effective_rank": _rank_of(torch.linalg.eigvalsh(gram_DD).clamp(min=0).sqrt()),
     }
+
+
+@torch.no_grad()
+def effective_rank(x_ND: Tensor) -> float:
+    """Return the effective rank of this rank's rows, see `embedding_spread`."""
+    return _rank_of(torch.linalg.svdvals(x_ND.double()).cpu())
+
+
+def _rank_of(singular_values: Tensor) -> float:
+    return math.exp(float(torch.special.entr(singular_values / singular_values.sum()).sum()))
 
 
 class HealthCheck:

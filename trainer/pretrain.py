@@ -23,6 +23,7 @@ from trainer.distributed import RankInfo
 from trainer.engines.base import NotFinite
 from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate import knn
+from trainer.evaluate.spread import measure_spread
 from trainer.interop.weights import load_encoder
 from trainer.loop import LoopSettings, device_name, train
 from trainer.ops import replay
@@ -127,11 +128,15 @@ class Pretraining:
         return self.train_step.state(step)
 
     def evaluate(self) -> Row:
-        """Return the kNN accuracy on the validation images."""
+        """Return the kNN accuracy on the validation images, and on rank 0 the spread of their features."""
         assert self.validation is not None
         self.train_step.method.average_buffers()
         student = full_student(self.train_step.method, self.train_step.engine, self.config, self.rank_info)
-        return {"knn": knn.evaluate(student, self.training, self.validation, self.rank_info.device, self.config)}
+        device = self.rank_info.device
+        row: Row = {"knn": knn.evaluate(student, self.training, self.validation, device, self.config)}
+        if self.rank_info.rank == 0:
+            row |= measure_spread(student, self.validation, device, self.config)
+        return row
 
     def _seed(self, step: int) -> int:
         return int(hash_counters(self.config.run.seed, NETWORK, step)[0] >> np.uint64(2))

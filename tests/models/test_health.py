@@ -5,7 +5,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from models import adco
 from models.health import HealthCheck, describe_collapse, embedding_spread
+from models.negatives.bank import Bank
+from models.negatives.base import BankSettings, make_mesh
 from tests.ranks import run_ranks
 
 N, D = 600, 16
@@ -74,3 +77,49 @@ def test_a_collapse_is_named_at_once_and_methods_without_negatives_have_no_other
     assert "collapsed" in sign
     assert "model.predictor" in sign
     assert check.new_signs({"feature_std": 0.01, "effective_rank": 9.0}) == []
+
+
+def provoke(kind: str) -> list[str]:
+    """Return the signs after four steps of AdCo whose bank is made to fail, or "fine"."""
+    generator = torch.Generator().manual_seed(0)
+    q_BD = nn.functional.normalize(torch.randn(8, D, generator=generator), dim=1)
+    k_BD = nn.functional.normalize(q_BD + 0.5 * torch.randn(8, D, generator=generator), dim=1)
+    rows = {
+        "fine": q_BD.repeat(3, 1) + 0.4 * torch.randn(24, D, generator=generator),
+        "no weight": -q_BD.mean(0).repeat(24, 1),
+        "equal weight": q_BD.mean(0).repeat(24, 1),
+        "norm": -q_BD.mean(0).repeat(24, 1),
+        "too easy": torch.randn(24, D, generator=generator),
+    }[kind]
+    positive = q_BD if kind in ("no weight", "norm", "too easy") else k_BD
+    settings = BankSettings(
+        size=24, temperature=0.02 if kind in ("no weight", "norm") else 0.1, weight_decay=30.0, momentum=0
+    )
+    bank = Bank(settings, D, make_mesh("sharded", torch.device("cpu"), 1))
+    bank.fill(nn.functional.normalize(rows, dim=1))
+    method = adco.AdCo(nn.Identity(), adco.Settings(batch_keys=kind == "no weight"), bank)  # type: ignore[arg-type]
+    check, signs = HealthCheck(), []
+    for _ in range(5):
+        output = method.loss({1: q_BD.clone().requires_grad_()}, {0: positive})
+        method.update_negatives([output.negatives_update], 0.0333 if kind == "norm" else 0.0, seed=0)
+        averages = {name: float(value) for name, value in output.metrics.items()}
+        signs += check.new_signs(averages | bank.metrics())
+    return signs
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("fine", []),
+        ("no weight", ["no weight"]),
+        ("equal weight", ["same weight"]),
+        ("norm", ["drifted"]),
+        ("too easy", ["too easy"]),
+    ],
+)
+def test_a_bank_that_fails_is_named(kind: str, words: list[str]) -> None:
+    (signs,) = run_ranks(1, provoke, kind)
+    for word in words:
+        assert sum(word in sign for sign in signs) == 1, signs
+    if not words:
+        assert signs == []

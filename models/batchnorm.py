@@ -88,7 +88,10 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
 
 
 def group_bn(model: nn.Module, group: int) -> nn.Module:
-    """Make every BatchNorm of the model normalise over groups of consecutive images instead of the whole batch."""
+    """Make every BatchNorm normalise over groups of at most `group` consecutive images instead of the whole batch.
+
+    Groups are as equal as possible.
+    """
     for name, child in model.named_children():
         if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
             setattr(model, name, _GroupBatchNorm(child, group))
@@ -119,7 +122,7 @@ class _GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
-        parts = x.split(self.group)
+        parts = x.tensor_split(-(-len(x) // self.group))
         means_GC, variances_GC = (s.repeat(len(parts), 1) for s in (self.running_mean, self.running_var))
         normalised = [
             F.batch_norm(part, mean_C, variance_C, self.weight, self.bias, True, self.momentum, self.eps)

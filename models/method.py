@@ -55,8 +55,9 @@ class Settings(BaseModel):
     bn_group: int | None = Field(
         None,
         ge=2,
-        description="Images of a rank that share BatchNorm statistics, so that one GPU with 256 images and groups of "
-        "32 trains as eight GPUs with 32 images each; null for all images of a micro-batch. Not for bn: sync.",
+        description="Largest number of images of a rank that share BatchNorm statistics, so that one GPU with 256 "
+        "images and groups of 32 trains as eight GPUs with 32 images each; null for all images of a micro-batch. Not "
+        "for bn: sync.",
     )
 
     @model_validator(mode="after")

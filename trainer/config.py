@@ -201,11 +201,8 @@ def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
             f"data.batch_size: {batch} does not divide among {world_size} ranks"
             + (f" times {accumulate} micro-batches (optim.accumulate)" if accumulate > 1 else "")
         )
-    micro_batch, group = batch // (world_size * accumulate), config.method.bn_group
-    if config.method.bn != "sync" and micro_batch < 2:
+    if config.method.bn != "sync" and batch // (world_size * accumulate) < 2:
         raise ValueError(f"data.batch_size: {batch} gives micro-batches of one image, BatchNorm needs at least 2")
-    if group and micro_batch > group and micro_batch % group:
-        raise ValueError(f"method.bn_group: groups of {group} do not divide the {micro_batch} images of a micro-batch")
     if negatives and (shards - 1) * -(-negatives // shards) >= negatives:
         raise ValueError(
             f"bank.size: {negatives} negatives do not give each of {shards} ranks at least one; "

@@ -146,6 +146,10 @@ def test_groups_on_one_rank_are_the_batches_of_several(momentum: float, rows: bo
 def test_grouped_batchnorm_keeps_the_memory_format_and_refuses_other_kinds() -> None:
     network = group_bn(make_network(), 4)
     images = make_images().contiguous(memory_format=torch.channels_last)
+    whole = network(images)
+    thirds = group_bn(make_network(), 3)(images)  # groups of 3, 3 and 2 of 8 images
+    torch.testing.assert_close(thirds[6:], make_network()(images[6:]))
+    assert whole.shape == thirds.shape
     assert network(images).is_contiguous(memory_format=torch.channels_last)
     with pytest.raises(ValueError, match=r"bn_group: needs nn\.BatchNorm1d or nn\.BatchNorm2d, got BatchNorm3d"):
         group_bn(nn.Sequential(nn.BatchNorm3d(4)), 2)

@@ -14,8 +14,10 @@ cores=$(nproc) # before OMP_NUM_THREADS is set: nproc heeds it
 export OMP_NUM_THREADS=1
 mkdir -p "$runs"
 
-# Narrower than the recipes' network, to fit two cores; else as in the recipes.
-common=(data.train="$data/train" data.val="$data/test" data.workers=0 run.precision=bf16 model.stem_stride=2
+# Narrower than the recipes' network, to fit two cores, and the same head, batches and crops for all, which MoCo's recipe
+# would change; else as in the recipes.
+common=(data.batch_size=256 data.views='[{size: 32}, {size: 32}]' model.head_layers=2 method.bn_group=null
+    data.train="$data/train" data.val="$data/test" data.workers=0 run.precision=bf16 model.stem_stride=2
     model.backbone_args='{channels: [16, 64, 128, 256], layers: [1, 1, 1, 1]}')
 methods=(adco acssl moco simclr byol)
 rates=(0.06 0.12 0.24)

@@ -39,7 +39,6 @@ from data.views import LUMA
 
 log = logging.getLogger(__name__)
 
-NEXT_CHANNEL, PREVIOUS_CHANNEL = [0, 1, 0, 0, 0, 1, 1, 0, 0], [0, 0, 1, 1, 0, 0, 0, 1, 0]  # matrices, row by row
 SOLARIZED = [min(value, 255 - value) for value in range(256)]
 MAX_FAILURES = 10  # in a row, before an error is attributed to DALI instead of an image
 
@@ -87,6 +86,8 @@ def _view(
     offset: DataNode,
     shift: DataNode,
     rotated: DataNode,
+    double: DataNode,
+    slope: DataNode,
     turn: DataNode,
     gray: DataNode,
     sigma: DataNode,
@@ -107,7 +108,9 @@ def _view(
             an argument of the first transform it would have to be in host memory, for which the host would wait.
         shift: [3], see `linear`.
         rotated: Whether to change the hue.
-        turn: [3, 3], the identity times the angle of the hue in sixths of a turn.
+        double: See `_rotate_hue`, as for `slope` and `turn`.
+        slope: See `double`.
+        turn: See `double`.
         gray: Whether to take the luma.
         sigma: Standard deviation of the blur in pixels; 0 for no blur.
         solarize: Whether to solarize.
@@ -125,7 +128,7 @@ def _view(
         color = fn.coord_transform(view, M=linear, T=shift) + fn.coord_transform(mean, M=offset)
         view = fn.cast(dali_math.clamp(color, 0.0, 255.0), dtype=types.UINT8)
     if rotated:
-        view = _rotate_hue(view, turn)
+        view = _rotate_hue(view, double, slope, turn)
     if gray:
         view = fn.coord_transform(view, M=3 * LUMA.tolist(), dtype=types.UINT8)
     if sigma > 0:
@@ -159,28 +162,29 @@ class _Feed:
         return torch.from_numpy(shown.copy()), batch.unreadable
 
 
-def _rotate_hue(view: DataNode, turn: DataNode) -> DataNode:
+def _rotate_hue(view: DataNode, double: DataNode, slope: DataNode, turn: DataNode) -> DataNode:
     """Turn the hue in HSV, without HSV: DALI has no such operator, and each of its arithmetic operators is a pass.
 
-    In HSV, a channel x of a pixel with minimum m and chroma c is m + clamp(t, 0, c). Here t is a triangular wave of the
-    hue with period 6 and values from -c to 2 c, whose slope is c or -c for each sixth of a turn. From the pixel's
-    channels, t = 2 x - m - clamp(x, low, high), where low and high are the minimum and maximum of the other two, and t
-    falls where the next of the channels RGB is not below the one before. So a rotation moves t along its slope and
-    reflects it at its ends.
+    Thirds of a turn permute the channels, and at most a sixth remains. In HSV, a channel x of a pixel with minimum m
+    and chroma c is m + clamp(t, 0, c). Here t is a triangular wave of the hue, whose slope is c or -c for each sixth of
+    a turn. From the pixel's channels, t = 2 x - m - median, and t falls where the next of the channels RGB is not below
+    the one before. A rotation moves t along its slope. At its peak of 2 c and its trough of -c the wave should turn
+    back, but there the clamp gives the same.
 
     Args:
         view: uint8 [S, S, 3].
-        turn: [3, 3], the identity times the angle in sixths of a turn.
+        double: [3, 3], twice the permutation of the channels.
+        slope: [3, 3], twice the differences of the next and the previous channel after the permutation.
+        turn: [1, 1], the remaining angle in sixths of a turn.
     """
-    x = fn.cast(view, dtype=types.FLOAT)
-    after, before = fn.coord_transform(view, M=NEXT_CHANNEL), fn.coord_transform(view, M=PREVIOUS_CHANNEL)
-    low, high = dali_math.min(after, before), dali_math.max(after, before)
-    minimum = dali_math.min(x, low)
-    chroma = dali_math.max(x, high) - minimum
-    falls = dali_math.clamp(2 * (after - before) + 1, -1, 1)  # 1 or -1, because channels are whole numbers
-    t = 2 * x - minimum - dali_math.clamp(x, low, high) - falls * fn.coord_transform(chroma, M=turn)
-    t = dali_math.max(dali_math.min(t, 4 * chroma - t), -2 * chroma - t)
-    return fn.cast(minimum + dali_math.clamp(t, 0, chroma), dtype=types.UINT8)
+    red, green, blue = (view[:, :, c : c + 1] for c in range(3))
+    low, high = dali_math.min(red, green), dali_math.max(red, green)
+    minimum, median = dali_math.min(low, blue), dali_math.clamp(blue, low, high)
+    chroma = dali_math.max(high, blue) - minimum
+    falls = dali_math.clamp(fn.coord_transform(view, M=slope, T=1.0), -1, 1)  # 1 or -1: channels are whole numbers
+    t = fn.coord_transform(view, M=double) - (fn.cast(median, dtype=types.FLOAT) + minimum)
+    t = t - falls * fn.coord_transform(chroma, M=turn)
+    return fn.cast(dali_math.clamp(t, 0, chroma) + minimum, dtype=types.UINT8)
 
 
 def _or_placeholder(

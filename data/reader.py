@@ -35,6 +35,8 @@ PER_VIEW = (
     ("f4", (3,)),
     ("?", ()),
     ("f4", (3, 3)),
+    ("f4", (3, 3)),
+    ("f4", (1, 1)),
     ("?", ()),
     ("f4", ()),
     ("?", ()),
@@ -131,6 +133,9 @@ def _view_inputs(params: ViewParams, boxes: NDArray[np.int64]) -> Iterator[NDArr
     """Yield one array [B, …] for each input of a view, with the types of PER_VIEW."""
     boxes_B4 = boxes.astype(np.float32)
     offset_B33 = params.color_offset[:, None, None] * np.broadcast_to(LUMA, (3, 3))
+    sixths_B = 6 / (2 * np.pi) * params.hue
+    thirds_B = np.round(sixths_B / 2).astype(np.int64)
+    permutation_B33 = np.stack([np.roll(np.eye(3), third, axis=0) for third in range(3)])[thirds_B % 3]
     arrays = (
         boxes_B4[:, :2],
         boxes_B4[:, :2] + boxes_B4[:, 2:],
@@ -140,7 +145,9 @@ def _view_inputs(params: ViewParams, boxes: NDArray[np.int64]) -> Iterator[NDArr
         offset_B33,
         np.repeat(params.color_shift[:, None], 3, axis=1),
         params.hue != 0,
-        6 / (2 * np.pi) * params.hue[:, None, None] * np.eye(3),
+        2 * permutation_B33,
+        2 * (np.roll(permutation_B33, -1, axis=1) - np.roll(permutation_B33, 1, axis=1)),
+        (sixths_B - 2 * thirds_B)[:, None, None],
         params.gray,
         params.sigma,
         params.solarize,

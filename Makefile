@@ -2,48 +2,59 @@
 # make test    the same set-up, then all tests but the slow ones: minutes, every part of the program
 # make help    all targets
 #
-# The set-up is done once; a stamp file (.done) makes it instant the second time.
+# The set-up is done once; stamp files (.core, .done) make it instant the second time.
 
 PYTHON := python3
 VENV := .venv
 BIN := $(VENV)/bin
+CUDA := auto
+ASKED := $(if $(filter-out auto,$(CUDA)),asked)
 DATA := .data/fashion-mnist
 RUN := runs/demo
-SCRIPTS = .ci/run $(wildcard slurm/*.sh docs/bench/*.sh)
+SCRIPTS = .ci/run $(wildcard slurm/*.sh docs/bench/*.sh requirements/*.sh)
 
 PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv data demo test test-slow test-all lint format clean
+.PHONY: help venv core asked data demo test test-slow test-all lint format clean
 .DELETE_ON_ERROR:
 
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-venv: $(VENV)/.done ## Create .venv with everything in requirements.txt
+venv: $(VENV)/.done ## Create .venv with everything; CUDA=12, 13 or cpu if not the driver's
 
-$(VENV)/.done: requirements.txt
+# The core alone, which make demo needs.
+core: $(VENV)/.core
+
+$(VENV)/.core: requirements/core.txt requirements/lock.txt $(ASKED) | $(BIN)/python
+	@$(BIN)/python -m trainer.ops.install --cuda $(CUDA)
+	@touch $@
+
+$(VENV)/.done: $(wildcard requirements/*.txt) $(ASKED) | $(BIN)/python
+	@$(BIN)/python -m trainer.ops.install --cuda $(CUDA) all
+	@touch $(VENV)/.core $@
+
+$(BIN)/python:
 	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
 	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 	        echo 'Installing python3 and python3-venv'; \
 	        apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq python3 python3-venv; \
 	    else \
-	        echo 'Python 3.11 with venv is needed: as root, apt-get install python3 python3-venv' >&2; exit 1; \
+	        echo 'Python 3.11 or newer with venv is needed: as root, apt-get install python3 python3-venv' >&2; exit 1; \
 	    fi; \
 	fi
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
-	    { echo "Python 3.11 is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "Python 3.11 or newer is needed, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=/path/to/python3.12" >&2; \
+      exit 1; }
 	@$(PYTHON) -m venv $(VENV)
-	@echo 'Installing requirements.txt into $(VENV) (about 6 GB, a few minutes, once)'
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -r requirements.txt
-	@touch $@
 
 data: $(DATA)/.done ## Get Fashion-MNIST
 
-$(DATA)/.done: | $(VENV)/.done
+$(DATA)/.done: | $(VENV)/.core
 	@$(BIN)/python -m data.sources.fashion_mnist $(DATA)
 	@touch $@
 
-demo: venv data ## Pre-train AdCo on Fashion-MNIST, evaluate, write the report
+demo: core data ## Pre-train AdCo on Fashion-MNIST, evaluate, write the report
 	@$(BIN)/python -m trainer pretrain configs/demo.yaml
 	@$(BIN)/python -m trainer report $(RUN)
 	@echo 'The report: $(RUN)/report.html'

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from data import shared_memory
 from data.batch import Batch, Crops, EvalDataset, TrainDataset
+from data.extras import optional_import
 from data.order import check_divides, steps_per_epoch
 from data.processes import fork_server
 from data.settings import DataSettings
@@ -58,7 +59,8 @@ def train_batches(
     watched = WatchedSource(source)
     dataset = TrainDataset(watched, settings, seed, rank, world_size)
     if settings.backend_for(device) == "dali":
-        from data import dali  # the import takes a second
+        with optional_import("dali", f"data.backend={settings.backend}"):
+            from data import dali  # the import takes a second
 
         return watched.batches(dali.batches(dataset, start, stop, device))
     workers, pin_memory = settings.workers_for(device), device.type == "cuda"

@@ -11,6 +11,7 @@ from pydantic import Field
 from torch import Tensor
 
 from models import method
+from models.compat import reduce_scatter_single
 from models.encoder import Encoder
 from models.method import Method, StepOutput, Views
 from models.negatives.base import BankSettings, Negatives, gather, world_group
@@ -83,5 +84,5 @@ class _Gather(torch.autograd.Function):
         if world_size == 1:
             return grad_MD
         grad_ND = grad_MD.new_empty(len(grad_MD) // world_size, grad_MD.shape[1])
-        dist.reduce_scatter_single(grad_ND, grad_MD.contiguous())
+        reduce_scatter_single(grad_ND, grad_MD.contiguous())
         return grad_ND

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from models.compat import all_gather_single
+
 Placement = Literal["replicated", "sharded", "node"]
 
 
@@ -184,7 +186,7 @@ def gather(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     if ranks == 1:
         return x
     out = x.new_empty(ranks * x.shape[0], *x.shape[1:])
-    dist.all_gather_single(out, x.contiguous(), group=group)
+    all_gather_single(out, x.contiguous(), group=group)
     return out
 
 

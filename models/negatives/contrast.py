@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import kernels
+from models.compat import reduce_scatter_single
 from models.negatives.bank import BankUpdate
 from models.negatives.base import Negatives, gather
 
@@ -113,7 +114,7 @@ class _Contrast(torch.autograd.Function):
         za_N, hardest_N = score.za_N, score.top_N
         if row.size() > 1:
             summed_ND = oz_ND.new_empty(len(q_ND), oz_ND.shape[1])
-            dist.reduce_scatter_single(summed_ND, oz_ND, group=row)
+            reduce_scatter_single(summed_ND, oz_ND, group=row)
             oz_ND = summed_ND
             dist.all_reduce(za_N, group=row)
             dist.all_reduce(hardest_N, dist.ReduceOp.MAX, group=row)

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor
 
 import kernels
+from models.compat import reduce_scatter_single
 from models.negatives.base import Negatives, gather, world_group
 
 _ROWS = 1024  # queries whose candidates [_ROWS, C, D] are gathered at a time
@@ -114,7 +115,7 @@ class _Mine(torch.autograd.Function):
         dq_AD = torch.stack([_weigh(*x) for x in zip(weights, columns, blocks, strict=True)]).sum(0)
         if ctx.row.size() > 1:
             dq_ND = dq_AD.new_empty(len(slot_Nm), dq_AD.shape[1])
-            dist.reduce_scatter_single(dq_ND, dq_AD, group=ctx.row)
+            reduce_scatter_single(dq_ND, dq_AD, group=ctx.row)
             dq_AD = dq_ND
         return dq_AD.to(ctx.input_dtype), None, None, None, None, None
 

@@ -17,6 +17,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from models.compat import reduce_scatter_single
 from tests.ranks import run_ranks
 from trainer.bench import traffic
 from trainer.bench.traffic import Case, Count
@@ -99,7 +100,7 @@ def test_a_step_moves_the_bank() -> None:
 x = torch.ones(8, 3)  # 96 bytes
 FORMS: dict[str, tuple[Callable[[], Any], str, int]] = {
     "all_gather of a list": (lambda: dist.all_gather([torch.empty_like(x) for _ in range(4)], x), "all_gather", 288),
-    "reduce_scatter": (lambda: dist.reduce_scatter_single(torch.empty(2, 3), x), "reduce_scatter", 72),
+    "reduce_scatter": (lambda: reduce_scatter_single(torch.empty(2, 3), x), "reduce_scatter", 72),
     "all_reduce later": (lambda: dist.all_reduce(x, async_op=True).wait(), "all_reduce", 144),
     "broadcast": (lambda: dist.broadcast(x, 0), "broadcast", 96),
     "all_to_all": (lambda: dist.all_to_all_single(torch.empty_like(x), x), "all_to_all", 72),

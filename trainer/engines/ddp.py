@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
+from models.compat import DDP_LOCAL_BUFFERS
 from trainer.engines.base import EngineInputs, EngineSettings, TorchEngine, prepare_blocks
 
 
@@ -36,7 +37,7 @@ class DDP(TorchEngine):
             self.wrapped = DistributedDataParallel(
                 student,
                 device_ids=[rank_info.device.index] if rank_info.device.type == "cuda" else None,
-                forward_sync_buffers=False,  # BatchNorm's running statistics are averaged when they are needed
+                **DDP_LOCAL_BUFFERS,  # BatchNorm's running statistics are averaged when they are needed
                 gradient_as_bucket_view=True,
                 # A static graph cannot alternate between syncing and not syncing.
                 static_graph=inputs.optim.accumulate == 1,

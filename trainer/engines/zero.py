@@ -19,6 +19,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
+from data.extras import optional_import
 from models.negatives.base import make_mesh
 from models.teacher import ema_update
 from trainer.distributed import RankInfo
@@ -290,8 +291,9 @@ def _import_deepspeed(rank_info: RankInfo) -> Any:
     os.environ.setdefault("LOCAL_RANK", str(rank_info.local_rank))  # DeepSpeed reads it even without torchrun
     # DeepSpeed calls collectives by names that torch 2.14 deprecates, at every step.
     warnings.filterwarnings("ignore", ".*_tensor` is deprecated", FutureWarning, "torch.distributed")
-    import deepspeed  # takes seconds
-    from deepspeed.utils import logger
+    with optional_import("deepspeed", "engine.kind=deepspeed"):
+        import deepspeed  # takes seconds
+        from deepspeed.utils import logger
 
     logger.setLevel(logging.WARNING)
     if rank_info.device.type == "cpu":  # without this, DeepSpeed compiles an extension for minutes

@@ -17,6 +17,7 @@ from data.loader import train_batches
 from data.order import steps_per_epoch
 from data.sources.base import Source
 from data.views import View
+from models.compat import DDP_LOCAL_BUFFERS
 from trainer import loop
 from trainer.build import autocast_dtype
 from trainer.config import Config, MonitorSettings
@@ -95,7 +96,7 @@ class ClassifierTraining:
             self.wrapped = DistributedDataParallel(
                 self.network,
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
-                forward_sync_buffers=False,
+                **DDP_LOCAL_BUFFERS,
                 gradient_as_bucket_view=True,
             )
 

@@ -17,6 +17,7 @@ from pydantic import Field
 from torch import Tensor
 
 from data.sources.base import Source
+from models.compat import all_gather_single
 from models.encoder import Encoder
 from trainer.evaluate.base import EvaluationContext, Evaluator, Results, labelled_sources
 from trainer.evaluate.features import Features, embed
@@ -108,7 +109,7 @@ def accuracy(train: Features, test: Features, classes: int, k: int, temperature:
         own_ND = test.x_ND[i * _CHUNK : (i + 1) * _CHUNK]
         padded_ND = F.pad(own_ND, (0, 0, 0, _CHUNK - len(own_ND)))
         all_MD = padded_ND.new_empty(world_size * _CHUNK, own_ND.shape[1])
-        dist.all_gather_single(all_MD, padded_ND)
+        all_gather_single(all_MD, padded_ND)
         similarity_Mk, label_Mk = _nearest(all_MD, train, k)
         # Each rank has found neighbours for all ranks' queries: send them to the ranks of the queries.
         similarity_RNk, label_RNk = torch.empty_like(similarity_Mk), torch.empty_like(label_Mk)

@@ -28,6 +28,7 @@ from timm.models.resnet import ResNet
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from data.extras import optional_import
 from data.normalize import MEAN, STD
 from trainer import distributed
 from trainer.config import Config
@@ -205,8 +206,10 @@ class _PortablePickler(pickle.Pickler):
 
 def write_onnx(export: Export, path: Path) -> str:
     """Writes an ONNX model with a variable batch size. Raises ValueError if onnxruntime returns other features."""
-    import onnx
-    import onnxruntime
+    with optional_import("export", "--format onnx"):
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 # torch's exporter uses it
 
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():

@@ -1,7 +1,6 @@
 """Checks what this machine has for training, and whether it has what a configuration needs."""
 
 import importlib
-import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -16,9 +15,11 @@ from rich.markup import escape
 from rich.table import Table
 
 from data import shared_memory
+from data.extras import requirement_file
 from data.sources.base import Source
 from data.sources.open import open_source
 from trainer.config import Config
+from trainer.ops.install import DALI, find_driver, misfit, newest_cuda, version_of
 from trainer.run.files import existing_parent
 from trainer.run.sources import shared_memory_bytes
 
@@ -33,7 +34,7 @@ class Check(NamedTuple):
 
 def run_checks(config: Config | None) -> list[Check]:
     """Check the machine and, if given, a configuration. Changes nothing."""
-    checks = [_check_cpu(), *_check_gpus(), _check_nccl(), *(_check_package(*p) for p in _PACKAGES), _check_slurm()]
+    checks = [_check_cpu(), *_check_gpus(), _check_driver(), _check_nccl(), *map(_check_extra, EXTRAS), _check_slurm()]
     checks.append(check_disk(Path.cwd()))
     return checks + (_check_config(config) if config else [])
 
@@ -50,11 +51,22 @@ def print_checks(checks: list[Check]) -> bool:
     return all(check.state != "missing" for check in checks)
 
 
-_PACKAGES = (
-    ("DALI", "nvidia-dali-cuda130", "nvidia.dali"),
-    ("Triton", "triton", "triton"),
-    ("DeepSpeed", "deepspeed", "deepspeed"),
-    ("timm", "timm", "timm"),
+class Extra(NamedTuple):
+    """Optional packages: what they are called, their requirement file, their packages, and a module to try."""
+
+    name: str
+    requirements: str
+    packages: tuple[str, ...]
+    module: str
+
+
+EXTRAS = (
+    Extra("Triton", "dev", ("triton",), "triton"),  # comes with torch's builds for CUDA
+    Extra("DALI", "dali", tuple(DALI.values()), "nvidia.dali"),
+    Extra("DeepSpeed", "deepspeed", ("deepspeed",), "deepspeed"),
+    Extra("ONNX export", "export", ("onnx", "onnxscript", "onnxruntime"), "onnxruntime"),
+    Extra("W&B", "wandb", ("wandb",), "wandb"),
+    Extra("tests, lint", "dev", ("pytest", "ruff", "mypy"), "pytest"),
 )
 
 
@@ -65,8 +77,6 @@ def _check_cpu() -> Check:
 
 def _check_gpus() -> list[Check]:
     if not torch.cuda.is_available():
-        if torch.cuda.device_count():
-            return [Check("GPU", "missing", f"the driver is too old for torch {torch.__version__}")]
         return [Check("GPU", "absent", f"torch {torch.__version__} sees none: training runs on the CPU")]
     found = []
     for i in range(torch.cuda.device_count()):
@@ -84,12 +94,36 @@ def _check_nccl() -> Check:
     return Check("NCCL", "ok", ".".join(map(str, torch.cuda.nccl.version())))
 
 
-def _check_package(name: str, package: str, module: str) -> Check:
+def driver_problem() -> str | None:
+    """Return why torch or DALI cannot use this machine's GPUs with its driver and what to do about it, or None."""
+    driver = find_driver()
+    if problem := misfit(driver, torch.version.cuda, f"torch {torch.__version__}"):
+        return problem
+    builds = {cuda: package for cuda, package in DALI.items() if version_of(package)}
+    if len(builds) > 1:
+        return f"{' and '.join(builds.values())} overwrite each other: pip uninstall both, then make venv CUDA=12 or 13"
+    return next((problem for cuda, package in builds.items() if (problem := misfit(driver, cuda, package))), None)
+
+
+def _check_driver() -> Check:
+    driver, cuda = find_driver(), torch.version.cuda
+    runtime = version_of("nvidia-cuda-runtime") or version_of("nvidia-cuda-runtime-cu12")
+    built = f"CUDA {cuda}, runtime {runtime}" if cuda else "CPUs"
+    dali = "".join(f"; {name} {version_of(name)}" for name in DALI.values() if version_of(name))
+    if problem := driver_problem():
+        return Check("driver", "missing", problem)
+    runs = f"{driver}, which runs CUDA {newest_cuda(driver)}" if driver else "none"
+    return Check("driver", "ok" if driver else "absent", f"{runs}; torch {torch.__version__} for {built}{dali}")
+
+
+def _check_extra(extra: Extra) -> Check:
+    found = [f"{package} {version}" for package in extra.packages if (version := version_of(package))]
     try:
-        importlib.import_module(module)
-        return Check(name, "ok", f"{package} {importlib.metadata.version(package)}")
-    except (ImportError, OSError, importlib.metadata.PackageNotFoundError) as error:
-        return Check(name, "absent", f"{error}; pip install -r requirements.txt installs {package}")
+        importlib.import_module(extra.module)
+        return Check(extra.name, "ok", ", ".join(found))
+    except (ImportError, OSError) as error:
+        file = requirement_file(extra.requirements)
+        return Check(extra.name, "absent", str(error) if found else f"pip install -r {file} installs it")
 
 
 def compiler_problem() -> str | None:
@@ -99,6 +133,18 @@ def compiler_problem() -> str | None:
     if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
         return "Triton needs Python.h: install Debian's python3-dev or its equivalent"
     return None
+
+
+def missing_extras(config: Config) -> dict[str, str]:
+    """Return the settings that need an optional package that is not installed, with how to install it."""
+    device = torch.device("cuda" if config.run.device != "cpu" and torch.cuda.is_available() else "cpu")
+    needed = {
+        "data.backend": "DALI" if config.data.backend_for(device) == "dali" else None,
+        "engine.kind": "DeepSpeed" if config.engine.kind == "deepspeed" else None,
+        "monitor.wandb": "W&B" if config.monitor.wandb else None,
+    }
+    checks = {key: _check_extra(extra) for key, name in needed.items() for extra in EXTRAS if extra.name == name}
+    return {key: f"{check.name}: {check.detail}" for key, check in checks.items() if check.state != "ok"}
 
 
 def _check_slurm() -> Check:
@@ -144,6 +190,7 @@ def _check_config(config: Config) -> list[Check]:
         checks.append(Check("run.device", "missing", "cuda, but torch sees no GPU"))
     if config.run.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():
         checks.append(Check("run.precision", "missing", "bf16, which this GPU does not support"))
+    checks += [Check(key, "missing", problem) for key, problem in missing_extras(config).items()]
     cores = len(os.sched_getaffinity(0))
     if config.data.workers is not None and config.data.workers > cores:
         checks.append(Check("data.workers", "absent", f"{config.data.workers} processes per rank for {cores} cores"))

@@ -4,7 +4,6 @@ import hashlib
 import importlib.metadata
 import os
 import platform
-import re
 import shutil
 import socket
 from collections import Counter
@@ -15,7 +14,8 @@ import torch
 
 from data.sources.open import find_files
 from trainer.config import Config
-from trainer.ops.doctor import check_disk, compiler_problem
+from trainer.ops.doctor import check_disk, compiler_problem, driver_problem, missing_extras
+from trainer.ops.install import find_driver
 
 
 def node_name() -> str:
@@ -50,17 +50,9 @@ def find_versions() -> dict[str, str]:
         "code": code.hexdigest()[:12],
         "Python": platform.python_version(),
         "GPUs": ", ".join(f"{n} x {name}" for name, n in gpus.items()) or "none",
-        "driver": _driver(),
+        "driver": find_driver() or "none",
         "ranks": os.environ["LOCAL_WORLD_SIZE"],
     }
-
-
-def _driver() -> str:
-    try:
-        found = re.search(r"\d+(\.\d+)+", Path("/proc/driver/nvidia/version").read_text())
-    except OSError:
-        return "none"
-    return found.group() if found else "unknown"
 
 
 def free_memory() -> float:
@@ -80,12 +72,15 @@ def find_problems(config: Config | None) -> list[str]:
         free, total = torch.cuda.mem_get_info(i)
         if free < 0.85 * total:
             problems.append(f"GPU {i}: {free / 2**30:.0f} of {total / 2**30:.0f} GiB free: another process is on it")
+    if device != "cpu" and (problem := driver_problem()):
+        problems.append(problem)
     if gpus and (problem := compiler_problem()):
         problems.append(problem)
     if (shared := shutil.disk_usage("/dev/shm").total / 2**30) < 1:
         problems.append(f"/dev/shm has {shared:.2f} GiB, but batches need it: docker run --ipc=host")
     if config is None:
         return problems
+    problems += [f"{key}: {problem}" for key, problem in missing_extras(config).items()]
     for key, path in (("data.train", config.data.train), ("data.val", config.data.val)):
         try:
             if path is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
 
+from data.extras import optional_import
 from trainer.config import MonitorSettings
 from trainer.run.directory import read_config
 from trainer.run.files import write_atomically
@@ -47,7 +48,8 @@ class WeightsAndBiases:
     """Logs all starts of a run to one W&B run. Steps that a resumed run repeats appear twice with equal values."""
 
     def __init__(self, folder: Path, project: str) -> None:
-        import wandb
+        with optional_import("wandb", "monitor.wandb"):
+            import wandb
 
         (folder / "wandb").mkdir(exist_ok=True)
         id_file = folder / "wandb" / "id"

@@ -1,0 +1,17 @@
+"""Names that differ between the supported versions of torch (2.11 and newer)."""
+
+from inspect import signature
+from typing import Any
+
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+# torch 2.14 renamed the two collectives and DDP's argument; the old names warn there.
+_collectives: Any = dist
+_renamed = hasattr(dist, "all_gather_single")
+all_gather_single = _collectives.all_gather_single if _renamed else _collectives.all_gather_into_tensor
+reduce_scatter_single = _collectives.reduce_scatter_single if _renamed else _collectives.reduce_scatter_tensor
+
+_forward_sync = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
+# Arguments of DistributedDataParallel that leave BatchNorm's running statistics of each rank as they are.
+DDP_LOCAL_BUFFERS: dict[str, Any] = {"forward_sync_buffers" if _forward_sync else "broadcast_buffers": False}

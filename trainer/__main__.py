@@ -201,11 +201,22 @@ def doctor(
     config: Annotated[Path | None, typer.Argument(help="YAML file whose needs to check", metavar="CONFIG")] = None,
     overrides: Overrides = None,
     bad_nodes: Annotated[Path | None, typer.Option(help="Under torchrun: file for the names of faulty nodes")] = None,
+    report: Annotated[
+        bool, typer.Option("--report", help="Print versions, settings and the end of the log for a bug report")
+    ] = False,
+    log: Annotated[
+        Path | None, typer.Option(help="With --report: what the program printed, such as a job's log")
+    ] = None,
 ) -> None:
     """Check what this machine has for training, and whether it has what a configuration needs.
 
     Under torchrun, compare all machines. The exit code is 1 if something is missing, or a machine differs or is slow.
     """
+    if report or log:
+        from trainer.ops.bug_report import bug_report
+
+        print(bug_report(config, overrides or [], log))
+        return
     from trainer.config_file import load
     from trainer.ops.preflight import check_machines
 

@@ -100,7 +100,7 @@ def driver_problem() -> str | None:
     if problem := misfit(driver, torch.version.cuda, f"torch {torch.__version__}"):
         return problem
     builds = {cuda: package for cuda, package in DALI.items() if version_of(package)}
-    if len(builds) > 1:
+    if driver and len(builds) > 1:
         return f"{' and '.join(builds.values())} overwrite each other: pip uninstall both, then make venv CUDA=12 or 13"
     return next((problem for cuda, package in builds.items() if (problem := misfit(driver, cuda, package))), None)
 

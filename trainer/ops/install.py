@@ -21,6 +21,8 @@ from typing import Literal
 Cuda = Literal["12", "13", "cpu"]
 
 REQUIREMENTS = Path(__file__).parents[2] / "requirements"
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+PIP = (sys.executable, "-m", "pip")
 PARTS = ("dali", "deepspeed", "export", "wandb", "dev")
 # First driver that runs programs built for any CUDA of this major version:
 # https://docs.nvidia.com/deploy/cuda-compatibility/minor-version-compatibility.html
@@ -35,7 +37,7 @@ NAMES = {"12": "CUDA 12", "13": "CUDA 13", "cpu": "CPUs"}
 def find_driver() -> str | None:
     """Return the version of the NVIDIA driver, such as 580.65.06, or None if there is none."""
     try:
-        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8", errors="replace")
+        text = DRIVER_FILE.read_text(encoding="utf-8", errors="replace")
     except OSError:
         if not (program := shutil.which("nvidia-smi")):  # WSL has no such file
             return None
@@ -73,9 +75,13 @@ def installed_build() -> Cuda | None:
     found = importlib.util.find_spec("torch")
     if found is None or found.origin is None:
         return None
-    text = Path(found.origin).with_name("version.py").read_text(encoding="utf-8")
-    version = re.search(r"^cuda\b.*= '(\d+)", text, re.M)
-    return "cpu" if version is None else "12" if version[1] == "12" else "13"
+    return build_of(Path(found.origin).parent)
+
+
+def build_of(package: Path) -> Cuda:
+    """Return which build a folder of the package torch is."""
+    cuda = re.search(r"^cuda\b.*= '(\d+)", (package / "version.py").read_text(encoding="utf-8"), re.M)
+    return "cpu" if cuda is None else "12" if cuda[1] == "12" else "13"
 
 
 def choose_build(asked: Cuda | None, driver: str | None, installed: Cuda | None, is_cluster: bool) -> tuple[Cuda, str]:
@@ -148,7 +154,7 @@ def _reaches(url: str) -> bool:
 
 
 def _pip(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "pip", *arguments, "-qq", "--disable-pip-version-check"], check=False)
+    done = subprocess.run([*PIP, *arguments, "-qq", "--disable-pip-version-check"], check=False)
     if done.returncode:
         sys.exit(done.returncode)
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 import kernels
 from models import method
+from models.compat import reduce_scatter_single
 from models.encoder import Encoder
 from models.method import Method, StepOutput, Views, queries_for_key
 from models.negatives.bank import Bank, BankUpdate
@@ -168,7 +169,7 @@ class CooperativeBank(Bank):
         if row.size() == 1:
             return index_SB, n_SBD
         n_BD = torch.empty_like(k_BD, dtype=n_SBD.dtype)
-        dist.reduce_scatter_single(n_BD, n_SBD, group=row)
+        reduce_scatter_single(n_BD, n_SBD, group=row)
         return index_SB, n_BD
 
     def _gather_updates(self, updates: Sequence[Sequence[Any]]) -> CooperativeUpdate:  # type: ignore[override]

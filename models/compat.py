@@ -7,10 +7,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 # torch 2.14 renamed the two collectives and DDP's argument; the old names warn there.
-_collectives: Any = dist
-_renamed = hasattr(dist, "all_gather_single")
-all_gather_single = _collectives.all_gather_single if _renamed else _collectives.all_gather_into_tensor
-reduce_scatter_single = _collectives.reduce_scatter_single if _renamed else _collectives.reduce_scatter_tensor
+all_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 _forward_sync = "forward_sync_buffers" in signature(DistributedDataParallel.__init__).parameters
 # Arguments of DistributedDataParallel that leave BatchNorm's running statistics of each rank as they are.

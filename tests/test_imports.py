@@ -1,6 +1,7 @@
 """The structure of the code: imports run one way and without cycles, and every file is short."""
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -85,6 +86,16 @@ def test_files_are_short() -> None:
 def test_no_other_packages() -> None:
     others = {path.parent.name for path in ROOT.glob("*/*.py") if not path.parent.name.startswith(".")} - OURS
     assert not others
+
+
+def test_names_that_torch_has_renamed_are_in_one_file() -> None:
+    files = [path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py")]
+    files += (ROOT / "slurm").rglob("*.sh")
+    renamed = (
+        r"dist\.(all_gather_(single|into_tensor)|reduce_scatter_(single|tensor))|forward_sync_buffers|broadcast_buffers"
+    )
+    users = {path.name for path in files if re.search(renamed + r"|^[^#]*--shutdown-timeout", path.read_text(), re.M)}
+    assert users == {"compat.py"}
 
 
 def test_every_way_of_importing_is_seen(tmp_path: Path) -> None:

@@ -7,8 +7,11 @@
 PYTHON := python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Build of torch and DALI: 12, 13 or cpu; auto is what the driver runs. VERSIONS=oldest installs the oldest supported ones.
 CUDA := auto
-ASKED := $(if $(filter-out auto,$(CUDA)),asked)
+VERSIONS := newest
+ASKED := $(if $(filter-out auto newest,$(CUDA) $(VERSIONS)),asked)
+INSTALL = $(BIN)/python -m trainer.ops.install --cuda $(CUDA) $(if $(filter oldest,$(VERSIONS)),--oldest)
 DATA := .data/fashion-mnist
 RUN := runs/demo
 SCRIPTS = .ci/run $(wildcard slurm/*.sh docs/bench/*.sh requirements/*.sh)
@@ -21,17 +24,17 @@ PYTEST = $(BIN)/python -m pytest --numprocesses auto --dist loadfile --no-loadsc
 help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-venv: $(VENV)/.done ## Create .venv with everything; CUDA=12, 13 or cpu if not the driver's
+venv: $(VENV)/.done ## Create .venv with everything; CUDA=12, 13 or cpu overrides the driver
 
 # The core alone, which make demo needs.
 core: $(VENV)/.core
 
 $(VENV)/.core: requirements/core.txt requirements/lock.txt $(ASKED) | $(BIN)/python
-	@$(BIN)/python -m trainer.ops.install --cuda $(CUDA)
+	@$(INSTALL)
 	@touch $@
 
 $(VENV)/.done: $(wildcard requirements/*.txt) $(ASKED) | $(BIN)/python
-	@$(BIN)/python -m trainer.ops.install --cuda $(CUDA) all
+	@$(INSTALL) all
 	@touch $(VENV)/.core $@
 
 $(BIN)/python:
@@ -74,6 +77,9 @@ lint: venv ## Check format, style, types and shell scripts
 	@$(BIN)/mypy
 	@for script in $(SCRIPTS); do bash -n "$$script" || exit 1; done
 	@if command -v shellcheck >/dev/null; then shellcheck -x $(SCRIPTS); fi
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*.yml)
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/bug.yml
+	@$(BIN)/check-jsonschema -q --builtin-schema vendor.dependabot .github/dependabot.yml
 
 format: venv ## Format the code and fix what can be fixed
 	@$(BIN)/ruff format .

@@ -11,4 +11,4 @@ CPU = torch.device("cpu")
 
 def data_settings(**changes: Any) -> DataSettings:
     """`changes` are not validated, so a single view is possible."""
-    return DataSettings(train="", workers=0, backend="cpu").model_copy(update=changes)
+    return DataSettings(train="none", workers=0, backend="cpu").model_copy(update=changes)

@@ -94,7 +94,7 @@ class Cluster:
 
     def __call__(self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
         """Standard output of a SLURM command, stripped. Raises AssertionError with what it said if it fails."""
-        done = subprocess.run(command, cwd=cwd, env=self.env | (env or {}), capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, cwd=cwd, env=self.env | (env or {}), capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, f"{' '.join(command)}: {done.stdout}{done.stderr}"
         return done.stdout.strip()
 

@@ -45,6 +45,6 @@ def undisturbed(cluster: Cluster, site: Path) -> dict[str, str]:
     job.ends()
     assert "2 nodes, 2 ranks; GPUs none" in job.log
     assert "preflight: all nodes are fit" in job.log
-    assert "slurm: finished: runs/undisturbed" in job.log
+    assert f"slurm: finished: {site}/runs/undisturbed" in job.log
     assert "requeue" not in job.log
     return weights(site / "runs" / "undisturbed")

@@ -109,7 +109,7 @@ def test_a_bad_node_is_named_and_left_out(cluster: Cluster, make_site: Callable[
     assert bad in first
     assert bad not in second
     assert {path.name for path in site.glob("staged-*")} == {f"staged-{node}" for node in first | second}
-    assert "slurm: finished: runs/bad" in job.log
+    assert f"slurm: finished: {site}/runs/bad" in job.log
 
 
 def _nodes(text: str) -> set[str]:

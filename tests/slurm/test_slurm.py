@@ -115,7 +115,7 @@ def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undi
     job.ends()
     (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(SIGUSR1\)", job.log))
     assert step <= stopped <= step + 20
-    assert "slurm: finished: runs/undisturbed/linear" in job.log
+    assert f"slurm: finished: {site}/runs/undisturbed/linear" in job.log
     results = json.loads((run / "linear" / "results.json").read_text())
     assert (results["ranks"], results["images"], results["step"]) == (2, 72, STEPS)
     assert results["top1"] > 0.9

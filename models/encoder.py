@@ -1,6 +1,9 @@
 """The encoder: a timm backbone, the projection head of SimCLR, MoCo and AdCo, and BYOL's predictor."""
 
+import inspect
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import timm
 import torch
@@ -13,7 +16,7 @@ class Encoder(nn.Module):
 
     def __init__(
         self,
-        backbone: str,
+        backbone: str | Callable[..., nn.Module],
         *,
         dim: int = 128,
         hidden: int | None = None,
@@ -30,7 +33,8 @@ class Encoder(nn.Module):
         """Build an encoder with random weights.
 
         Args:
-            backbone: Any name that `timm.create_model` knows.
+            backbone: Any name that `timm.create_model` knows; or a function that takes `backbone_args` and returns a
+                module of images [B, 3, S, S] to features [B, F], with F in its attribute `num_features`.
             dim: Dimensions of an embedding.
             hidden: Width of the head's hidden layers; None for the number of the backbone's features.
             head_layers: Number of linear layers of the head.
@@ -53,19 +57,11 @@ class Encoder(nn.Module):
         """
         super().__init__()
         arguments = dict(backbone_args or {})
-        is_vit = backbone.startswith(("vit_", "deit"))
-        if is_vit:
-            arguments.setdefault("dynamic_img_size", True)  # for crops of several sizes
-            if small_images:
-                arguments.setdefault("patch_size", 4)
-        try:
-            self.backbone = timm.create_model(backbone, pretrained=False, num_classes=0, **arguments)
-        except RuntimeError as error:
-            raise ValueError(f"model.backbone: timm has no model {backbone!r} ({error})") from error
-        except (TypeError, AssertionError) as error:  # timm asserts that the heads divide the width
-            raise ValueError(f"model.backbone_args: {backbone} does not take {arguments} ({error})") from error
-        if small_images and not is_vit:
-            _shrink_stem(self.backbone, backbone, stem_stride, stem_padding)
+        self.backbone = (
+            _create_model(backbone, arguments, small_images, stem_stride, stem_padding)
+            if isinstance(backbone, str)
+            else _call(backbone, arguments, small_images)
+        )
         # Some models (MobileNetV3) have a further layer after pooling.
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
         widths = [features, *[hidden or features] * (head_layers - 1), dim]
@@ -85,6 +81,41 @@ class Encoder(nn.Module):
     def _embed(self, view: Tensor) -> Tensor:
         z_BD: Tensor = self.head(self.backbone(view))
         return self.predictor(z_BD) if self.predictor else z_BD
+
+
+def _create_model(name: str, arguments: dict[str, Any], small_images: bool, stem_stride: int, stem_padding: int) -> Any:
+    """Build a model of timm."""
+    is_vit = name.startswith(("vit_", "deit"))
+    if is_vit:
+        arguments.setdefault("dynamic_img_size", True)  # for crops of several sizes
+        if small_images:
+            arguments.setdefault("patch_size", 4)
+    try:
+        backbone = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+    except RuntimeError as error:
+        raise ValueError(f"model.backbone: timm has no model {name!r} ({error})") from error
+    except (TypeError, AssertionError) as error:  # timm asserts that the heads divide the width
+        raise ValueError(f"model.backbone_args: {name} does not take {arguments} ({error})") from error
+    if small_images and not is_vit:
+        _shrink_stem(backbone, name, stem_stride, stem_padding)
+    return backbone
+
+
+def _call(build: Callable[..., nn.Module], arguments: dict[str, Any], small_images: bool) -> Any:
+    """Build a backbone from outside, and check what the trainer needs of it."""
+    name = getattr(build, "__name__", str(build))
+    if small_images:
+        raise ValueError(f"model.small_images: is for models of timm; give {name} an argument in model.backbone_args")
+    if not inspect.isfunction(build) and not inspect.isclass(build):
+        raise ValueError(f"model.backbone: {name} is {type(build).__name__}, need a function or class")
+    try:
+        inspect.signature(build).bind(**arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"model.backbone_args: {name} does not take {arguments} ({error})") from error
+    backbone = build(**arguments)
+    if not isinstance(backbone, nn.Module) or not isinstance(getattr(backbone, "num_features", None), int):
+        raise ValueError(f"model.backbone: {name} returned {type(backbone).__name__}, need a module with num_features")
+    return backbone
 
 
 def _layers(widths: list[int], norm: bool, final_norm: bool, bias: bool) -> nn.Sequential:

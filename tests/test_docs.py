@@ -66,6 +66,13 @@ def commands() -> Iterator[Command]:
                     yield Command(str(page.relative_to(ROOT)), said, whole and len(said) == len(words))
 
 
+def write_examples(folder: Path) -> None:
+    """Write the files of docs/extend.md, each of which begins with its name."""
+    page = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
+    for name, text in re.findall(r"^```python\n# (\w+\.py)\n(.*?)^```", page, re.M | re.S):
+        (folder / name).write_text(text, encoding="utf-8")
+
+
 COMMANDS = list(dict.fromkeys(commands()))
 TRAINER = [command for command in COMMANDS if "trainer" in command.words]
 OTHERS = [command for command in COMMANDS if command.words[0] in ("make", "sbatch") or "slurm/" in command.words[0]]
@@ -77,7 +84,9 @@ def trainers(command: Command) -> list[str]:
 
 
 @pytest.mark.parametrize("command", TRAINER, ids=str)
-def test_it_is_understood(command: Command) -> None:
+def test_it_is_understood(command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_examples(tmp_path)
+    monkeypatch.chdir(tmp_path)
     found: Any = typer.main.get_command(app)
     words = trainers(command)
     while hasattr(found, "commands"):
@@ -133,6 +142,7 @@ def test_it_runs(command: Command, small_run: Path, tmp_path: Path, monkeypatch:
     images = small_run / "images"
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "SRC").symlink_to(images)
+    write_examples(tmp_path)
     words = [re.sub(r"/data/[\w/]+", str(images), word) for word in trainers(command)]
     for before, word in zip(["", *words], words, strict=False):
         if (word == "RUN" or word.startswith("runs/")) and before != "--out":

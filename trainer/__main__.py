@@ -176,6 +176,23 @@ for _verb, _registration in EVALUATIONS.items():
     _add_evaluation(_verb, _registration)
 
 
+@app.command("evaluate")
+def evaluate_own(
+    run: RunPath,
+    evaluation: Annotated[str, typer.Argument(help="An Evaluator: my_evaluation.py:NAME", metavar="FILE.py:NAME")],
+    overrides: Overrides = None,
+    folder_name: Annotated[str | None, typer.Option("--name", help="Directory in RUN for the results")] = None,
+    network: NetworkName = "student",
+    step: Step = None,
+) -> None:
+    """Evaluate a checkpoint of a run by an evaluation of your own, see docs/extend.md."""
+    from trainer.evaluate.run import run_evaluation
+    from trainer.interop.weights import CheckpointChoice
+
+    choice = CheckpointChoice(network, step)
+    _stoppable(lambda: run_evaluation(evaluation, run, overrides or [], folder_name, choice))
+
+
 @app.command()
 def report(run: RunPath) -> None:
     """Write RUN/report.html, a page with curves, nearest neighbours and the images nearest to the negatives."""

@@ -18,6 +18,7 @@ from models.teacher import make_teacher
 from trainer.config import Config, check_world
 from trainer.distributed import RankInfo
 from trainer.engines.base import Engine, unshard
+from trainer.external import is_reference, resolve
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -27,7 +28,7 @@ def build_encoder(config: Config) -> Encoder:
     torch.manual_seed(config.run.seed)
     model = config.model
     return Encoder(
-        model.backbone,
+        resolve(model.backbone) if is_reference(model.backbone) else model.backbone,
         dim=model.dim,
         hidden=model.hidden,
         head_layers=model.head_layers,

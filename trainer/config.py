@@ -3,12 +3,20 @@
 `trainer.config_file` reads it from YAML. Unknown keys and values out of range are refused.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
 
 from data.settings import RESUMABLE, DataSettings, PathText
-from models import acssl, adco, byol, caco, moco, simclr
+from models import acssl, adco, byol, caco, method, moco, simclr
 from models.negatives.base import BankSettings, num_shards
 from trainer.engines import ddp, fsdp, zero
 from trainer.engines.optim import Optim
@@ -17,6 +25,7 @@ from trainer.evaluate.knn import Settings as EvalSettings
 from trainer.evaluate.linear import Settings as LinearSettings
 from trainer.evaluate.linear_fast import Settings as FastLinearSettings
 from trainer.evaluate.voc07 import Settings as Voc07Settings
+from trainer.external import Reference, is_reference, normalise, resolve, short_name
 from trainer.schema import Section, default_variant
 
 # The keys of section `method` depend on its `name`. Register a new method here.
@@ -82,8 +91,10 @@ class Run(Section):
 class Model(Section):
     """The encoder: a timm backbone, a projection head and, for some methods, a predictor."""
 
-    backbone: str = Field("resnet50", description="Name of a timm model.")
-    backbone_args: dict[str, Any] = Field({}, description="Arguments for timm's create_model.")
+    backbone: Reference = Field(
+        "resnet50", description="Name of a timm model, or file.py:function of one of your own (docs/extend.md)."
+    )
+    backbone_args: dict[str, Any] = Field({}, description="Arguments for timm's create_model, or for that function.")
     small_images: bool = Field(
         False, description="Replace a ResNet's stem by one 3 x 3 convolution without max pooling, for small images."
     )
@@ -134,7 +145,11 @@ class Config(Section):
     run: Run = Field(description="Where a run is stored, how long it takes, and what it records.")
     data: DataSettings = Field(description="The images, how batches are made, and what happens to each view.")
     model: Model = Field(Model(), description="The encoder: backbone, projection head and predictor.")
-    method: Method = Field(adco.Settings(), description="The method and its loss; `name` chooses it.")
+    method: SerializeAsAny[Method] = Field(
+        adco.Settings(),
+        description="The method and its loss; `name` chooses it. Besides those of the table it may be file.py:Class, a "
+        "method of your own, whose settings are the keys (docs/extend.md).",
+    )
     bank: BankSettings = Field(
         BankSettings(), description="The negatives: a bank of learned ones, or a queue of keys, as the method needs."
     )
@@ -171,11 +186,33 @@ class Config(Section):
         MonitorSettings(), description="Where log rows go besides metrics.jsonl.", json_schema_extra=RESUMABLE
     )
 
+    def __reduce__(self) -> Any:
+        """Pickle the values, because a process that unpickles them has to import a method from outside first."""
+        return Config.model_validate, (self.model_dump(),)
+
     @field_validator("method", "engine", mode="before")
     @classmethod
     def _default_variant(cls, values: Any, info: ValidationInfo) -> Any:
         field = cls.model_fields[str(info.field_name)]
         return default_variant(field) | values if isinstance(values, dict) else values
+
+    @field_validator("method", mode="wrap")
+    @classmethod
+    def _external_method(cls, values: Any, known: ValidatorFunctionWrapHandler) -> Any:
+        """Let the settings of a method from outside check their own values."""
+        name = values.get("name") if isinstance(values, dict) else getattr(values, "name", None)
+        if not is_reference(name):
+            return known(values)
+        if not isinstance(values, dict):
+            return values
+        settings = settings_class(str(name))
+        try:
+            return settings.model_validate({**values, "name": normalise(str(name))})
+        except ValidationError as error:
+            keys = ", ".join(settings.model_fields)
+            texts = {"extra_forbidden": f"unknown key, {short_name(str(name))} has {keys}"}
+            found = (f"{'.'.join(map(str, e['loc']))}: {texts.get(e['type'], e['msg'])}" for e in error.errors())
+            raise ValueError("; method.".join(found)) from None
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Config":
@@ -185,6 +222,24 @@ class Config(Section):
             if warmup > self.run.epochs:
                 raise ValueError(f"{section}.warmup: {warmup} epochs are more than run.epochs, {self.run.epochs}")
         return self
+
+
+def settings_class(reference: str) -> type[method.Settings]:
+    """Return the class of the settings of a method from outside, which the annotation of its `settings` names.
+
+    Raises:
+        ValueError: The reference names something else than a method, or one without this annotation.
+    """
+    try:
+        found = resolve(reference)
+    except ValueError as error:
+        raise ValueError(f"name: {error}") from error
+    if not (isinstance(found, type) and issubclass(found, method.Method)):
+        raise ValueError(f"name: {reference} is {found!r}, need a subclass of models.method.Method")
+    settings = get_type_hints(found).get("settings")
+    if not (isinstance(settings, type) and issubclass(settings, method.Settings)):
+        raise ValueError(f"name: {reference} needs `settings: Settings` with its subclass of models.method.Settings")
+    return settings
 
 
 def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:

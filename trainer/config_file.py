@@ -15,7 +15,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from data.paths import expand_user
-from trainer.config import Config
+from trainer.config import Config, settings_class
+from trainer.external import CODE, is_reference, short_name
 from trainer.schema import Key, default_variant, is_optional, is_text, nested_models, walk_keys
 from trainer.yaml_file import dump_yaml, parse_yaml, read_yaml
 
@@ -28,6 +29,8 @@ def load(path: Path, overrides: list[str] | None = None) -> Config:
             line of text.
     """
     values = _read(path)
+    if path.name == "config.yaml":
+        _use_copies(values, path.parent / CODE)
     base = values.pop("extends", None)
     if base is not None:
         base_values = _read(path.parent / expand_user(str(base)))
@@ -50,8 +53,12 @@ def dump(config: Config) -> str:
 
 def changed_keys(before: Config, now: Config) -> list[str]:
     """Describe each key that differs but must not differ when a run is resumed, such as `run.seed was 0, now 1`."""
-    resumable = [key.name for key in walk_keys(Config) if key.resumable]
-    old, new = (flatten(config.model_dump(mode="json")) for config in (before, now))
+    keys = [*walk_keys(Config), *walk_keys(type(now.method), "method.")]
+    resumable = [key.name for key in keys if key.resumable]
+    old, new = (
+        {name: short_name(value) for name, value in flatten(config.model_dump(mode="json")).items()}
+        for config in (before, now)
+    )
     return [
         f"{name} was {old.get(name)}, now {new.get(name)}"
         for name in old | new
@@ -78,14 +85,36 @@ def _read(path: Path) -> dict[str, Any]:
     return values
 
 
+def _use_copies(values: dict[str, Any], folder: Path) -> None:
+    """Replace references to files by the copies that a run keeps of them."""
+    for section, key in (("method", "name"), ("model", "backbone")):
+        own = values.get(section)
+        if isinstance(own, dict) and is_reference(own.get(key)):
+            place, _, attribute = own[key].rpartition(":")
+            if place.endswith(".py") and (copy := folder / Path(place).name).is_file():
+                own[key] = f"{copy.absolute()}:{attribute}"
+
+
+def _keys(overrides: list[str], values: dict[str, Any]) -> list[Key]:
+    """Return all keys, with those of a method from outside."""
+    method = values.get("method")
+    name = str(method.get("name")) if isinstance(method, dict) else ""
+    name = next((text.removeprefix("method.name=") for text in overrides if text.startswith("method.name=")), name)
+    try:
+        return [*walk_keys(Config), *(walk_keys(settings_class(name), "method.") if is_reference(name) else ())]
+    except ValueError as error:
+        raise ValueError(f"method.{error}") from error
+
+
 def _override(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Return `values` with `section.key=value` overrides. Raises ValueError if one is not that, or is given twice."""
     given: dict[str, Any] = {}
+    keys = _keys(overrides, values)
     for text in overrides:
         name, equals, value = text.partition("=")
         if not equals or not name:
             raise ValueError(f"got {text!r}, need section.key=value")
-        nested = _parse_value(name, value)
+        nested = _parse_value(name, value, keys)
         for key in reversed(name.split(".")):
             nested = {key: nested}
         _insert(given, nested, "")
@@ -97,16 +126,16 @@ def _override(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     return _apply(values, given)
 
 
-def _parse_value(name: str, value: str) -> Any:
+def _parse_value(name: str, value: str, keys: list[Key]) -> Any:
     """Return the value of a setting as the command line gives it: a text as it is, anything else as YAML."""
-    fields = [key.field for key in walk_keys(Config) if key.name == name]
+    fields = [key.field for key in keys if key.name == name]
     if fields and all(is_text(field.annotation) for field in fields):
         optional = all(is_optional(field.annotation) for field in fields)
         return None if optional and value in ("", "null") else value
     try:
         return parse_yaml(value)
     except ValueError as error:
-        if fields or any(name.startswith(f"{key.name}.") for key in walk_keys(Config) if not nested_models(key.field)):
+        if fields or any(name.startswith(f"{key.name}.") for key in keys if not nested_models(key.field)):
             reason = str(error).removeprefix("line 1: ")
             raise ValueError(f"{name}: value {value!r}{' is ' if 'not YAML' in reason else ': '}{reason}") from error
         return value  # of an unknown setting, which is refused by its name

@@ -24,6 +24,7 @@ from trainer.engines.base import NotFinite
 from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate import knn
 from trainer.evaluate.spread import measure_spread
+from trainer.external import short_name
 from trainer.interop.weights import load_encoder
 from trainer.loop import LoopSettings, device_name, train
 from trainer.ops import replay
@@ -192,8 +193,9 @@ def _log_start(
         f"batch {batch_size}"
     )
     log.info(
-        f"{config.method.name}: {config.model.backbone} with {train_step.num_parameters / 1e6:.2f} M parameters, "
-        f"{config.engine.kind}, {rank_info.world_size} ranks on {device.type}"
+        f"{short_name(config.method.name)}: {short_name(config.model.backbone)} with "
+        f"{train_step.num_parameters / 1e6:.2f} M parameters, {config.engine.kind}, "
+        f"{rank_info.world_size} ranks on {device.type}"
     )
     log.info(f"learning rate {scaled_lr(lr, batch_size):g} for a batch of {batch_size} ({lr:g} for 256)")
     log.info(f"data by {config.data.backend_for(device)}, {config.data.workers_for(device)} workers a rank")

@@ -67,17 +67,20 @@ class ImageFolder(Listing):
 
         Folders deeper than the class folders are not looked at.
         """
-        with os.scandir(self.root) as entries:
-            folders = [os.fspath(self.root), *(entry.path for entry in entries if entry.is_dir())]
+        top = os.fsencode(self.root)
+        with os.scandir(top) as entries:
+            folders = [top, *(entry.path for entry in entries if _is_folder(entry))]
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
             return any(pool.map(lambda folder: os.stat(folder).st_mtime >= seconds, folders))
 
     def missing(self, count: int) -> list[str]:
-        """Return those of `count` images, evenly spread over the list, that do not exist."""
-        names = [self.name(i) for i in np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)).tolist()]
+        """Return the names of those of `count` images, evenly spread over the list, that do not exist."""
+        samples = np.unique(np.linspace(0, len(self) - 1, count).astype(np.int64)).tolist()
+        paths = [os.path.join(os.fsencode(self.root), self.stored_name(i)) for i in samples]
         with ThreadPoolExecutor(SCAN_THREADS) as pool:
-            found = pool.map(lambda name: os.path.exists(os.path.join(self.root, name)), names)
-            return [name for name, exists in zip(names, found, strict=True) if not exists]
+            return [
+                self.name(i) for i, found in zip(samples, pool.map(os.path.exists, paths), strict=True) if not found
+            ]
 
     def read(self, i: int) -> bytes:
         """Return the encoded bytes of image i. Raises UnreadableImage."""

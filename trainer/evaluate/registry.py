@@ -1,5 +1,6 @@
 """The evaluations that the command line offers. Importing this file imports none of them, so that --help is quick."""
 
+import hashlib
 from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -64,6 +65,19 @@ EVALUATIONS = {
 
 
 def load_evaluator(verb: str) -> "Evaluator":
-    """Import the module of an evaluation and return its `EVALUATOR`."""
-    evaluator: Evaluator = import_module(EVALUATIONS[verb].module).EVALUATOR
-    return evaluator
+    """Import the module of an evaluation and return its `EVALUATOR`, or one from outside (`trainer.external`).
+
+    Raises:
+        ValueError: The reference to one from outside names something else.
+    """
+    if verb in EVALUATIONS:
+        evaluator: Evaluator = import_module(EVALUATIONS[verb].module).EVALUATOR
+        return evaluator
+    from trainer.evaluate.base import Evaluator as Expected
+    from trainer.external import is_reference, resolve, source_file
+
+    found = resolve(verb) if is_reference(verb) else None
+    if not isinstance(found, Expected):
+        raise ValueError(f"evaluate: got {verb!r}, need file.py:NAME of a trainer.evaluate.base.Evaluator")
+    code = hashlib.sha256(source_file(verb).read_bytes()).hexdigest()  # results of other code are other results
+    return found._replace(settings=lambda config: {**found.settings(config), "code": code})

@@ -38,7 +38,7 @@ def run_evaluation(
     An interrupted evaluation continues; the results of a finished one are printed again.
 
     Args:
-        verb: A key of `trainer.evaluate.registry.EVALUATIONS`.
+        verb: A key of `trainer.evaluate.registry.EVALUATIONS`, or a reference to an evaluation from outside.
         run: The run directory.
         overrides: Settings of the command line, `section.key=value`.
         folder_name: The directory in `run` for the evaluation; None for the default of the evaluation.
@@ -49,10 +49,10 @@ def run_evaluation(
         trainer.ops.stop.Stopped: The evaluation was asked to stop early.
     """
     started = time.time()
-    config = read_config(run, overrides)
+    evaluator, config = load_evaluator(verb), read_config(run, overrides)
     with process_group(config.run.device) as rank_info:
         set_up_logging(rank_info.rank)
-        results = evaluate(load_evaluator(verb), run, config, folder_name, choice, rank_info, started)
+        results = evaluate(evaluator, run, config, folder_name, choice, rank_info, started)
         if rank_info.rank == 0:
             print(json.dumps(results))
 

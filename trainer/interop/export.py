@@ -32,6 +32,7 @@ from data.extras import optional_import
 from data.normalize import MEAN, STD
 from trainer import distributed
 from trainer.config import Config
+from trainer.external import is_reference, short_name
 from trainer.interop.layouts import from_torchvision_vit, to_detectron2
 from trainer.interop.model_card import model_card
 from trainer.interop.weights import CheckpointChoice, differences, load_encoder
@@ -94,6 +95,10 @@ def export(run: Path, to: Format, out: Path, choice: CheckpointChoice, licence: 
         encoder, step = load_encoder(run, config, choice)
         if rank_info.rank > 0:
             return ""
+    if is_reference(config.model.backbone) and to != "onnx":
+        raise ValueError(
+            f"--format {to}: {short_name(config.model.backbone)} is not a model of {to}; need --format onnx"
+        )
     network = encoder.backbone.eval().requires_grad_(False)
     size = config.eval.size or config.data.views[0].size
     out.parent.mkdir(parents=True, exist_ok=True)

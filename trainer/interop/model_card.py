@@ -10,6 +10,7 @@ from torch import nn
 
 from data.normalize import MEAN, STD
 from trainer.config import Config
+from trainer.external import short_name
 from trainer.report.format import format_percent, format_seconds, latest
 from trainer.report.page import render
 from trainer.run.directory import IMPORTED
@@ -32,12 +33,12 @@ def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.
     final = step == latest("step", read_rows(run / "metrics.jsonl")) and network == "student"
     return render(
         "model_card.md.j2",
-        title=f"{config.model.backbone}, {run.resolve().name}",
+        title=f"{short_name(config.model.backbone)}, {run.resolve().name}",
         licence=licence,
         imported=read_json(run / IMPORTED),
-        method=config.method.name,
+        method=short_name(config.method.name),
         papers=config.method.papers,
-        backbone=config.model.backbone,
+        backbone=short_name(config.model.backbone),
         arguments=config.model.backbone_args,
         parameters=sum(p.numel() for p in backbone.parameters()),
         features=getattr(backbone, "head_hidden_size", backbone.num_features),

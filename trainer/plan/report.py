@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import Config
+from trainer.external import short_name
 from trainer.plan.cases import ENGINES
 from trainer.plan.dry_run import OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS
 from trainer.plan.planner import Plan, PlanRow
@@ -97,7 +98,8 @@ def _times(plan: Plan, config: Config) -> Table:
         "images/s",
     )
     title = (
-        f"{config.model.backbone}, {config.method.name}, {config.run.epochs} epochs of {request.images:,} images; "
+        f"{short_name(config.model.backbone)}, {short_name(config.method.name)}, {config.run.epochs} epochs of "
+        f"{request.images:,} images; "
         f"{plan.cluster.gpu.name}, {request.gpus_per_node} a node, {net}"
     )
     table = _table(title, (*columns, "eff.", "binds", "hours", "GPU-h", *(["cost"] if price else [])))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from trainer.config import Config
 from trainer.config_file import flatten
+from trainer.external import short_name
 from trainer.report.charts import Chart, Drawing, draw_chart, draw_points
 from trainer.report.format import format_evaluation, format_percent, format_seconds, is_number, latest
 from trainer.report.page import render_page
@@ -113,7 +114,7 @@ def _describe(run: Run, evaluated: list[str]) -> list[tuple[str, str]]:
     best = max(knn, key=itemgetter("knn"), default=None)
     return [
         ("run", run.name),
-        ("method", run.config.method.name),
+        ("method", short_name(run.config.method.name)),
         ("epochs", number("epoch", "{:.4g}")),
         ("images", number("images", "{:,.0f}")),
         ("time", format_seconds(seconds) if is_number(seconds) else ""),

@@ -1,6 +1,7 @@
 """The run directory: claimed by one process group at a time, tied to one configuration. A new start continues the run.
 
 config.yaml         the resolved configuration
+code/               copies of the files of a method or backbone from outside, see `trainer.run.code`
 metrics.jsonl       one row for each logging step and each kNN evaluation
 tensorboard/        the same rows for TensorBoard
 wandb/              the same rows for Weights & Biases, if monitor.wandb is set
@@ -29,6 +30,7 @@ from typing import IO
 from trainer.config import Config
 from trainer.config_file import changed_keys, dump, load
 from trainer.distributed import RankInfo, raise_on_all_ranks
+from trainer.run.code import changed_code, store_code
 from trainer.run.files import exists, write_atomically
 from trainer.run.images import has_started
 
@@ -50,6 +52,7 @@ def claim(config: Config, rank_info: RankInfo) -> Iterator[Path]:
     else, or is in use.
     """
     with lock_directory(Path(config.run.dir), rank_info, lambda folder: _store_config(folder, config)) as folder:
+        raise_on_all_ranks(changed_code(config, folder))  # a rank of another node may have another file
         yield folder
 
 
@@ -107,6 +110,9 @@ def _store_config(folder: Path, config: Config) -> None:
             raise ValueError(f"run.dir: {folder} holds another run: {'; '.join(changed)}. Choose another run.dir")
     elif started:
         raise ValueError(f"run.dir: {folder} has files of a run, but no config.yaml. Choose another run.dir")
+    if started and (error := changed_code(config, folder)):
+        raise ValueError(error)
+    store_code(config, folder)
     # The images are accepted for this start only.
     once = config.data.model_copy(update={"accept_changed": False})
     write_atomically(stored, dump(config.model_copy(update={"data": once})))

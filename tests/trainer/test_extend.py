@@ -3,9 +3,11 @@
 import json
 import multiprocessing
 import os
+import pickle
 import shutil
 import signal
 import socket
+import sys
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -104,11 +106,9 @@ def test_a_method_that_is_killed_and_resumed(file: Path, engine: list[str]) -> N
 
 
 def test_what_works_on_its_run(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Planner, export, model card, comparison and evaluation, after the file has gone."""
+    """Export, model card, comparison and evaluation, after the file has gone."""
     settings = [*METHOD, "run.epochs=1"]
     pretrain(load(file, settings))
-    plan = make_plan(load(file, [*settings, "run.device=auto"]), PlanRequest([1], gpus_per_node=2))
-    assert [row.gpus for row in plan.rows] == [2]
     shutil.move("own", "gone")
     run = Path("run")
     assert read_config(run).method.name == f"{Path.cwd()}/run/code/my_method.py:SimSiam"
@@ -121,6 +121,22 @@ def test_what_works_on_its_run(file: Path, capsys: pytest.CaptureFixture[str]) -
     columns, (row,) = tabulate([read(run, [run])])
     assert row[columns.index("method")] == "my_method.py:SimSiam"
     capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_it_is_planned(file: Path) -> None:
+    """The planner's processes get the configuration by pickling."""
+    plan = make_plan(load(file, [*METHOD, "run.device=auto"]), PlanRequest([1], gpus_per_node=2))
+    assert [row.gpus for row in plan.rows] == [2]
+
+
+def test_its_configuration_is_pickled_for_a_process_that_has_not_imported_it(file: Path) -> None:
+    config = load(file, METHOD)
+    pickled = pickle.dumps(config)
+    del sys.modules[type(config.method).__module__]
+    again = pickle.loads(pickled)
+    assert again.model_dump() == config.model_dump()
+    assert type(again.method).__module__ == type(config.method).__module__
 
 
 def stopped(file: Path, overrides: list[str]) -> None:

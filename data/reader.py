@@ -4,6 +4,7 @@ The result of a batch is one array, which worker processes hand over in shared m
 announces it is shorter than the 4096 bytes that a pipe takes as a whole, so a killed worker leaves no half a message.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -75,14 +76,18 @@ class Inputs:
         def take(kind: str, shape: tuple[int, ...]) -> NDArray:
             nonlocal place
             dtype = np.dtype(kind)
-            start, place = place, place + dtype.itemsize * int(np.prod(shape))
+            start, place = place, place + dtype.itemsize * math.prod(shape)
             array = packed[start:place].view(dtype).reshape(shape)
             place += -place % ALIGNMENT
             return array
 
         shown, shapes = take("i8", (self.count,)), take("i8", (self.count, 3))
         views = [take(kind, (self.count, *shape)) for _ in range(self.views) for kind, shape in PER_VIEW]
-        images = [take("u1", (h, w, c) if w else (h,)) for h, w, c in shapes.tolist()]
+        sizes = np.maximum(shapes, 1).prod(axis=1)
+        starts = place + np.cumsum(sizes + -sizes % ALIGNMENT) - (sizes + -sizes % ALIGNMENT)
+        images = [packed[start:end] for start, end in zip(starts.tolist(), (starts + sizes).tolist(), strict=True)]
+        for i in np.flatnonzero(shapes[:, 1]).tolist():
+            images[i] = images[i].reshape(shapes[i])
         return shown, images, views
 
 

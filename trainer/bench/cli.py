@@ -189,6 +189,25 @@ def bench_data(
         data.report(data.run(load(config, overrides), Path(folder), seconds, repeats, workers), out)
 
 
+@bench_app.command("feed")
+def bench_feed(
+    config: ConfigPath,
+    overrides: Overrides = None,
+    batch_size: Annotated[list[int], typer.Option(help="Images per batch (repeatable)")] = [32, 256],  # noqa: B006
+    batches: Annotated[int, typer.Option(help="Number of batches per measurement", min=1)] = 20,
+    repeats: Annotated[int, typer.Option(help="Number of measurements; results are medians", min=1)] = 3,
+    out: OutPath = None,
+) -> None:
+    """Measure what feeding DALI costs the thread that launches the training step."""
+    import tempfile
+
+    from trainer.bench import feed
+    from trainer.config_file import load
+
+    with tempfile.TemporaryDirectory() as folder:
+        feed.report(feed.run(load(config, overrides), Path(folder), batch_size, batches, repeats), out)
+
+
 @scale_app.command("submit")
 def scale_submit(
     config: ConfigPath,

@@ -3,6 +3,7 @@
 import io
 import logging
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -214,6 +215,33 @@ def test_later_batches_do_not_overwrite_earlier_ones(small: Source) -> None:
     later = list(batches)
     assert torch.equal(first.views[0], before)
     assert not torch.equal(later[-1].views[0], before)
+
+
+def test_a_gpu_gets_copies_that_are_complete(small: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps for a GPU, with DALI's outputs in host memory and an event that notes what is asked of it."""
+    calls: list[str] = []
+
+    class Event:
+        def __init__(self, blocking: bool) -> None:
+            assert blocking, "waiting must not occupy a core"
+
+        def record(self, stream: object) -> None:
+            calls.append("record")
+
+        def synchronize(self) -> None:
+            calls.append("synchronize")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    dataset = TrainDataset(small, data_settings(views=(View(size=16),) * 2, batch_size=8), 3, 0, 1)
+    feed = dali._Feed(iter([reader.Reader(dataset)[0]]))
+    outputs = dali._pipeline(dataset, feed, CPU).run()
+    theirs = [torch.from_dlpack(view.as_tensor()) for view in outputs]
+    ours = dali._to_torch(outputs, object())  # type: ignore[arg-type]
+    assert calls == ["record", "synchronize"]
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+        assert a.data_ptr() != b.data_ptr()
 
 
 # Unreadable images

@@ -3,7 +3,7 @@
 import logging
 import multiprocessing
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from multiprocessing import forkserver
 
 import pytest
@@ -20,6 +20,21 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with the tests that mostly wait, for SLURM, so that other processes compute meanwhile."""
     items.sort(key=lambda item: "slurm" not in item.path.parts)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Replace names that are not UTF-8 in what a test printed: a report with them cannot be sent between processes."""
+    report = yield
+    report.sections = [(title, _encodable(text)) for title, text in report.sections]
+    failure = str(report.longrepr)
+    if _encodable(failure) != failure:
+        report.longrepr = _encodable(failure)
+    return report
+
+
+def _encodable(text: str) -> str:
+    return text.encode(errors="backslashreplace").decode()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -152,5 +152,5 @@ class DataSettings(BaseModel):
             return self.workers
         if device.type != "cuda":
             return 1
-        cores_per_rank = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        cores_per_rank = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         return min(16, max(1, cores_per_rank - 1))

@@ -4,7 +4,6 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -13,6 +12,7 @@ import typer
 from data.paths import expand_user
 from trainer.bench.cli import ConfigPath, OutPath, Overrides, bench_app, scale_app
 from trainer.evaluate.registry import EVALUATIONS, Registration
+from trainer.ops.ending import Stopped, StopSignals, end_process, exit_code
 from trainer.plan.request import PlanRequest, parse_nodes
 
 app = typer.Typer(
@@ -48,18 +48,7 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     from trainer.config_file import load
     from trainer.pretrain import pretrain
 
-    _stoppable(lambda: pretrain(load(config, overrides)))
-
-
-def _stoppable(work: Callable[[], None]) -> None:
-    """Call `work` and exit with the code for an early stop if it was asked to stop."""
-    from trainer.ops.stop import Stopped, exit_code
-
-    try:
-        work()
-    except Stopped as stopped:
-        print(stopped, file=sys.stderr)
-        raise typer.Exit(exit_code()) from None
+    pretrain(load(config, overrides))
 
 
 @app.command()
@@ -169,7 +158,7 @@ def _add_evaluation(verb: str, registration: Registration) -> None:
 
         given = overrides or []
         settings = [*given, *(text for text in registration.overrides(seed, fast) if text not in given)]
-        _stoppable(lambda: run_evaluation(verb, run, settings, folder_name, CheckpointChoice(network, step)))
+        run_evaluation(verb, run, settings, folder_name, CheckpointChoice(network, step))
 
 
 for _verb, _registration in EVALUATIONS.items():
@@ -375,13 +364,29 @@ def _expand_home(argument: str) -> str:
 
 
 def main() -> None:
-    """Run a verb. User errors end with one line and exit code 1; TRAINER_TRACEBACK=1 shows the traceback."""
+    """Run a verb. User errors end with one line and exit code 1; TRAINER_TRACEBACK=1 shows the traceback.
+
+    SIGTERM and SIGUSR1 end every verb in good order, with the exit code for an early stop.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or name that the terminal's encoding lacks
     try:
+        with StopSignals() as signals:
+            _run_verb(signals)
+    except BaseException as error:
+        end_process(error)
+        raise
+
+
+def _run_verb(signals: StopSignals) -> None:
+    try:
         app([_expand_home(argument) for argument in sys.argv[1:]])
-    except (ValueError, OSError) as error:
-        if os.environ.get("TRAINER_TRACEBACK"):
+    except (Stopped, ValueError, OSError, RuntimeError) as error:
+        # Other ranks that have stopped may be why this one fails, and libraries turn Stopped into errors of their own.
+        if isinstance(error, Stopped) or signals.reason:
+            print(error if isinstance(error, Stopped) else f"stopped ({signals.reason})", file=sys.stderr)
+            sys.exit(exit_code())
+        if isinstance(error, RuntimeError) or os.environ.get("TRAINER_TRACEBACK"):
             raise
         print("error: " + re.sub(r"\s*\n\s*", " ", str(error).strip()), file=sys.stderr)
         sys.exit(1)

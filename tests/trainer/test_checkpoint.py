@@ -3,9 +3,13 @@
 import io
 import json
 import logging
+import os
 import pickle
 import resource
+import shutil
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -164,12 +168,50 @@ def test_damaged_ones_do_not_push_out_good_ones(tmp_path: Path, group: None) -> 
 
 def test_leftovers_of_a_killed_save(tmp_path: Path, group: None) -> None:
     save(tmp_path, 10)
-    for step in ("00000020", "00000030"):
+    for step in ("00000010.replaced", "00000020", "00000030"):
         (tmp_path / f".step-{step}").mkdir()
         (tmp_path / f".step-{step}" / "__0_0.distcp").write_bytes(b"half")
     assert load(tmp_path) == 10
     assert save(tmp_path, 20)
     assert names(tmp_path) == ["step-00000010", "step-00000020"]
+
+
+def fail_while_saving(folder: Path) -> list[str]:
+    """Return the checkpoints after an error that follows the start of a save."""
+    big = {"student": {"weight": torch.zeros(2**24)}, "step": torch.tensor(1)}
+    with suppress(KeyError), checkpoint.Saver(folder, keep=1) as saver:
+        saver.start(1, big)
+        raise KeyError
+    return names(folder)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_error_waits_for_the_checkpoint(tmp_path: Path, world_size: int) -> None:
+    assert run_ranks(world_size, fail_while_saving, tmp_path)[0] == ["step-00000001"]
+
+
+def test_one_that_is_deleted_while_it_is_verified(
+    tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By a run that goes on training: the newer one is taken. The manifest is a pipe, so that the reader waits."""
+    save(tmp_path / "folder", 10)
+    save(tmp_path / "newer", 20)
+    manifest = tmp_path / "folder" / "step-00000010" / "manifest.json"
+    manifest.unlink()
+    os.mkfifo(manifest)
+
+    def prune() -> None:
+        with manifest.open("w") as pipe:
+            (tmp_path / "newer" / "step-00000020").rename(tmp_path / "folder" / "step-00000020")
+            shutil.rmtree(manifest.parent)
+            pipe.write('{"__0_0.distcp": {"bytes": 1, "sha256": "0"}}')
+
+    thread = threading.Thread(target=prune)
+    thread.start()
+    found = checkpoint.newest(tmp_path / "folder")
+    thread.join()
+    assert found == tmp_path / "folder" / "step-00000020"
+    assert "damaged" not in caplog.text
 
 
 def fill_disk_of_last_rank(folder: Path) -> tuple[list[bool], list[str], Tensor, list[str]]:

@@ -26,7 +26,7 @@ def test_the_machine() -> None:
     names = [check.name for check in run_checks(None)]
     gpus = [name for name in names if name.startswith("GPU")]
     extras = ["Triton", "DALI", "DeepSpeed", "ONNX export", "W&B", "tests, lint"]
-    assert names == ["CPU", *gpus, "driver", "NCCL", *extras, "SLURM", "disk"]
+    assert names == ["CPU", *gpus, "driver", "NCCL", *extras, "SLURM", "open files", "disk"]
     assert len(gpus) == max(1, torch.cuda.device_count())
     states = {check.name: check.state for check in run_checks(None)}
     assert {states[name] for name in ("CPU", *extras)} == {"ok"}

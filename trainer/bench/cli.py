@@ -122,7 +122,7 @@ def bench_throughput(
     from trainer.config_file import load
 
     result = throughput.run(load(config, overrides), throughput.MODES if mode == "all" else (mode,), steps, warmup)
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK") or 0) == 0:
         throughput.report(result, out)
 
 

@@ -19,6 +19,7 @@ from data.extras import requirement_file
 from data.sources.base import Source
 from data.sources.open import open_source
 from trainer.config import Config
+from trainer.distributed import files_needed, raise_file_limit
 from trainer.ops.install import DALI, find_driver, misfit, newest_cuda, version_of
 from trainer.run.files import existing_parent
 from trainer.run.sources import shared_memory_bytes
@@ -35,7 +36,7 @@ class Check(NamedTuple):
 def run_checks(config: Config | None) -> list[Check]:
     """Check the machine and, if given, a configuration. Changes nothing."""
     checks = [_check_cpu(), *_check_gpus(), _check_driver(), _check_nccl(), *map(_check_extra, EXTRAS), _check_slurm()]
-    checks.append(check_disk(Path.cwd()))
+    checks += [_check_open_files(), check_disk(Path.cwd())]
     return checks + (_check_config(config) if config else [])
 
 
@@ -145,6 +146,13 @@ def missing_extras(config: Config) -> dict[str, str]:
     }
     checks = {key: _check_extra(extra) for key, name in needed.items() for extra in EXTRAS if extra.name == name}
     return {key: f"{check.name}: {check.detail}" for key, check in checks.items() if check.state != "ok"}
+
+
+def _check_open_files() -> Check:
+    limit = raise_file_limit()
+    state: Literal["ok", "missing"] = "ok" if limit >= files_needed(8) else "missing"
+    ranks = (limit - files_needed(0)) // (files_needed(1) - files_needed(0))
+    return Check("open files", state, f"at most {limit:,} (ulimit -Hn): enough for {max(0, ranks):,} ranks")
 
 
 def _check_slurm() -> Check:

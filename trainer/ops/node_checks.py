@@ -14,6 +14,7 @@ import torch
 
 from data.sources.open import find_files
 from trainer.config import Config
+from trainer.distributed import files_needed, raise_file_limit, read_launch_variables
 from trainer.ops.doctor import check_disk, compiler_problem, driver_problem, missing_extras
 from trainer.ops.install import find_driver
 
@@ -51,7 +52,7 @@ def find_versions() -> dict[str, str]:
         "Python": platform.python_version(),
         "GPUs": ", ".join(f"{n} x {name}" for name, n in gpus.items()) or "none",
         "driver": find_driver() or "none",
-        "ranks": os.environ["LOCAL_WORLD_SIZE"],
+        "ranks": str(read_launch_variables().local_world_size),
     }
 
 
@@ -63,7 +64,8 @@ def free_memory() -> float:
 def find_problems(config: Config | None) -> list[str]:
     """Return what this node lacks. Only one image is read, because training lists the millions of files itself."""
     problems = []
-    ranks, gpus = int(os.environ["LOCAL_WORLD_SIZE"]), torch.cuda.device_count()
+    launch, gpus = read_launch_variables(), torch.cuda.device_count()
+    ranks = launch.local_world_size
     device = config.run.device if config else "auto"
     expected = gpus or int(os.environ.get("SLURM_GPUS_ON_NODE") or 0)  # a container without --nv sees no GPUs
     if gpus < ranks and (device == "cuda" or (device == "auto" and expected)):
@@ -78,6 +80,10 @@ def find_problems(config: Config | None) -> list[str]:
         problems.append(problem)
     if (shared := shutil.disk_usage("/dev/shm").total / 2**30) < 1:
         problems.append(f"/dev/shm has {shared:.2f} GiB, but batches need it: docker run --ipc=host")
+    if (limit := raise_file_limit()) < (needed := files_needed(launch.world_size)):
+        problems.append(
+            f"at most {limit} open files (ulimit -Hn), but {launch.world_size} ranks need up to {needed} in a process"
+        )
     if config is None:
         return problems
     problems += [f"{key}: {problem}" for key, problem in missing_extras(config).items()]

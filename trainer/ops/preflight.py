@@ -81,7 +81,8 @@ class Peer(NamedTuple):
 
 def check_machines(config: Config | None, bad_nodes: Path | None) -> bool:
     """Check this machine, or under torchrun all nodes. Returns False if there is a problem; see `run_preflight`."""
-    return run_preflight(config, bad_nodes) if "GROUP_RANK" in os.environ else print_checks(run_checks(config))
+    under_torchrun = all(os.environ.get(name) for name in ("GROUP_RANK", "WORLD_SIZE", "MASTER_ADDR"))
+    return run_preflight(config, bad_nodes) if under_torchrun else print_checks(run_checks(config))
 
 
 def run_preflight(config: Config | None, bad_nodes: Path | None) -> bool:
@@ -95,12 +96,13 @@ def run_preflight(config: Config | None, bad_nodes: Path | None) -> bool:
         Whether there are no faults, equally on all ranks: torchrun on a node whose ranks had succeeded would wait ten
         minutes for the other nodes without reacting to signals.
     """
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    node, node_count = int(os.environ["GROUP_RANK"]), world_size // int(os.environ["LOCAL_WORLD_SIZE"])
+    launch = distributed.read_launch_variables()
+    rank, world_size = launch.rank, launch.world_size
+    node, node_count = int(os.environ["GROUP_RANK"]), world_size // launch.local_world_size
     store, _, _ = next(iter(dist.rendezvous("env://", rank, world_size)))
     with Watchdog(Path(tempfile.gettempdir()), rank) as watchdog:
         watchdog.expect("collecting the reports of all nodes", _TIMEOUT)
-        exchange = NodeExchange(store, node, node_count, sends=os.environ["LOCAL_RANK"] == "0")
+        exchange = NodeExchange(store, node, node_count, sends=launch.local_rank == 0)
         reports = _collect_reports(exchange, config)
         total = None
         if not find_faults(reports):

@@ -9,10 +9,15 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from trainer.ops import peers
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 _POLL_SECONDS = 1.0  # a deadline that moves forward is noticed at most this much later
+_END_SECONDS = 120.0  # after an error: the last rows of the log, and a checkpoint that is being written
 
 
 class Watchdog:
@@ -42,6 +47,16 @@ class Watchdog:
     def expect(self, activity: str, seconds: float) -> None:
         """Give the activity that starts now at most `seconds` until the next call."""
         self.activity, self.seconds, self.deadline = activity, seconds, time.monotonic() + seconds
+
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Limit the time that the end of the surrounding `with` blocks takes after an error in this one."""
+        try:
+            yield
+        except BaseException:
+            peers.ending()
+            self.expect("the end after an error", _END_SECONDS)
+            raise
 
     def _watch(self) -> None:
         with self.wake:

@@ -13,7 +13,9 @@ import logging
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
 from pathlib import Path
+from types import TracebackType
 from typing import TypeVar
 
 import torch
@@ -23,6 +25,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.utils._pytree import tree_leaves
 
 from trainer.distributed import raise_on_all_ranks
+from trainer.ops.ending import exit_without_cleanup
 from trainer.run.checkpoint_files import (
     WEIGHTS,
     Reader,
@@ -42,13 +45,17 @@ __all__ = ["WEIGHTS", "Saver", "State", "find", "load", "newest", "save", "step_
 
 log = logging.getLogger(__name__)
 
+_END_SECONDS = 60.0  # that an error waits for a checkpoint that is being written
+
 T = TypeVar("T")
 
 
 class Saver:
     """Saves checkpoints in a background thread, one at a time. Methods except `done` are called by all ranks.
 
-    Training waits only while the state is copied to host memory. The thread uses a process group of its own.
+    Training waits only while the state is copied to host memory. The thread uses a process group of its own. An error
+    in the `with` block waits for the checkpoint that is being written, but not for ranks or a disk that do not answer:
+    then the process must end (`trainer.ops.ending`), and the next start deletes the incomplete files.
 
     Args:
         folder: The directory of the checkpoints.
@@ -76,6 +83,19 @@ class Saver:
         self.group = group
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[str | None] | None = None
+
+    def __enter__(self) -> "Saver":
+        """Return this saver; its thread starts with the first checkpoint."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Wait for the checkpoint that is being written, and end the thread."""
+        if self.pending and wait_for([self.pending], timeout=_END_SECONDS).not_done:
+            log.warning("a checkpoint in %s is not complete after %g s: abandoned", self.folder, _END_SECONDS)
+            exit_without_cleanup()
+        self.thread.shutdown(wait=False)
 
     def start(self, step: int, state: State) -> None:
         """Wait for the previous checkpoint, copy `state`, and start writing the checkpoint of `step`."""
@@ -117,7 +137,8 @@ def save(folder: Path, step: int, state: State, keep: int) -> bool:
 def newest(folder: Path) -> Path | None:
     """Return the newest checkpoint whose files match their checksums, or None if there are no checkpoints.
 
-    Called by all ranks, which share the reading. Damaged checkpoints are logged and kept.
+    Called by all ranks, which share the reading. Damaged checkpoints are logged and kept. One that another process
+    deletes meanwhile, because it is training and has newer ones, is not damaged: the search starts again.
 
     Raises:
         ValueError: On all ranks, if a file cannot be read, or if there are checkpoints and all of them are damaged.
@@ -127,6 +148,8 @@ def newest(folder: Path) -> Path | None:
         damage = _find_damage(path)
         if damage is None:
             return path
+        if path not in _list_on_rank_0(folder):
+            return newest(folder)
         damaged.append(f"{path.name}: {damage}")
         if dist.get_rank() == 0:
             log.warning("checkpoint %s is damaged (%s): skipped", path, damage)

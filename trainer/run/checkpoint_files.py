@@ -78,9 +78,11 @@ def publish(temporary: Path, final: Path, manifest: Manifest) -> None:
         json.dump(manifest, file, indent=2)
         file.flush()
         os.fsync(file.fileno())
+    replaced = final.with_name(f".{final.name}.replaced")
     if final.exists():  # damaged, or the run was resumed from an earlier step
-        shutil.rmtree(final)
+        final.rename(replaced)  # deleting takes long, and the process may be killed meanwhile
     temporary.rename(final)
+    shutil.rmtree(replaced, ignore_errors=True)
     directory = os.open(final.parent, os.O_RDONLY)
     os.fsync(directory)
     os.close(directory)

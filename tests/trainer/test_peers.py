@@ -1,0 +1,76 @@
+"""The end of one rank ends all others, whatever they wait for, and no process stays behind.
+
+On a GPU a rank that waits in a kernel of NCCL notices nothing of the others; here one sleeps instead.
+"""
+
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.trainer.small import PYTHON
+
+PROGRAM = """
+import sys, threading, time
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from trainer.distributed import process_group
+from trainer.ops.ending import Stopped, end_process
+from trainer.run import checkpoint
+
+def run(fails, waits, folder):
+    with process_group("cpu") as rank_info:
+        saver = checkpoint.Saver(Path(folder), keep=1)
+        dist.barrier()
+        if rank_info.rank == 1:
+            pending = dist.all_reduce(torch.ones(1), async_op=True)  # destroying the group would wait for it
+            if fails == "checkpoint":  # of which the other rank does not write its part
+                checkpoint._END_SECONDS = 1
+                with saver:
+                    saver.start(1, {"weight": torch.ones(9)})
+                    raise ValueError("no images")
+            if fails == "thread":
+                threading.Thread(target=time.sleep, args=(600,)).start()  # keeps an interpreter alive
+            raise {"stop": Stopped("asked to stop")}.get(fails, ValueError("no images"))
+        if waits == "sleep":
+            time.sleep(600)
+        dist.all_gather_object([None] * 2, None)
+
+try:
+    run(*sys.argv[1:])
+except BaseException as error:
+    end_process(error)
+    raise
+"""
+
+
+@pytest.mark.parametrize(
+    ("fails", "waits", "codes", "reason"),
+    [
+        ("error", "sleep", [1, 1], "no images"),
+        ("thread", "collective", [1, 1], "no images"),
+        ("stop", "sleep", [75, 1], "asked to stop"),
+        ("checkpoint", "sleep", [1, 1], "no images"),
+    ],
+)
+def test_all_ranks_end_with_the_one_that_fails(
+    tmp_path: Path, fails: str, waits: str, codes: list[int], reason: str
+) -> None:
+    with socket.create_server(("", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    line = [PYTHON, "-c", PROGRAM, fails, waits, str(tmp_path)]
+    ranks = [
+        subprocess.Popen(line, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == codes, errors
+    assert errors[0].splitlines()[-1] == f"rank 0: rank 1 has ended, so this one ends as well: {reason}"
+    assert "Traceback" not in errors[0], "the error of the other rank is the cause"
+    assert reason in errors[1].splitlines()[-1]
+    assert list(tmp_path.glob("step-*")) == [], "no part of a checkpoint has its name"

@@ -96,6 +96,8 @@ def test_a_scaling_study_submits_its_sizes(cluster: Cluster, site: Path) -> None
     said = cluster(*study, "submit", "configs/small.yaml", "study", *options, cwd=site)
     jobs = re.findall(r"job (\d+): ", said)
     assert len(jobs) == 2
+    again = cluster(*study, "submit", "configs/small.yaml", "study", *options, cwd=site)
+    assert re.findall(r"job (\d+) is (?:PENDING|RUNNING|CONFIGURING) already", again) == jobs, again
     for job in jobs:
         cluster.until(lambda job=job: cluster.state(job) in FINAL, f"the end of {job}")  # type: ignore[misc]
         assert cluster.state(job) == "COMPLETED", (site / f"scaling_study-{job}.log").read_text()

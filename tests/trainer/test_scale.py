@@ -58,13 +58,47 @@ def test_local_processes(tmp_path: Path) -> None:
     assert (result["ranks"], result["batch_size"]) == (2, 24)
 
 
-def test_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """sbatch is replaced by a script that records its arguments."""
-    sbatch = tmp_path / "bin/sbatch"
-    sbatch.parent.mkdir()
-    sbatch.write_text(f'#!/bin/sh\necho "$CONFIG $*" >> {tmp_path}/calls\necho 41\n')
-    sbatch.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """sbatch is replaced by a script that records its arguments, and squeue by one that prints the file `queue`."""
+    programs = {
+        "sbatch": f'echo "$CONFIG $*" >> {tmp_path}/calls\nenv | grep ^SLURM >> {tmp_path}/variables\necho 41',
+        "squeue": f"cat {tmp_path}/queue",
+    }
+    (tmp_path / "bin").mkdir()
+    for name, text in programs.items():
+        (tmp_path / "bin" / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / "bin" / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}/bin:{os.environ['PATH']}")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("queue", "submitted"),
+    [("41 PENDING\n7 RUNNING\n", False), ("41 RUNNING\n", False), ("40 PENDING\n", True), ("", True)],
+)
+def test_a_job_that_slurm_still_has_is_not_submitted_again(slurm: Path, queue: str, submitted: bool) -> None:
+    (slurm / "queue").write_text(queue)
+    config, study = small(slurm), slurm / "study"
+    first = submit(config, [], study, [2], ["strong"], False, [], [])
+    assert first == [f"job 41: 2 nodes, batch 12, {study}/strong-00002.json"]
+    again = submit(config, [], study, [2], ["strong"], False, [], [])
+    state = queue.split()[1:2]
+    assert again == (first if submitted else [f"job 41 is {state[0]} already: 2 nodes, {study}/strong-00002.json"])
+    assert len((slurm / "calls").read_text().splitlines()) == 1 + submitted
+    write_result(study, "strong", 2, 10.0)
+    assert submit(config, [], study, [2], ["strong"], False, [], []) == [f"{study}/strong-00002.json exists already"]
+
+
+def test_sbatch_does_not_get_the_variables_of_salloc(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("SLURM_MEM_PER_NODE", "SLURM_CPU_BIND", "SLURM_JOB_ID", "SLURM_CONF"):
+        monkeypatch.setenv(name, "x")
+    submit(small(slurm), [], slurm / "study", [1], ["weak"], False, [], [])
+    assert (slurm / "variables").read_text() == "SLURM_CONF=x\n"
+
+
+def test_jobs(slurm: Path) -> None:
+    tmp_path = slurm
     config, study = small(tmp_path), tmp_path / "study"
     lines = submit(
         config, ["bank.size=60"], study, [3, 1], ["strong", "weak"], False, ["--partition=gpu"], ["--steps=9"]

@@ -3,6 +3,7 @@
 Strong scaling keeps the batch, so each rank's share shrinks. Weak scaling multiplies the batch by the size.
 
     FOLDER/weak-00004.json      result of `bench throughput` on 4 nodes (locally: processes)
+    FOLDER/weak-00004.job       number of the SLURM job that measures it
     FOLDER/scaling.json         the table of all sizes; scaling.png and scaling.html draw it
 """
 
@@ -73,6 +74,8 @@ def submit(
 ) -> list[str]:
     """Start `bench throughput` at each size of which `folder` has no result, and return a line for each size.
 
+    A size whose job SLURM still has is not submitted again.
+
     Args:
         path: The configuration, which `overrides` change.
         overrides: Changes of the configuration, as on the command line.
@@ -91,6 +94,8 @@ def submit(
     jobs = [(kind, size, folder / f"{kind}-{size:05d}.json") for kind in kinds for size in sorted(sizes)]
     measured = [out for _, _, out in jobs if out.exists()]
     missing = [job for job in jobs if job[2] not in measured]
+    submitted = {out: job for _, _, out in missing if (job := _read_job(out))}
+    states = _states_of_jobs() if submitted and not local else {}
     for kind, size, out in track(missing, "measuring", disable=not local):
         batch_size = _batch_size(config, kind, size)
         others = [text for text in overrides if not text.startswith("data.batch_size=")]
@@ -100,10 +105,14 @@ def submit(
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
             _run([*launcher, "-m", "trainer", "bench", "throughput", str(path), *words], OMP_NUM_THREADS=threads)
             lines.append(f"measured {out}")
-        else:
-            sbatch = ["sbatch", "--parsable", f"--nodes={size}", *options, "slurm/scaling_study.sh"]
-            job = _run([*sbatch, *words], CONFIG=str(path))
-            lines.append(f"job {job.strip()}: {size} nodes, batch {batch_size}, {out}")
+            continue
+        if (job := submitted.get(out, "")) in states:
+            lines.append(f"job {job} is {states[job]} already: {size} nodes, {out}")
+            continue
+        sbatch = ["sbatch", "--parsable", f"--nodes={size}", *options, "slurm/scaling_study.sh"]
+        job = _run([*sbatch, *words], CONFIG=str(path)).strip().split(";")[0]  # a cluster's name may follow
+        write_atomically(out.with_suffix(".job"), f"{job}\n")
+        lines.append(f"job {job}: {size} nodes, batch {batch_size}, {out}")
     return lines + [f"{out} exists already" for out in measured]
 
 
@@ -114,10 +123,28 @@ def _batch_size(config: Config, kind: Kind, size: int) -> int:
     return batch_size if kind == "strong" else batch_size * size
 
 
+def _read_job(out: Path) -> str:
+    """Return the number of the job that was submitted for a result; "" if none was."""
+    path = out.with_suffix(".job")
+    return path.read_text(encoding="utf-8").strip() if path.exists() else ""
+
+
+def _states_of_jobs() -> dict[str, str]:
+    """Return the state of each job of this user that SLURM has, such as PENDING, by the number of the job."""
+    lines = _run(["squeue", "--noheader", "--me", "--format=%i %T"]).splitlines()
+    return {job: state for job, state in (line.split() for line in lines)}
+
+
 def _run(command: list[str], **environment: str) -> str:
-    """Run a command with additional environment variables and return its output."""
+    """Run a command with additional environment variables and return its output.
+
+    It does not get the variables of a job that this process runs in, such as those of salloc: sbatch and srun would
+    take them as options.
+    """
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_"))}
+    inherited |= {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
     try:
-        done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+        done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise ValueError(f"scale: {command[0]} is not installed; --local measures on this machine") from error
     if done.returncode:

@@ -18,7 +18,8 @@ snapshot() { # into runs/slurm/$1
     mv -T "$new" "runs/slurm/$1/code" 2>/dev/null || rm -rf "$new" # another task of the array has already copied
 }
 
-if [[ -z ${SLURM_JOB_ID:-} ]]; then
+if [[ ${0##*/} != slurm_script ]]; then # SLURM's name of its copy; SLURM_JOB_ID is also set in a shell of salloc
+    for name in "${!SLURM_@}"; do [[ $name == SLURM_CONF ]] || unset "$name"; done # sbatch would take them as options
     options=()
     while (($#)) && [[ ! $1 =~ ^[a-z_]+\.[a-z_.]+= ]]; do options+=("$1") && shift; done
     id=$(sbatch --parsable --hold "${options[@]}" "slurm/${0##*/}" "$@")

@@ -14,6 +14,7 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > ranks ? SRUN_CPUS_PER_TASK / ranks : 1))}
 export PET_SHUTDOWN_TIMEOUT=600 # torchrun's --shutdown-timeout; torch 2.11 ignores it and kills ranks 30 s after TERM
 port=$((10000 + (SLURM_JOB_ID + 8191 * restarts) % 20000))
+ulimit -Sn "$(ulimit -Hn)" || true # open files: torchrun on the first node has two connections to each rank
 
 say() { echo "$(date '+%F %T') slurm: $*"; }
 

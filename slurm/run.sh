@@ -26,15 +26,18 @@ await() { # COMMAND…: as it stands, but signals are handled meanwhile
     return "$status"
 }
 
+# This task only: one task of an array has the number of the whole array.
+this_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+
 back_to_queue() { # a job that was cancelled meanwhile is not running any more, and requeueing would bring it back
-    [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]] && scontrol requeue "$SLURM_JOB_ID"
+    [[ $(squeue --noheader --jobs="$this_job" --format=%T) == RUNNING ]] && scontrol requeue "$this_job"
 }
 
 requeue() { # REASON
     trap '' TERM USR1 # requeueing ends this shell
     if back_to_queue; then say "requeued: $1"; else say "not requeued: $1" && exit 1; fi
     if [[ -s $state/excluded ]]; then
-        scontrol update JobId="$SLURM_JOB_ID" ExcNodeList="$(sort -u "$state/excluded" | paste -sd,)"
+        scontrol update JobId="$this_job" ExcNodeList="$(sort -u "$state/excluded" | paste -sd,)"
     fi
     exit 0
 }
@@ -46,10 +49,14 @@ ask_to_stop() { # SIGNAL
     { sleep "$STOP_SECONDS" && back_to_queue; } &
 }
 
-newest_step() { # of the checkpoints, 0 if there is none
-    local step=0 path
-    for path in "$run_dir"/checkpoints/step-*; do [[ ! -d $path ]] || step=$((10#${path##*-})); done
-    echo "$step"
+newest_step() { # of the checkpoints, 0 if there is none; of fine-tuning, the sum over its seeds
+    local total=0 step folder path
+    for folder in "$run_dir" "$run_dir"/seed-*; do
+        step=0
+        for path in "$folder"/checkpoints/step-*; do [[ ! -d $path ]] || step=$((10#${path##*-})); done
+        total=$((total + step))
+    done
+    echo "$total"
 }
 
 failed() { # WHAT; a stop that could not save counts as well, or a full disk would requeue the job for ever
@@ -131,11 +138,18 @@ if [[ ${PREFLIGHT:-1} == 1 ]]; then
     fi
 fi
 [[ -z $asked ]] || requeue "asked to stop by $asked before training"
+# Training deletes this file when it begins. Until then there is nothing to save, and a stop is no failure.
+not_begun='{"reason": "not begun"}'
+mkdir -p "$run_dir" && echo "$not_begun" >"$run_dir/stopped.json"
 status=0
 await launch "${work[@]}" "${settings[@]}" || status=$?
 
 if ((status == 0)) && [[ -f $run_dir/results.json ]]; then # which may be of an earlier start
+    rm -f "$run_dir/stopped.json"
     say "finished: $run_dir"
+elif [[ -f $run_dir/stopped.json && $(<"$run_dir/stopped.json") == "$not_begun" ]]; then
+    rm -f "$run_dir/stopped.json"
+    interrupted "training failed with exit code $status"
 elif [[ -f $run_dir/stopped.json ]]; then
     reason=$(sed -n 's/.*"reason": "\(.*\)".*/\1/p' "$run_dir/stopped.json")
     if [[ -z $asked && $reason == "asked by file" ]]; then

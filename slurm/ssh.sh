@@ -21,7 +21,8 @@ everywhere() { # VERB ARGUMENT…: runs python -m trainer on all hosts; the firs
         -m trainer "$@"
     for host in "${hosts[@]}"; do
         # -tt: when ssh ends, the remote processes receive SIGHUP.
-        ssh -tt -o BatchMode=yes "$host" "cd ${PWD@Q} && source slurm/env.sh && $command" </dev/null &
+        ssh -tt -o BatchMode=yes "$host" "cd ${PWD@Q} && source slurm/env.sh && { ulimit -Sn \$(ulimit -Hn) || true; } &&
+            $command" </dev/null &
         pids+=("$!")
     done
     while (($(jobs -r | wc -l))); do

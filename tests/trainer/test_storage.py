@@ -428,23 +428,24 @@ def test_a_time_limit_of_an_earlier_job_is_ignored(site: Path, shared: Path, mon
 # The job script
 
 FAKE_SLURM = {
-    # Answers `config --get run.dir`; training is asked to stop, and fails because it cannot save.
+    # Answers `config --get run.dir`; training does what the file `training` says.
     "srun": """
         case "$*" in *" config "*) echo run && exit ;; esac
-        kill -USR1 $(ps -o ppid= -p $PPID)
-        sleep 0.3
-        exit 1
+        source ./training
     """,
     "squeue": "echo RUNNING",
     "scontrol": 'echo "$*" >> requeued',
 }
+ASK = "kill -USR1 $(ps -o ppid= -p $PPID); sleep 0.3; exit 1"
 
 
-def test_a_job_that_cannot_save_is_not_requeued_for_ever(tmp_path: Path) -> None:
+def run_job(tmp_path: Path, training: str, starts: int = 3, **variables: str) -> tuple[list[int], str]:
+    """Run slurm/run.sh that many times; returns the exit codes and the log."""
     (tmp_path / "bin").mkdir()
     for name, text in FAKE_SLURM.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "training").write_text(training)
     job = tmp_path / "job"
     (job / "code" / "configs").mkdir(parents=True)
     shutil.copytree(Path(__file__).parents[2] / "slurm", job / "code" / "slurm")
@@ -459,17 +460,48 @@ def test_a_job_that_cannot_save_is_not_requeued_for_ever(tmp_path: Path) -> None
         "SLURM_JOB_NODELIST": "n1",
         "PREFLIGHT": "0",
         "STOP_SECONDS": "60",
+        **variables,
     }
     codes = []
     with (tmp_path / "log").open("w") as log:
-        for _ in range(3):
+        for _ in range(starts):
             line = ["bash", "job/code/slurm/run.sh", "job"]
             job_script = subprocess.Popen(
                 line, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             codes.append(job_script.wait(timeout=300))
             os.killpg(job_script.pid, signal.SIGKILL)  # as SLURM ends what a batch script leaves behind
-    logs = (tmp_path / "log").read_text()
-    assert codes == [0, 0, 1], logs
+    return codes, (tmp_path / "log").read_text()
+
+
+def test_a_job_that_cannot_save_is_not_requeued_for_ever(tmp_path: Path) -> None:
+    """Training has begun, is asked to stop, and fails because it cannot save."""
+    codes, log = run_job(tmp_path, f"rm run/stopped.json; {ASK}")
+    assert codes == [0, 0, 1], log
     assert (tmp_path / "requeued").read_text().count("requeue 7") == 2
-    assert "giving up: training failed with exit code 1 after USR1 asked it to stop; 3 starts in a row" in logs
+    assert "giving up: training failed with exit code 1 after USR1 asked it to stop; 3 starts in a row" in log
+
+
+def test_a_stop_before_training_begins_is_no_failure(tmp_path: Path) -> None:
+    codes, log = run_job(tmp_path, ASK, starts=4)
+    assert codes == [0, 0, 0, 0], log
+    assert log.count("requeued: training failed with exit code 1, after USR1 asked to stop") == 4
+    assert list((tmp_path / "run").iterdir()) == [tmp_path / "run" / "stop"]
+
+
+def test_a_crash_before_training_begins_is_a_failure(tmp_path: Path) -> None:
+    codes, log = run_job(tmp_path, "exit 3")
+    assert codes == [0, 0, 1], log
+    assert "giving up: training failed with exit code 3; 3 starts in a row without a new checkpoint" in log
+
+
+def test_fine_tuning_makes_progress_in_the_directories_of_its_seeds(tmp_path: Path) -> None:
+    """Each start fails after a checkpoint of the next seed, whose steps begin at 1 again."""
+    training = """
+        i=$(ls -d run/x/seed-* 2>/dev/null | wc -l)
+        mkdir -p run/x/seed-$i/checkpoints/step-00000090
+        rm run/x/stopped.json; exit 1
+    """
+    codes, log = run_job(tmp_path, training, starts=4, VERB="finetune")
+    assert codes == [0, 0, 0, 0], log
+    assert "1 of 3 without a new checkpoint (newest: step 360)" in log

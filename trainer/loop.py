@@ -59,6 +59,7 @@ class LoopSettings:
     """Settings of `train`: folders, length, intervals.
 
     Attributes:
+        run_folder: The run directory, to whose W&B run the log belongs.
         folder: Receives metrics and checkpoints.
         stop_folder: Folder in which a file named `stop` ends training.
         process_start: When the process started, in seconds since the epoch; `run.max_minutes` counts from there.
@@ -75,6 +76,7 @@ class LoopSettings:
         trackers: Destinations of the log besides metrics.jsonl.
     """
 
+    run_folder: Path
     folder: Path
     stop_folder: Path
     process_start: float
@@ -133,11 +135,19 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
     run = settings.run
     averages, unreadable = Averages(), UnreadableImages(settings.folder, rank_info.rank)
     throughput = Throughput(task, settings.batch_size, start, rank_info)
-    saver = Saver(settings.folder / "checkpoints", settings.keep, settings.is_kept, start)
     with (
-        MetricsLogger(settings.folder, start, settings.steps, settings.trackers, active=rank_info.rank == 0) as metrics,
+        Watchdog(settings.folder, rank_info.rank) as watchdog,  # first, so that it also watches the end of the others
+        MetricsLogger(
+            settings.folder,
+            start,
+            settings.steps,
+            settings.trackers,
+            active=rank_info.rank == 0,
+            run=settings.run_folder,
+        ) as metrics,
         StopHandler(settings.stop_folder, deadline(run.max_minutes, settings.process_start)) as stop,
-        Watchdog(settings.folder, rank_info.rank) as watchdog,
+        Saver(settings.folder / "checkpoints", settings.keep, settings.is_kept, start) as saver,
+        watchdog.ending(),
         trace_steps(settings.folder / "trace.json.gz", run.profile if rank_info.rank == 0 else 0) as tracer,
     ):
 

@@ -166,6 +166,7 @@ def _loop_settings(
     run, data = config.run, config.data
     epoch = steps_per_epoch(num_images, data.batch_size)
     return LoopSettings(
+        run_folder=folder,
         folder=folder,
         stop_folder=folder,
         process_start=start,

@@ -1,5 +1,8 @@
 """kNN accuracy against a plain computation over all features at once, for any distribution over the ranks."""
 
+import os
+import shutil
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -10,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.encoder import Encoder
@@ -19,6 +23,7 @@ from tests.trainer.small import write_images
 from trainer.config import Config
 from trainer.evaluate import knn
 from trainer.evaluate.features import Features
+from trainer.run import checkpoint
 from trainer.run.results import read_evaluations
 
 TRAIN, TEST, CLASSES = 301, 53, 5
@@ -144,3 +149,28 @@ def test_other_settings_than_the_runs_have_their_own_directory(tmp_path: Path) -
     other = evaluate_here(knn.EVALUATOR, run, ["eval.k=3", "eval.temperature=0.07"])
     assert [(result["k"], result["temperature"]) for result in (own, other)] == [(5, 0.1), (3, 0.07)]
     assert read_evaluations(run) == {"knn": own, "knn-k3-t0.07": other}
+
+
+@pytest.mark.usefixtures("small_group")
+def test_a_run_that_deletes_the_checkpoint_meanwhile(tmp_path: Path) -> None:
+    """Training goes on; the checkpoint was the newest when it was chosen. Its weights are a pipe: the reader waits."""
+    run = write_run(tmp_path / "run", write_images(tmp_path / "images", each=8))
+    weights = load_file(run / "weights.safetensors")
+    (run / "weights.safetensors").unlink()
+    state = {"student": {name.removeprefix("student."): x for name, x in weights.items()}}
+    for folder, step in (("checkpoints", 10), ("newer", 20)):
+        assert checkpoint.save(run / folder, step, state, keep=2)
+    old = run / "checkpoints" / "step-00000010"
+    (old / "manifest.json").write_text("{}")
+    (old / "weights.safetensors").unlink()
+    os.mkfifo(old / "weights.safetensors")
+
+    def prune() -> None:
+        with (old / "weights.safetensors").open("w"):
+            (run / "newer" / "step-00000020").rename(old.with_name("step-00000020"))
+            shutil.rmtree(old)
+
+    thread = threading.Thread(target=prune)
+    thread.start()
+    assert evaluate_here(knn.EVALUATOR, run, [])["step"] == 20
+    thread.join()

@@ -62,6 +62,7 @@ class Counter:
 def settings_for(folder: Path, **changes: Any) -> LoopSettings:
     """12 steps in epochs of 4; rows every 3 steps, checkpoints every 5, evaluations every 4."""
     values: dict[str, Any] = {
+        "run_folder": folder,
         "folder": folder,
         "stop_folder": folder,
         "process_start": 0.0,

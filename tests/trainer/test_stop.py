@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import subprocess
 import time
 from pathlib import Path
 
@@ -10,15 +11,16 @@ import pytest
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
+from tests.trainer.small import PYTHON
 from trainer.ops import stop
-from trainer.ops.stop import StopHandler, Stopped, deadline
+from trainer.ops.stop import StopHandler, Stopped, deadline, interruptible
 
 
 def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
     """Return the steps of this rank and its error message; the last rank requests the stop in step 5."""
     done = 0
     limit = time.time() + 1 if ask == "clock" else None
-    with StopHandler(folder, limit, margin=0.5) as end:
+    with StopHandler(folder, limit, margin=0.5, vote_seconds=0) as end:
         for step in range(1, steps + 1):
             done = step
             if dist.get_rank() == dist.get_world_size() - 1 and step == 5:
@@ -53,6 +55,34 @@ def test_all_ranks_stop_after_the_same_step(tmp_path: Path, ask: str, world_size
     assert not (tmp_path / "stop").exists(), "or the next start would stop at once"
 
 
+def train_fast(folder: Path) -> tuple[int, int]:
+    """Return the step at which this rank stops and the steps between votes; rank 1 requests the stop in step 50."""
+    with StopHandler(folder) as end:
+        for step in range(1, 200):
+            if step == 50 and dist.get_rank() == 1:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            if end.should_stop():
+                return step, end.steps_between_votes
+    return 200, 0
+
+
+def test_fast_steps_do_not_vote_each_and_stop_together(tmp_path: Path) -> None:
+    ranks = run_ranks(3, train_fast, tmp_path)
+    assert ranks == [ranks[0]] * 3
+    stopped, steps_between_votes = ranks[0]
+    assert steps_between_votes == stop._MAX_STEPS_BETWEEN_VOTES
+    assert 50 < stopped <= 50 + 2 * steps_between_votes
+
+
+@pytest.mark.parametrize(("seconds", "steps"), [(3.0, 1), (0.4, 1), (0.1, 5), (1e-6, 16), (0.0, 16)])
+def test_about_two_votes_a_second(seconds: float, steps: int, tmp_path: Path) -> None:
+    assert run_ranks(2, plan, tmp_path, seconds) == [steps] * 2
+
+
+def plan(folder: Path, seconds: float) -> int:
+    return StopHandler(folder)._plan(seconds)
+
+
 def test_training_to_the_end_leaves_no_mark(tmp_path: Path) -> None:
     (tmp_path / "stopped.json").write_text("{}")
     assert run_ranks(2, train, tmp_path, "nobody") == [(50, "")] * 2
@@ -76,7 +106,7 @@ def test_a_second_interrupt_is_not_swallowed(tmp_path: Path) -> None:
 
 
 def several_signals(folder: Path) -> str:
-    with StopHandler(folder) as end:
+    with StopHandler(folder) as end:  # one rank votes after every step
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGTERM)
         os.kill(os.getpid(), signal.SIGUSR1)
@@ -87,6 +117,44 @@ def several_signals(folder: Path) -> str:
 def test_one_request_may_come_as_several_signals(tmp_path: Path) -> None:
     """SLURM signals the rank, and torchrun forwards the signal that it receives itself."""
     assert run_ranks(1, several_signals, tmp_path) == ["stops"]
+
+
+def work_without_steps(folder: Path, ask: str) -> None:
+    with interruptible(folder, time.time() + 1 if ask == "clock" else None, margin=0.5):
+        if ask.startswith("SIG"):
+            os.kill(os.getpid(), getattr(signal, ask))
+            os.kill(os.getpid(), signal.SIGTERM)  # a second one changes nothing
+        if ask == "file":
+            (folder / "stop").touch()
+        time.sleep(60)
+    raise AssertionError("not stopped")
+
+
+@pytest.mark.parametrize("ask", ["SIGTERM", "SIGUSR1", "file", "clock"])
+def test_work_without_steps_stops_at_once(tmp_path: Path, group: None, ask: str) -> None:
+    """Also if the request comes while it runs: the sleep is interrupted."""
+    with pytest.raises(Stopped):
+        work_without_steps(tmp_path, ask)
+    reason = {"file": "asked by file", "clock": "out of time"}.get(ask, ask)
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"step": 0, "reason": reason}
+    assert not (tmp_path / "stop").exists()
+    with interruptible(tmp_path, None):
+        pass
+    assert list(tmp_path.iterdir()) == [], "the next start removes the mark"
+
+
+@pytest.mark.parametrize("verb", ["pretrain", "knn"])
+def test_a_signal_before_training(tmp_path: Path, verb: str) -> None:
+    """The process waits for its configuration, which is a pipe."""
+    pipe = tmp_path / "config.yaml"
+    os.mkfifo(pipe)
+    line = [PYTHON, "-m", "trainer", verb, str(pipe if verb == "pretrain" else tmp_path)]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
+    with pipe.open("w"):  # waits until the process reads
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    assert (process.returncode, errors.startswith("stopped (SIGTERM)"), errors.count("\n")) == (75, True, 1), errors
 
 
 def test_the_earlier_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """Trackers: rows in the formats of TensorBoard, Weights & Biases and Prometheus."""
 
+import resource
 import struct
 import time
 from collections.abc import Iterator
@@ -52,6 +53,26 @@ def test_a_tracker_that_fails_is_dropped(tmp_path: Path, group: None, caplog: py
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10, 20]
 
 
+def test_tensorboard_on_a_full_disk(
+    tmp_path: Path, group: None, caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its thread writes, and its error is one line of the log."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with MetricsLogger(tmp_path, 0, 10_000, MonitorSettings(), active=True) as metrics_logger:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+        try:
+            for step in range(1, 10_000):
+                metrics_logger.log({"step": step, **ROW})
+                if not metrics_logger.trackers:
+                    break
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        metrics_logger.log({"step": 10_000, **ROW})
+    assert caplog.text.count("TensorBoard gets no more rows until the next start: [Errno 27] File too large") == 1
+    assert "Traceback" not in capfd.readouterr().err
+    assert read_rows(tmp_path / "metrics.jsonl")[-1]["step"] == 10_000
+
+
 def records(path: Path) -> Iterator[bytes]:
     """Read the records of a .wandb file: LevelDB's log format after a header of seven bytes."""
     data, at, record = path.read_bytes(), 7, b""
@@ -67,15 +88,21 @@ def records(path: Path) -> Iterator[bytes]:
             record = b""
 
 
-def wandb_rows(folder: Path) -> list[dict[str, str]]:
-    """Read the history from the files of offline runs."""
-    rows = []
-    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
-        for data in records(path):
-            record = Record.FromString(data)
-            if record.HasField("history"):
-                rows.append({item.key or "/".join(item.nested_key): item.value_json for item in record.history.item})
-    return rows
+def wandb_rows(folder: Path, count: int) -> list[dict[str, str]]:
+    """Read the history from the files of offline runs; waits until W&B's own process has written `count` rows."""
+    end = time.monotonic() + 30
+    while True:
+        rows = []
+        for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+            for data in records(path):
+                record = Record.FromString(data)
+                if record.HasField("history"):
+                    rows.append(
+                        {item.key or "/".join(item.nested_key): item.value_json for item in record.history.item}
+                    )
+        if len(rows) >= count or time.monotonic() > end:
+            return rows
+        time.sleep(0.1)
 
 
 def test_weights_and_biases_offline(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -84,9 +111,8 @@ def test_weights_and_biases_offline(tmp_path: Path, group: None, monkeypatch: py
     settings = MonitorSettings(tensorboard=False, wandb="project")
     record(tmp_path, 0, settings, 10, 20)
     first = (tmp_path / "wandb" / "id").read_text()
-    time.sleep(1.1)  # wandb loses the rows of a run whose directory, named by id and second, exists already
     record(tmp_path, 20, settings, 30)
-    rows = wandb_rows(tmp_path)
+    rows = wandb_rows(tmp_path, 3)
     assert [row["step"] for row in rows] == ["10", "20", "30"]
     assert {row["loss"] for row in rows} == {"5.5"}
     assert {row["phases/data/seconds"] for row in rows} == {"0.5"}

@@ -7,12 +7,14 @@ therefore import `trainer.config`, and modules that depend on it, only inside fu
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from data.sources.base import Source
 from models.encoder import Encoder
 from trainer.distributed import RankInfo
+from trainer.ops.stop import deadline, interruptible
 
 if TYPE_CHECKING:
     from trainer.config import Config
@@ -46,6 +48,10 @@ class EvaluationContext(NamedTuple):
 
 def _no_sources(context: EvaluationContext) -> dict[str, Source]:
     return {}
+
+    def interruptible(self) -> AbstractContextManager[None]:
+        """Return the context for work outside of a training loop: a stop request ends it, and nothing of it is kept."""
+        return interruptible(self.folder, deadline(self.config.run.max_minutes, self.started))
 
 
 class Evaluator(NamedTuple):

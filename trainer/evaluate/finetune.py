@@ -180,7 +180,9 @@ def _train_seed(seed: int, epochs: int, train: Source, test: Source, context: Ev
 
     recipe = Recipe(finetune.batch_size, epochs, lr_at, finetune.scale, seed, finetune.save_every)
     seconds = fit(network, optimizer, train, recipe, context, folder)
-    result = {"seed": seed, **score(network, test, train.classes, context)._asdict(), "seconds": seconds}
+    with context.interruptible():
+        scores = score(network, test, train.classes, context)
+    result = {"seed": seed, **scores._asdict(), "seconds": seconds}
     if rank_info.rank == 0:
         write_json(folder / RESULTS, result)
     return result

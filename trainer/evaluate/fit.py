@@ -20,7 +20,7 @@ from data.views import View
 from models.compat import DDP_LOCAL_BUFFERS
 from trainer import loop
 from trainer.build import autocast_dtype
-from trainer.config import Config, MonitorSettings
+from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines.base import LossScale, NotFinite, named_state, set_named_state, squared_norm, update
 from trainer.evaluate.base import EvaluationContext
@@ -174,6 +174,7 @@ def fit(
     )
     epoch_steps = steps_per_epoch(len(train), recipe.batch_size)
     settings = LoopSettings(
+        run_folder=context.folder.parent,
         folder=folder,
         stop_folder=context.folder,
         process_start=context.started,
@@ -187,7 +188,7 @@ def fit(
         keep_every=0,
         evaluate_every=None,
         run=config.run.model_copy(update={"profile": 0}),
-        trackers=MonitorSettings(),
+        trackers=config.monitor,
     )
     task = ClassifierTraining(network, optimizer, train.labels, recipe.lr, config, rank_info)
     saved = checkpoint.newest(folder / "checkpoints")

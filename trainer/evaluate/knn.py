@@ -63,7 +63,8 @@ def _settings(config: "Config") -> dict[str, object]:
 
 def _evaluate(context: EvaluationContext) -> Results:
     train, test = context.sources["train"], context.sources["val"]
-    value = evaluate(context.encoder, train, test, context.rank_info.device, context.config)
+    with context.interruptible():
+        value = evaluate(context.encoder, train, test, context.rank_info.device, context.config)
     settings = context.config.eval
     return {"knn": value, "protocol": "weighted kNN", "k": settings.k, "temperature": settings.temperature}
 

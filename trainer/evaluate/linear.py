@@ -58,7 +58,10 @@ def _settings(config: "Config") -> dict[str, Any]:
 
 
 def _evaluate(context: EvaluationContext) -> Results:
-    return _evaluate_fast(context) if context.config.linear.fast else _evaluate_published(context)
+    if not context.config.linear.fast:
+        return _evaluate_published(context)
+    with context.interruptible():
+        return _evaluate_fast(context)
 
 
 EVALUATOR = Evaluator(_folder_name, _settings, _evaluate, labelled_sources)
@@ -80,8 +83,10 @@ def _evaluate_published(context: EvaluationContext) -> Results:
 
     recipe = Recipe(linear.batch_size, linear.epochs, lr, linear.scale, linear.seed, linear.save_every)
     seconds = fit(network, optimizer, train, recipe, context, context.folder)
+    with context.interruptible():
+        scores = score(network, test, train.classes, context)
     return {
-        **score(network, test, train.classes, context)._asdict(),
+        **scores._asdict(),
         "classes": len(train.classes),
         "protocol": "linear",
         "lr": linear.lr,

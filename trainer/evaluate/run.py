@@ -23,11 +23,13 @@ from trainer.evaluate.base import RESULTS, EvaluationContext, Evaluator, Results
 from trainer.evaluate.features import image_size
 from trainer.evaluate.registry import load_evaluator
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
+from trainer.ops.stop import interruptible
 from trainer.run.directory import lock_directory, read_config
 from trainer.run.files import exists, read_json, write_json
 from trainer.run.images import fingerprint
 from trainer.run.metrics import set_up_logging
 from trainer.run.results import write_results
+from trainer.run.trackers import log_results
 
 
 def run_evaluation(
@@ -91,7 +93,8 @@ def evaluate(
     with lock_directory(run / name, rank_info, _check_directory) as folder:
         same_images = (config.data.train, config.data.val) == (trained.data.train, trained.data.val)
         context = EvaluationContext(encoder, config, rank_info, folder, run if same_images else folder, started, {})
-        sources = evaluator.open_sources(context)
+        with interruptible(folder, by_file=False):
+            sources = evaluator.open_sources(context)
         settings = {
             "backbone": checksum,
             "size": image_size(config),
@@ -107,6 +110,8 @@ def evaluate(
                 raise RuntimeError("the backbone has changed during its evaluation: the results would be meaningless")
             origin = {"network": choice.network, "step": step, **_hardware(rank_info)}
             write_results(folder / RESULTS, {**results, **origin} if rank_info.rank == 0 else None)
+            if rank_info.rank == 0:
+                log_results(config.monitor, run, folder, step, results)
         return read_json(folder / RESULTS)
 
 
@@ -120,7 +125,7 @@ def _default_name(name: str, run: Path, choice: CheckpointChoice, step: int) -> 
 
 def _check_directory(folder: Path) -> None:
     """Raise ValueError if the directory has something else than an evaluation."""
-    known = {"lock", "stop", "index-train.npz", "index-val.npz"}  # of a start that found no usable images
+    known = {"lock", "stop", "stopped.json", "index-train.npz", "index-val.npz"}  # of a start that found no usable images
     if not (folder / "settings.json").exists() and any(path.name not in known for path in folder.iterdir()):
         raise ValueError(f"{folder} is not the directory of an evaluation. Choose another --name")
 

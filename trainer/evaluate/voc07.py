@@ -72,6 +72,11 @@ class Split(NamedTuple):
 
 
 def _evaluate(context: EvaluationContext) -> Results:
+    with context.interruptible():
+        return _evaluate_svms(context)
+
+
+def _evaluate_svms(context: EvaluationContext) -> Results:
     start, rank_info = time.monotonic(), context.rank_info
     train, test = _embed_split(context, "trainval"), _embed_split(context, "test")
     classes = train.classes

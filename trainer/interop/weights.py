@@ -53,8 +53,15 @@ def load_encoder(run: Path, config: Config, choice: CheckpointChoice = NEWEST) -
     Raises:
         ValueError: There are no such weights, or they do not fit the configuration. Raised on all ranks.
     """
-    path, step = find_weights(run, choice.step)
-    encoder = read_encoder(path, config, choice.network)
+    while True:
+        path, step = find_weights(run, choice.step)
+        try:
+            encoder = read_encoder(path, config, choice.network)
+            break
+        except ValueError:
+            # The run may be training and have deleted this checkpoint, because it has newer ones.
+            if choice.step is not None or checkpoint.newest(run / "checkpoints") in (None, path.parent):
+                raise
     error = None
     try:
         if difference := architecture_difference(read_config(run), config):

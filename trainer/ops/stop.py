@@ -3,10 +3,14 @@
 The run saves a checkpoint before it exits, and the same command resumes it.
 """
 
+import functools
 import logging
 import os
 import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
@@ -15,18 +19,18 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import raise_on_all_ranks
+from trainer.ops.ending import Stopped, StopSignals, exit_code
 from trainer.run.files import write_json
+
+__all__ = ["StopHandler", "Stopped", "deadline", "exit_code", "interruptible"]
 
 log = logging.getLogger(__name__)
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not finished, try again
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SIGNALS = (*StopSignals.signals, signal.SIGINT)
 _STOP_FILE, _STOPPED_FILE = "stop", "stopped.json"
 _POLL_SECONDS = 0.2  # the run directory may be on a slow network file system
-
-
-class Stopped(Exception):
-    """The run stopped before its last step and saved a checkpoint."""
+_VOTE_SECONDS = 0.5  # between two votes; a request is noticed at the second one after it
+_MAX_STEPS_BETWEEN_VOTES = 16  # steps may become slower than they were at the last vote
 
 
 class StopHandler:
@@ -46,16 +50,21 @@ class StopHandler:
         folder: The run directory.
         deadline: Unix time at which the process must have exited, or None.
         margin: Seconds before the deadline at which to stop, for the checkpoint.
+        vote_seconds: Time between two votes of the ranks; 0 for a vote after every step.
     """
 
-    def __init__(self, folder: Path, deadline: float | None = None, margin: float = 120.0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        deadline: float | None = None,
+        margin: float = 120.0,
+        vote_seconds: float = _VOTE_SECONDS,
+    ) -> None:
         self.folder, self.reason = folder, ""
         self.stop_time = None if deadline is None else deadline - margin
-        group = dist.new_group(backend="gloo")
-        assert isinstance(group, dist.ProcessGroup)
-        self.group = group  # gloo, so that its all-reduce does not wait for the GPU
-        self.is_rank_0 = dist.get_rank() == 0
-        self.vote: torch.Tensor | None = None
+        self.is_rank_0, self.vote_seconds = dist.get_rank() == 0, vote_seconds
+        self.steps, self.steps_between_votes, self.last_vote = 0, 1, time.monotonic()
+        self.vote = torch.zeros(2, dtype=torch.float64)  # in host memory, so that gloo reduces it beside the GPU's work
         self.work: Any = None
         self.earlier_handlers: dict[int, Any] = {}
         self.next_poll = 0.0
@@ -78,19 +87,36 @@ class StopHandler:
             self.work.wait()
 
     def should_stop(self) -> bool:
-        """Return whether any rank had a reason to stop before the previous call. To be called after each step.
+        """Return whether any rank had a reason to stop at the previous vote. To be called after each step.
 
-        The all-reduce of one call runs during the next step, so no rank waits for it.
+        The all-reduce of a vote runs until the next one, so no rank waits for it.
         """
+        self._poll()
+        self.steps += 1
+        if self.steps < self.steps_between_votes:
+            return False
         if self.work is not None:
             self.work.wait()
             self.work = None
-            if self.vote:
+            stop, seconds_per_step = self.vote.tolist()
+            if stop:
                 return True
-        self._poll()
-        self.vote = torch.tensor(int(bool(self.reason)))
-        self.work = dist.all_reduce(self.vote, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            self.steps_between_votes = self._plan(seconds_per_step)
+        now = time.monotonic()
+        self.vote = torch.tensor([float(bool(self.reason)), (now - self.last_vote) / self.steps], dtype=torch.float64)
+        self.work = dist.all_reduce(self.vote, dist.ReduceOp.MAX, async_op=True)
+        self.last_vote, self.steps = now, 0
         return False
+
+    def _plan(self, seconds_per_step: float) -> int:
+        """Return the number of steps until the next vote, from the step time of the slowest rank: equal on all ranks.
+
+        The cost of a vote grows with the number of ranks, so there are about as many per second for any step time. One
+        rank alone votes for nothing.
+        """
+        if dist.get_world_size() == 1:
+            return 1
+        return min(max(1, int(self.vote_seconds / max(seconds_per_step, 1e-9))), _MAX_STEPS_BETWEEN_VOTES)
 
     def raise_stopped(self, step: int, save_error: str | None = None) -> None:
         """Write stopped.json, for scripts and people, and raise Stopped.
@@ -104,7 +130,7 @@ class StopHandler:
             ValueError: The checkpoint or stopped.json is not saved. On all ranks.
         """
         reasons: list[str] = [""] * dist.get_world_size()
-        dist.all_gather_object(reasons, self.reason, group=self.group)
+        dist.all_gather_object(reasons, self.reason)
         reason = "; ".join(sorted({r for r in reasons if r}))
         if self.is_rank_0:
             try:
@@ -130,6 +156,50 @@ class StopHandler:
                 self.reason = "asked by file"
 
 
+@contextmanager
+def interruptible(folder: Path, deadline: float | None, margin: float = 120.0) -> Iterator[None]:
+    """Stop work that has no steps and keeps nothing. Called by all ranks.
+
+    The requests are those of `StopHandler`, apart from SIGINT. The rank that notices one raises Stopped, and the others
+    end because it has ended (`trainer.ops.peers`).
+
+    Args:
+        folder: The directory for `stop` and stopped.json.
+        deadline: Unix time at which the process must have exited, or None.
+        margin: Seconds before the deadline at which to stop.
+
+    Raises:
+        Stopped: The work was stopped.
+    """
+    is_rank_0, signals, closed = dist.get_rank() == 0, StopSignals(), threading.Event()
+
+    def is_requested() -> bool:
+        if deadline is not None and time.time() > deadline - margin:
+            signals.request("out of time")
+        elif is_rank_0 and (folder / _STOP_FILE).exists():
+            signals.request("asked by file")
+        return bool(signals.requested)
+
+    def watch() -> None:
+        while not closed.wait(_POLL_SECONDS) and not is_requested():
+            pass
+
+    if is_rank_0:
+        (folder / _STOPPED_FILE).unlink(missing_ok=True)
+    try:
+        with signals:
+            threading.Thread(target=watch, name="stop", daemon=True).start()
+            try:
+                is_requested()
+                yield
+            finally:
+                closed.set()
+    except Stopped:
+        (folder / _STOP_FILE).unlink(missing_ok=True)
+        write_json(folder / _STOPPED_FILE, {"step": 0, "reason": signals.reason})
+        raise
+
+
 def deadline(max_minutes: float | None, started: float) -> float | None:
     """Return the Unix time at which this process must have exited, or None.
 
@@ -138,20 +208,17 @@ def deadline(max_minutes: float | None, started: float) -> float | None:
         started: Unix time at which the process started. SLURM's time limit is read from the environment; one that
             was over by then is of an earlier job, and is ignored.
     """
-    limits = []
-    if max_minutes is not None:
-        limits.append(started + 60 * max_minutes)
-    if end := os.environ.get("SLURM_JOB_END_TIME"):
-        if float(end) > started:
-            limits.append(float(end))
-        elif not dist.is_initialized() or dist.get_rank() == 0:
-            log.warning("SLURM_JOB_END_TIME=%s is in the past and is ignored: it belongs to an earlier job", end)
-    return min(limits, default=None)
+    slurm = _slurm_end(os.environ.get("SLURM_JOB_END_TIME", ""), started)
+    own = None if max_minutes is None else started + 60 * max_minutes
+    return min((limit for limit in (own, slurm) if limit is not None), default=None)
 
 
-def exit_code() -> int:
-    """Return the exit code of a process whose run has stopped.
-
-    torchrun treats every code but 0 as a failure; under torchrun the file stopped.json carries the information.
-    """
-    return 0 if "TORCHELASTIC_RUN_ID" in os.environ else EXIT_CODE
+@functools.cache  # warns once
+def _slurm_end(text: str, started: float) -> float | None:
+    end = float(text) if text.isdecimal() else 0.0
+    if end > started:
+        return end
+    if text and (not dist.is_initialized() or dist.get_rank() == 0):
+        problem = "is in the past and is ignored: it belongs to an earlier job" if end else "is not a time: ignored"
+        log.warning("SLURM_JOB_END_TIME=%s %s", text, problem)
+    return None

@@ -21,7 +21,7 @@ from trainer.config_file import flatten
 from trainer.run.console import Dashboard
 from trainer.run.files import write_atomically
 from trainer.run.results import Row, read_rows
-from trainer.run.trackers import Tracker, tracker_factories
+from trainer.run.trackers import Tracker, close_trackers, open_trackers
 
 log = logging.getLogger(__name__)
 
@@ -67,12 +67,22 @@ class MetricsLogger:
         total: Number of steps of the whole run.
         settings: The trackers to use.
         active: Whether this rank writes and shows anything; true on rank 0 only.
+        run: The run directory, if `folder` is that of an evaluation.
 
     Attributes:
         evaluated_steps: Steps up to `start` whose kNN evaluation is in metrics.jsonl, on all ranks.
     """
 
-    def __init__(self, folder: Path, start: int, total: int, settings: MonitorSettings, *, active: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        total: int,
+        settings: MonitorSettings,
+        *,
+        active: bool,
+        run: Path | None = None,
+    ) -> None:
         self.path = folder / "metrics.jsonl"
         self.active = active
         shared = [_delete_rows_after(self.path, start) if active else []]
@@ -85,11 +95,7 @@ class MetricsLogger:
         self.trackers: dict[str, Tracker] = {}
         if not active:
             return
-        for name, make_tracker in tracker_factories(settings, folder, start).items():
-            try:
-                self.trackers[name] = make_tracker()
-            except OSError as error:
-                log.warning("%s is not available: %s", name, error)
+        self.trackers = open_trackers(settings, run or folder, folder, start)
         self.console = Console(stderr=False)
         self.start, self.total = start, total
         if self.console.is_terminal:
@@ -107,11 +113,7 @@ class MetricsLogger:
         """Stop the dashboard and close the trackers."""
         if self.dashboard:
             self.dashboard.live.stop()
-        for name, tracker in self.trackers.items():
-            try:
-                tracker.close()
-            except OSError as error:
-                log.warning("the last rows were not written to %s: %s", name, error)
+        close_trackers(self.trackers)
 
     @property
     def seconds(self) -> float:

@@ -1,6 +1,7 @@
 """The shipped scripts, as they are, in a real SLURM: stopped jobs go on as if they had not been; arrays and studies."""
 
 import json
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster
-from tests.slurm.jobs import FINAL, SMALL, STEPS, Job, began_at, weights
+from tests.slurm.jobs import FINAL, SMALL, STEPS, Job, began_at, newest, pending, weights
 from tests.trainer.small import PYTHON
 from trainer.config_file import load
 
@@ -54,7 +55,7 @@ def test_a_signal_saves_and_requeues(
     job.says("requeued: stopped in good order")
     job.ends()
     (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(SIGUSR1\)", job.log))
-    assert step <= stopped <= step + 20
+    assert step <= stopped <= step + 50  # 10 until the next checkpoint, and two votes
     assert began_at(job.log) == [stopped]
     assert weights(run) == undisturbed
 
@@ -68,6 +69,26 @@ def test_an_array_has_a_seed_and_a_folder_for_each_task(cluster: Cluster, site: 
     assert ["seed: 1" in (run / "config.yaml").read_text() for run in runs] == [True, False]
     manifests = [(run / "checkpoints/step-00000036/manifest.json").read_text() for run in runs]
     assert manifests[0] != manifests[1]
+
+
+@pytest.mark.slow
+def test_each_task_of_an_array_is_requeued_alone(cluster: Cluster, site: Path) -> None:
+    """Also the one whose number is that of the array."""
+    job = Job(cluster, site, "--nodes=1", "--array=1-2", "run.dir=runs/tasks")
+    runs = [site / "runs" / f"tasks-{task}" for task in (1, 2)]
+    cluster.until(lambda: all(newest(run) >= 20 for run in runs), "step 20 of both")
+    ranks = cluster.processes(f"SLURM_ARRAY_JOB_ID={job.id}", "RANK=0")
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)
+    assert not any((run / "results.json").exists() for run in runs), "too fast to be interrupted"
+    cluster("scancel", "--signal=USR1", job.id)
+    cluster.until(lambda: all(pending(pid, signal.SIGUSR1) for pid in ranks), "USR1 at both ranks")
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    cluster.until(lambda: all((run / "results.json").exists() for run in runs), "the end of both")
+    logs = [path.read_text() for path in site.glob("adco_800ep-*.log") if "runs/tasks-" in path.read_text()]
+    assert ["".join(logs).count(text) for text in ("requeued: stopped in good order", "not requeued")] == [2, 0], logs
+    assert ["".join(logs).count(f"slurm: start {i} ") for i in range(3)] == [2, 2, 0]
 
 
 @pytest.mark.slow
@@ -116,7 +137,7 @@ def test_linear_evaluation_saves_and_requeues(cluster: Cluster, site: Path, undi
     job.says("requeued: stopped in good order")
     job.ends()
     (stopped,) = (int(s) for s in re.findall(r"good order at step (\d+) \(SIGUSR1\)", job.log))
-    assert step <= stopped <= step + 20
+    assert step <= stopped <= step + 50  # 10 until the next checkpoint, and two votes
     assert f"slurm: finished: {site}/runs/undisturbed/linear" in job.log
     results = json.loads((run / "linear" / "results.json").read_text())
     assert (results["ranks"], results["images"], results["step"]) == (2, 72, STEPS)

@@ -10,6 +10,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -470,7 +471,8 @@ def run_job(tmp_path: Path, training: str, starts: int = 3, **variables: str) ->
                 line, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             codes.append(job_script.wait(timeout=300))
-            os.killpg(job_script.pid, signal.SIGKILL)  # as SLURM ends what a batch script leaves behind
+            with suppress(ProcessLookupError):
+                os.killpg(job_script.pid, signal.SIGKILL)  # as SLURM ends what a batch script leaves behind
     return codes, (tmp_path / "log").read_text()
 
 

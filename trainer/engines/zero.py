@@ -212,13 +212,16 @@ class Zero:
 
     def _to_dtensor(self, shard: Tensor, start: int, shape: torch.Size) -> DTensor:
         """Return a copy of a parameter as a DTensor sharded by rows; `shard` holds its elements from `start` on."""
-        full = torch.zeros(shape, device=self.mesh.device_type)
-        full.view(-1)[start : start + len(shard)] = shard
-        dist.all_reduce(full, group=self.mesh.get_group())
-        rows = -(-shape[0] // self.mesh.size())
-        first = self.mesh.get_local_rank() * rows
-        own = full[first : first + rows].clone()
-        return DTensor.from_local(own, self.mesh, (Shard(0),), run_check=False, shape=shape, stride=full.stride())
+        rows, size = -(-shape[0] // self.mesh.size()), shape.numel() // shape[0]
+        full = torch.zeros(self.mesh.size() * rows * size, device=self.mesh.device_type)
+        full[start : start + len(shard)] = shard
+        own = torch.empty(rows * size, device=self.mesh.device_type)
+        dist.reduce_scatter_single(own, full, group=self.mesh.get_group())  # each element comes from one rank
+        first = min(self.mesh.get_local_rank() * rows, shape[0])
+        held = min(rows, shape[0] - first)
+        stride = torch.empty(shape, device="meta").stride()
+        local = own[: held * size].view(held, *shape[1:])
+        return DTensor.from_local(local, self.mesh, (Shard(0),), run_check=False, shape=shape, stride=stride)
 
     def _from_dtensor(self, saved: DTensor, shard: Tensor, start: int) -> None:
         """Write the parameter's elements from `start` on into `shard`, the inverse of `_to_dtensor`."""

@@ -21,8 +21,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from trainer.distributed import raise_on_all_ranks
 from trainer.ops.ending import exit_without_cleanup
@@ -100,7 +99,7 @@ class Saver:
     def start(self, step: int, state: State) -> None:
         """Wait for the previous checkpoint, copy `state`, and start writing the checkpoint of `step`."""
         self.wait()
-        staged = BlockingAsyncStager().stage(state)
+        staged = tree_map(_copy_to_host, state)
         self.pending = self.thread.submit(_save, self.folder, step, staged, self._delete_old, self.group)
 
     def done(self) -> bool:
@@ -118,6 +117,11 @@ class Saver:
         self.saved.add(step)
         own = [s for s in map(step_of, list_checkpoints(self.folder)) if s in self.saved or s <= self.start_step]
         _delete(self.folder, [s for s in own if s <= step][self.keep :], self.keep_forever)
+
+
+def _copy_to_host(x: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor or DTensor once; DCP's BlockingAsyncStager copies DTensors twice."""
+    return x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
 
 
 def save(folder: Path, step: int, state: State, keep: int) -> bool:

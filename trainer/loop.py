@@ -137,6 +137,7 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
     throughput = Throughput(task, settings.batch_size, start, rank_info)
     with (
         Watchdog(settings.folder, rank_info.rank) as watchdog,  # first, so that it also watches the end of the others
+        StopHandler(settings.stop_folder, deadline(run.max_minutes, settings.process_start)) as stop,
         MetricsLogger(
             settings.folder,
             start,
@@ -145,7 +146,6 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
             active=rank_info.rank == 0,
             run=settings.run_folder,
         ) as metrics,
-        StopHandler(settings.stop_folder, deadline(run.max_minutes, settings.process_start)) as stop,
         Saver(settings.folder / "checkpoints", settings.keep, settings.is_kept, start) as saver,
         watchdog.ending(),
         trace_steps(settings.folder / "trace.json.gz", run.profile if rank_info.rank == 0 else 0) as tracer,

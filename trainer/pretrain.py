@@ -28,6 +28,7 @@ from trainer.external import short_name
 from trainer.interop.weights import load_encoder
 from trainer.loop import LoopSettings, device_name, train
 from trainer.ops import replay
+from trainer.ops.stop import interruptible
 from trainer.plan.flops import step_flops
 from trainer.run import checkpoint
 from trainer.run.directory import claim
@@ -59,25 +60,28 @@ def pretrain(config: Config) -> None:
 
 
 def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: float) -> None:
-    training, validation = open_sources(config.data, folder, record=True)
-    check_batch(config, training)
-    check_shared_memory(config, training, rank_info)
-    settings = _loop_settings(config, folder, len(training), has_validation=validation is not None, start=process_start)
-    saved = checkpoint.newest(folder / "checkpoints")
-    # The weights to start from are read only once: later starts continue from the checkpoints.
-    weights = config.model.weights
-    initial = load_encoder(Path(weights), config)[0] if weights and not saved else None
-    train_step = TrainStep(config, rank_info, copy.deepcopy(initial))
-    start = 0
-    if saved:
-        start = train_step.load(saved)
-    else:
-        initialise_negatives(train_step.method, config, rank_info, training, initial)
-    if rank_info.rank == 0:
-        _log_start(config, rank_info, train_step, settings, saved)
-    task = Pretraining(config, rank_info, train_step, training, validation, settings.steps)
-    rank, world_size, device = rank_info.rank, rank_info.world_size, rank_info.device
-    batches = train_batches(training, config.data, config.run.seed, rank, world_size, start, settings.steps, device)
+    with interruptible(folder, by_file=False):
+        training, validation = open_sources(config.data, folder, record=True)
+        check_batch(config, training)
+        check_shared_memory(config, training, rank_info)
+        settings = _loop_settings(
+            config, folder, len(training), has_validation=validation is not None, start=process_start
+        )
+        saved = checkpoint.newest(folder / "checkpoints")
+        # The weights to start from are read only once: later starts continue from the checkpoints.
+        weights = config.model.weights
+        initial = load_encoder(Path(weights), config)[0] if weights and not saved else None
+        train_step = TrainStep(config, rank_info, copy.deepcopy(initial))
+        start = 0
+        if saved:
+            start = train_step.load(saved)
+        else:
+            initialise_negatives(train_step.method, config, rank_info, training, initial)
+        if rank_info.rank == 0:
+            _log_start(config, rank_info, train_step, settings, saved)
+        task = Pretraining(config, rank_info, train_step, training, validation, settings.steps)
+        rank, world_size, device = rank_info.rank, rank_info.world_size, rank_info.device
+        batches = train_batches(training, config.data, config.run.seed, rank, world_size, start, settings.steps, device)
     seconds = train(task, batches, start, settings, rank_info)
     rows = read_rows(folder / "metrics.jsonl") if rank_info.rank == 0 else []
     write_results(folder / "results.json", _results(config, rank_info, rows, seconds) if rank_info.rank == 0 else None)

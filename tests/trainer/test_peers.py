@@ -3,7 +3,9 @@
 On a GPU a rank that waits in a kernel of NCCL notices nothing of the others; here one sleeps instead.
 """
 
+import json
 import os
+import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -13,18 +15,28 @@ import pytest
 from tests.trainer.small import PYTHON
 
 PROGRAM = """
-import sys, threading, time
+import os, signal, sys, threading, time
 from pathlib import Path
 import torch
 import torch.distributed as dist
 from trainer.distributed import process_group
+from trainer.ops import peers
 from trainer.ops.ending import Stopped, end_process
+from trainer.ops.stop import interruptible
 from trainer.run import checkpoint
 
 def run(fails, waits, folder):
     with process_group("cpu") as rank_info:
         saver = checkpoint.Saver(Path(folder), keep=1)
         dist.barrier()
+        if waits == "interruptible":
+            peers._NOTICE_SECONDS = 4
+            if fails == "killed" and rank_info.rank == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            with interruptible(Path(folder)):
+                if rank_info.rank == 0:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(600)
         if rank_info.rank == 1:
             pending = dist.all_reduce(torch.ones(1), async_op=True)  # destroying the group would wait for it
             if fails == "checkpoint":  # of which the other rank does not write its part
@@ -47,6 +59,21 @@ except BaseException as error:
 """
 
 
+def run_ranks(folder: Path, fails: str, waits: str) -> tuple[list[int], list[str]]:
+    """Return the exit code and the standard error of two ranks, without torchrun."""
+    with socket.create_server(("", 0)) as probe:
+        port = probe.getsockname()[1]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
+    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    line = [PYTHON, "-c", PROGRAM, fails, waits, str(folder)]
+    ranks = [
+        subprocess.Popen(line, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]
+    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
+    return [rank.returncode for rank in ranks], errors
+
+
 @pytest.mark.parametrize(
     ("fails", "waits", "codes", "reason"),
     [
@@ -59,18 +86,27 @@ except BaseException as error:
 def test_all_ranks_end_with_the_one_that_fails(
     tmp_path: Path, fails: str, waits: str, codes: list[int], reason: str
 ) -> None:
-    with socket.create_server(("", 0)) as probe:
-        port = probe.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    line = [PYTHON, "-c", PROGRAM, fails, waits, str(tmp_path)]
-    ranks = [
-        subprocess.Popen(line, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == codes, errors
+    found, errors = run_ranks(tmp_path, fails, waits)
+    assert found == codes, errors
     assert errors[0].splitlines()[-1] == f"rank 0: rank 1 has ended, so this one ends as well: {reason}"
     assert "Traceback" not in errors[0], "the error of the other rank is the cause"
     assert reason in errors[1].splitlines()[-1]
     assert list(tmp_path.glob("step-*")) == [], "no part of a checkpoint has its name"
+
+
+def test_one_rank_that_is_asked_to_stop_stops_all(tmp_path: Path) -> None:
+    codes, errors = run_ranks(tmp_path, "none", "interruptible")
+    assert codes[1] == 75, errors
+    reason = "stopped (SIGTERM): the same command starts again"
+    assert errors[1] == f"rank 1: rank 0 has ended, so this one ends as well: {reason}\n"
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"reason": "SIGTERM"}
+
+
+def test_a_stop_because_another_rank_was_killed_is_a_failure(tmp_path: Path) -> None:
+    """torchrun then sends SIGTERM to the others."""
+    codes, errors = run_ranks(tmp_path, "killed", "interruptible")
+    assert codes == [1, -signal.SIGKILL], errors
+    assert errors[0].splitlines()[-1] == (
+        "ValueError: stopped (SIGTERM), but other ranks do not answer: one has failed"
+    )
+    assert not (tmp_path / "stopped.json").exists()

@@ -125,7 +125,13 @@ def _default_name(name: str, run: Path, choice: CheckpointChoice, step: int) -> 
 
 def _check_directory(folder: Path) -> None:
     """Raise ValueError if the directory has something else than an evaluation."""
-    known = {"lock", "stop", "stopped.json", "index-train.npz", "index-val.npz"}  # of a start that found no usable images
+    known = {
+        "lock",
+        "stop",
+        "stopped.json",
+        "index-train.npz",
+        "index-val.npz",
+    }  # of a start that found no usable images
     if not (folder / "settings.json").exists() and any(path.name not in known for path in folder.iterdir()):
         raise ValueError(f"{folder} is not the directory of an evaluation. Choose another --name")
 

@@ -72,7 +72,7 @@ class StopSignals:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if not self.reason:  # SLURM and torchrun may both send one, and the second must not disturb the end
             self.reason = self.requested or signal.Signals(number).name
-            raise Stopped(f"stopped ({self.reason}); nothing is kept of this step: the same command does it again")
+            raise Stopped(f"stopped ({self.reason}): the same command starts again")
 
 
 def exit_without_cleanup() -> None:

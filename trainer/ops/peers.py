@@ -12,9 +12,10 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-_KEY = "ended-early"
+_KEY, _NOTICED_KEY = "ended-early", "noticed"
 _POLL_SECONDS = 1.0
 _GRACE_SECONDS = 5.0  # for a rank that has the same error, so that it reports it itself
+_NOTICE_SECONDS = 20.0  # in which all living ranks notice an announcement
 _STORE_TIMEOUT = timedelta(seconds=10)
 
 _monitor: "PeerMonitor | None" = None
@@ -42,6 +43,10 @@ class PeerMonitor:
         with suppress(dist.DistError):  # the process with the store has ended, and the launcher ends the others
             self.store.set(_KEY, json.dumps({"rank": self.rank, "code": code, "reason": reason}))
 
+    def notice(self) -> None:
+        """Tell the other ranks that this one knows of an announcement."""
+        self.store.set(f"{_NOTICED_KEY}-{self.rank}", "")
+
     def follow(self) -> None:
         """Exit as another rank has announced, if one has. Its end makes collectives fail in this rank."""
         with suppress(dist.DistError):
@@ -50,13 +55,18 @@ class PeerMonitor:
 
     def close(self) -> None:
         """Stop watching."""
+        global _monitor
         self.closed.set()
+        _monitor = None
 
     def _watch(self) -> None:
         with suppress(dist.DistError):
             while not self.store.check([_KEY]):
                 if self.closed.wait(_POLL_SECONDS):
                     return
+            if self.closed.is_set():
+                return
+            self.notice()
             if not self.closed.wait(_GRACE_SECONDS):
                 self._exit()
 
@@ -71,3 +81,23 @@ def ending() -> None:
     """Say that this rank is ending by itself, so that the announcement of another rank does not interrupt it."""
     if _monitor:
         _monitor.close()
+
+
+def stop_together(code: int, reason: str) -> bool:
+    """Announce that this rank stops, and wait until all ranks have noticed it.
+
+    Returns False if one does not: it has failed or was killed, and its launcher asks the others to stop as well.
+    """
+    monitor = _monitor
+    if monitor is None:
+        return True
+    monitor.announce(code, reason)
+    try:
+        monitor.notice()
+        ranks = range(dist.get_world_size())
+        monitor.store.wait([f"{_NOTICED_KEY}-{rank}" for rank in ranks], timedelta(seconds=_NOTICE_SECONDS))
+    except dist.DistNetworkError:
+        pass  # the process with the store has ended, after all ranks had noticed
+    except dist.DistStoreError:
+        return False
+    return True

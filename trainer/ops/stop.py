@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.distributed import raise_on_all_ranks
+from trainer.ops import peers
 from trainer.ops.ending import Stopped, StopSignals, exit_code
 from trainer.run.files import write_json
 
@@ -157,7 +158,9 @@ class StopHandler:
 
 
 @contextmanager
-def interruptible(folder: Path, deadline: float | None, margin: float = 120.0) -> Iterator[None]:
+def interruptible(
+    folder: Path, deadline: float | None = None, margin: float = 120.0, *, by_file: bool = True
+) -> Iterator[None]:
     """Stop work that has no steps and keeps nothing. Called by all ranks.
 
     The requests are those of `StopHandler`, apart from SIGINT. The rank that notices one raises Stopped, and the others
@@ -167,16 +170,18 @@ def interruptible(folder: Path, deadline: float | None, margin: float = 120.0) -
         folder: The directory for `stop` and stopped.json.
         deadline: Unix time at which the process must have exited, or None.
         margin: Seconds before the deadline at which to stop.
+        by_file: Whether the file `stop` counts; not if a training loop follows, which saves before it stops.
 
     Raises:
         Stopped: The work was stopped.
+        ValueError: It was, but only because another rank has ended, after which torchrun sends SIGTERM to all.
     """
     is_rank_0, signals, closed = dist.get_rank() == 0, StopSignals(), threading.Event()
 
     def is_requested() -> bool:
         if deadline is not None and time.time() > deadline - margin:
             signals.request("out of time")
-        elif is_rank_0 and (folder / _STOP_FILE).exists():
+        elif by_file and is_rank_0 and (folder / _STOP_FILE).exists():
             signals.request("asked by file")
         return bool(signals.requested)
 
@@ -194,9 +199,11 @@ def interruptible(folder: Path, deadline: float | None, margin: float = 120.0) -
                 yield
             finally:
                 closed.set()
-    except Stopped:
+    except Stopped as stopped:
+        if not peers.stop_together(exit_code(), str(stopped)):
+            raise ValueError(f"stopped ({signals.reason}), but other ranks do not answer: one has failed") from None
         (folder / _STOP_FILE).unlink(missing_ok=True)
-        write_json(folder / _STOPPED_FILE, {"step": 0, "reason": signals.reason})
+        write_json(folder / _STOPPED_FILE, {"reason": signals.reason})
         raise
 
 

@@ -51,7 +51,7 @@ class PeerMonitor:
         """Exit as another rank has announced, if one has. Its end makes collectives fail in this rank."""
         with suppress(dist.DistError):
             if self.store.check([_KEY]):
-                self._exit()
+                self._exit(self.store.get(_KEY))
 
     def close(self) -> None:
         """Stop watching."""
@@ -66,12 +66,13 @@ class PeerMonitor:
                     return
             if self.closed.is_set():
                 return
+            announcement = self.store.get(_KEY)  # now, because the rank that announces may have the store
             self.notice()
             if not self.closed.wait(_GRACE_SECONDS):
-                self._exit()
+                self._exit(announcement)
 
-    def _exit(self) -> None:
-        ended = json.loads(self.store.get(_KEY))
+    def _exit(self, announcement: bytes) -> None:
+        ended = json.loads(announcement)
         message = f"rank {ended['rank']} has ended, so this one ends as well: {ended['reason']}"
         print(f"rank {self.rank}: {message}", file=sys.stderr, flush=True)
         os._exit(ended["code"])

@@ -45,13 +45,13 @@ class EvaluationContext(NamedTuple):
     started: float
     sources: dict[str, Source]
 
-
-def _no_sources(context: EvaluationContext) -> dict[str, Source]:
-    return {}
-
     def interruptible(self) -> AbstractContextManager[None]:
         """Return the context for work outside of a training loop: a stop request ends it, and nothing of it is kept."""
         return interruptible(self.folder, deadline(self.config.run.max_minutes, self.started))
+
+
+def _no_sources(context: EvaluationContext) -> dict[str, Source]:
+    return {}
 
 
 class Evaluator(NamedTuple):

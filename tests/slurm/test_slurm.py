@@ -113,13 +113,25 @@ def test_a_sweep_takes_a_line_for_each_task(cluster: Cluster, site: Path) -> Non
 @pytest.mark.slow
 def test_a_scaling_study_submits_its_sizes(cluster: Cluster, site: Path) -> None:
     study = [PYTHON, "-m", "trainer", "scale"]
-    options = ["--sizes", "1,2", "--kind", "strong", "--steps", "2", "--warmup", "1", "--sbatch", " ".join(SMALL)]
+    options = [
+        "--sizes",
+        "1,2",
+        "--kind",
+        "strong",
+        "--steps",
+        "2",
+        "--warmup",
+        "1",
+        "--sbatch",
+        " ".join(["--hold", *SMALL]),
+    ]
     said = cluster(*study, "submit", "configs/small.yaml", "study", *options, cwd=site)
     jobs = re.findall(r"job (\d+): ", said)
     assert len(jobs) == 2
     again = cluster(*study, "submit", "configs/small.yaml", "study", *options, cwd=site)
-    assert re.findall(r"job (\d+) is (?:PENDING|RUNNING|CONFIGURING) already", again) == jobs, again
+    assert re.findall(r"job (\d+) is PENDING already", again) == jobs, again
     for job in jobs:
+        cluster("scontrol", "release", job)
         cluster.until(lambda job=job: cluster.state(job) in FINAL, f"the end of {job}")  # type: ignore[misc]
         assert cluster.state(job) == "COMPLETED", (site / f"scaling_study-{job}.log").read_text()
     table = cluster(*study, "collect", "study", cwd=site)

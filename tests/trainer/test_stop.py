@@ -143,6 +143,14 @@ def test_work_without_steps_stops_at_once(tmp_path: Path, group: None, ask: str)
     assert list(tmp_path.iterdir()) == [], "the next start removes the mark"
 
 
+def test_a_file_is_left_to_the_training_that_follows(tmp_path: Path, group: None) -> None:
+    """It saves a checkpoint before it stops."""
+    (tmp_path / "stop").touch()
+    with interruptible(tmp_path, by_file=False):
+        time.sleep(0.5)
+    assert (tmp_path / "stop").exists()
+
+
 @pytest.mark.parametrize("verb", ["pretrain", "knn"])
 def test_a_signal_before_training(tmp_path: Path, verb: str) -> None:
     """The process waits for its configuration, which is a pipe."""

@@ -90,11 +90,12 @@ class Saver:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Wait for the checkpoint that is being written, and end the thread."""
-        if self.pending and wait_for([self.pending], timeout=_END_SECONDS).not_done:
+        """Wait for the checkpoint that is being written, and end the thread before its group is destroyed."""
+        complete = not self.pending or not wait_for([self.pending], timeout=_END_SECONDS).not_done
+        if not complete:
             log.warning("a checkpoint in %s is not complete after %g s: abandoned", self.folder, _END_SECONDS)
             exit_without_cleanup()
-        self.thread.shutdown(wait=False)
+        self.thread.shutdown(wait=complete)
 
     def start(self, step: int, state: State) -> None:
         """Wait for the previous checkpoint, copy `state`, and start writing the checkpoint of `step`."""

@@ -62,7 +62,7 @@ def test_wandb(hide: Callable[[str], None], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"^monitor\.wandb needs wandb, .*: pip install -r requirements/wandb\.txt$"):
         pretrain(config)
     others = config.monitor.model_copy(update={"wandb": None})
-    for make_tracker in tracker_factories(others, tmp_path, 0).values():
+    for make_tracker in tracker_factories(others, tmp_path, tmp_path, 0).values():
         make_tracker().close()
 
 

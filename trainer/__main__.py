@@ -179,7 +179,7 @@ def evaluate_own(
     from trainer.interop.weights import CheckpointChoice
 
     choice = CheckpointChoice(network, step)
-    _stoppable(lambda: run_evaluation(evaluation, run, overrides or [], folder_name, choice))
+    run_evaluation(evaluation, run, overrides or [], folder_name, choice)
 
 
 @app.command()

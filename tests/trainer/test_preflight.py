@@ -190,7 +190,10 @@ def test_two_hosts_over_ssh(tmp_path: Path, hosts: dict[str, str]) -> None:
 def test_a_gpu_job_that_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = write_images(tmp_path / "images", each=8)
     auto, cpu = (small_config(tmp_path / "run", images, run={"device": device}) for device in ("auto", "cpu"))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    for name, value in {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", "29500")
     assert find_problems(auto) == []
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     assert find_problems(auto) == ["sees 0 GPUs for 2 ranks"]

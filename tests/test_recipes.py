@@ -41,6 +41,7 @@ def drawn(config: Config) -> list[ViewParams]:
         ("moco_r50_200ep", 0.2, [MOCO_V2, MOCO_V2]),
         ("simclr_r50_200ep", 0.08, [SIMCLR, SIMCLR]),
         ("byol_r50_200ep", 0.08, BYOL),
+        ("caco_r50_200ep", 0.2, BYOL),
         ("adco_vit_s16", 0.08, BYOL),
         ("moco_cifar10", 0.08, [CIFAR, CIFAR]),
     ],
@@ -82,6 +83,7 @@ def linear_layers(module: nn.Module) -> list[tuple[int, int, bool]]:
             [(256, 4096, False), (4096, 256, False)],
             False,
         ),
+        ("caco_r50_200ep", False, [(2048, 2048, False), (2048, 2048, False), (2048, 256, False)], [], False),
         ("moco_cifar10", False, [(512, 128, True)], [], False),
     ],
 )

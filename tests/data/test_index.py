@@ -253,13 +253,13 @@ def test_jpeg_with_stray_bytes_is_read() -> None:
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
 def test_cut_short_is_refused(kind: str, share: float) -> None:
     data = encoded(photograph(100, 120), kind)
-    with pytest.raises(ValueError, match="damaged, cut short"):
+    with pytest.raises(ValueError, match="damaged(,| or) cut short"):
         decode(data[: int(len(data) * share)])
 
 
 @pytest.mark.parametrize("data", [b"hello", b"\xff\xd8", b"\x89PNG\r\n\x1a\n", b"<svg/>"])
 def test_other_files_are_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match="not an image"):
+    with pytest.raises(ValueError, match="not an image|damaged"):
         decode(data)
 
 
@@ -269,7 +269,7 @@ def test_unreadable_image_names_the_file_and_the_reason(tmp_path: Path) -> None:
     (root / "c0" / "1.png").write_bytes(b"GIF? no")
     source = folder(root)
     (root / "c0" / "2.png").unlink()
-    for i, reason in enumerate(["the file is empty", "damaged, cut short", "No such file"]):
+    for i, reason in enumerate(["the file is empty", "not an image", "No such file"]):
         with pytest.raises(UnreadableImage, match=rf"^c0/{i}\.png: {reason}"):
             source.image(i)
 

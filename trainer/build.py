@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from data.loader import train_batches
 from data.random import BANK, hash_counters
+from data.references import is_reference, resolve
 from data.sources.base import Source
 from models.batchnorm import group_bn, synchronise_bn
 from models.encoder import Encoder
@@ -18,7 +19,6 @@ from models.teacher import make_teacher
 from trainer.config import Config, check_world
 from trainer.distributed import RankInfo
 from trainer.engines.base import Engine, unshard
-from trainer.external import is_reference, resolve
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -15,6 +15,7 @@ from pydantic import (
     model_validator,
 )
 
+from data.references import is_reference, normalise, resolve
 from data.settings import RESUMABLE, DataSettings, PathText
 from models import acssl, adco, byol, caco, method, moco, simclr
 from models.negatives.base import BankSettings, num_shards
@@ -25,7 +26,7 @@ from trainer.evaluate.knn import Settings as EvalSettings
 from trainer.evaluate.linear import Settings as LinearSettings
 from trainer.evaluate.linear_fast import Settings as FastLinearSettings
 from trainer.evaluate.voc07 import Settings as Voc07Settings
-from trainer.external import Reference, is_reference, normalise, resolve, short_name
+from trainer.external import Reference, short_name
 from trainer.schema import Section, default_variant
 
 # The keys of section `method` depend on its `name`. Register a new method here.

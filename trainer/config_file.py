@@ -15,8 +15,9 @@ from typing import Any
 from pydantic import ValidationError
 
 from data.paths import expand_user
+from data.references import is_reference
 from trainer.config import Config, settings_class
-from trainer.external import CODE, is_reference, short_name
+from trainer.external import CODE, short_name
 from trainer.schema import Key, default_variant, is_optional, is_text, nested_models, walk_keys
 from trainer.yaml_file import dump_yaml, parse_yaml, read_yaml
 

@@ -7,15 +7,13 @@ import torch
 from numpy.typing import NDArray
 
 from data.names import to_text
+from data.references import resolve
 from data.sources.base import LabelledSource, UnreadableImage
 from data.sources.classes import number_repeated
 
 
 class DatasetSource(LabelledSource):
-    """The images of a map-style dataset, in its order.
-
-    Worker processes receive the dataset by pickling, as in torch's own DataLoader.
-    """
+    """The images of a map-style dataset, in its order. Worker processes receive the dataset by pickling."""
 
     def __init__(self, dataset: Any, title: str) -> None:
         """Wrap a dataset.
@@ -30,7 +28,7 @@ class DatasetSource(LabelledSource):
             ValueError: It has no images, or its labels do not fit.
         """
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__") or len(dataset) == 0:
-            raise ValueError(f"{title} is {type(dataset).__name__}, need a map-style dataset with at least one image")
+            raise ValueError(f"{title} is a {type(dataset).__name__}, need a map-style dataset with at least one image")
         targets = getattr(dataset, "targets", None)
         if targets is None:
             targets = getattr(dataset, "labels", None)
@@ -58,6 +56,24 @@ class DatasetSource(LabelledSource):
             return to_pixels(element[0] if isinstance(element, tuple | list) else element)
         except (OSError, ValueError) as error:
             raise UnreadableImage(f"{self.name(i)}: {error}") from error
+
+
+class ReferredDataset(DatasetSource):
+    """The dataset that `file.py:attribute` names. Worker processes import the file again, and pickle nothing."""
+
+    def __init__(self, reference: str) -> None:
+        """Import the attribute: a dataset, or a function without arguments that returns one.
+
+        Raises:
+            ValueError: There is no such file or attribute, or it is no dataset.
+        """
+        found = resolve(reference)
+        is_dataset = hasattr(found, "__getitem__") and not isinstance(found, type)
+        super().__init__(found() if callable(found) and not is_dataset else found, reference.rsplit("/", 1)[-1])
+        self.reference = reference
+
+    def __reduce__(self) -> Any:
+        return ReferredDataset, (self.reference,)
 
 
 def to_pixels(image: Any) -> NDArray[np.uint8]:

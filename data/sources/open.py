@@ -7,6 +7,7 @@ folder      class/**/image.jpg (or .jpeg .png .webp .bmp), see `data.sources.fol
 .bin        CIFAR's binary version, see `data.sources.cifar`
 idx         *-images-idx3-ubyte[.gz], see `data.sources.idx`
 .npz        an index that `python -m trainer data index` wrote
+.py:NAME    a map-style torch Dataset of a Python file, see `data.sources.dataset`
 
 Several files are given as their folder or as a pattern: "train-*.tar", "train-{000..146}.tar". A new format is a module
 here and a line in SHARD_FORMATS, if its images can be read by offset, or in OTHER_FORMATS.
@@ -20,9 +21,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.names import read_lines
+from data.references import is_reference
 from data.sources.arrow import scan_arrow
 from data.sources.base import Source
 from data.sources.cifar import TRAINING, CifarBinary
+from data.sources.dataset import ReferredDataset
 from data.sources.folder import ImageFolder
 from data.sources.idx import IdxImages
 from data.sources.index import Listing, read_index
@@ -60,8 +63,12 @@ def open_source(
         ValueError: There is no usable data set.
     """
     path = Path(path)
+    source: Source | None = None
     if path.suffix == ".npz" and path.is_file():
-        source: Source = _open_index(path)
+        source = _open_index(path)
+    elif ".py:" in path.name and is_reference(str(path)):
+        source = ReferredDataset(str(path))
+    if source is not None:
         check(source)
         return source
     files = find_files(path)

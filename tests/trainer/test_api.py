@@ -17,6 +17,7 @@ from PIL import Image
 
 from data.sources.base import UnreadableImage
 from data.sources.dataset import DatasetSource, to_pixels
+from data.sources.open import open_source
 from models.encoder import Encoder
 from models.negatives.bank import Bank
 from tests.ranks import run_ranks
@@ -129,6 +130,51 @@ def test_a_dataset_is_a_source() -> None:
         source.image(5)
     unlabelled = DatasetSource([IMAGE, IMAGE], "list")
     assert (unlabelled.classes, unlabelled.labels.tolist()) == (["0"], [0, 0])
+
+
+DATASET = """
+import numpy as np
+from PIL import Image
+
+class Squares:
+    classes = ["dark", "light"]
+    targets = [0] * 12 + [1] * 12
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, i):
+        return Image.fromarray(np.full((20, 20, 3), 10 * i, np.uint8)), self.targets[i]
+
+squares = Squares()
+"""
+
+
+@pytest.mark.parametrize("name", ["Squares", "squares"])
+def test_a_dataset_in_a_python_file_trains(tmp_path: Path, name: str) -> None:
+    (tmp_path / "my_data.py").write_text(DATASET)
+    images = tmp_path / f"my_data.py:{name}"
+    config = small_config(
+        tmp_path / "run", images, run={"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"}, data={"workers": 1}
+    )
+    pretrain(config)
+    assert json.loads((tmp_path / "run/images.json").read_text())["train"]["images"] == 24
+    embed(tmp_path / "run", str(images), tmp_path / "x.npy", CheckpointChoice(), 0, ["run.device=cpu"])
+    assert len(np.load(tmp_path / "x.npy")) == 24
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("my_data.py:Circles", "has no Circles; it has Squares"),
+        ("no.py:Squares", "no.py cannot be imported"),
+        ("my_data.py:np", "need a map-style dataset"),
+    ],
+)
+def test_what_is_no_dataset_is_refused(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "my_data.py").write_text(DATASET)
+    with pytest.raises(ValueError, match=message):
+        open_source(tmp_path / name)
 
 
 @pytest.mark.parametrize(

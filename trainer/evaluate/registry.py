@@ -73,8 +73,9 @@ def load_evaluator(verb: str) -> "Evaluator":
     if verb in EVALUATIONS:
         evaluator: Evaluator = import_module(EVALUATIONS[verb].module).EVALUATOR
         return evaluator
+    from data.references import is_reference, resolve
     from trainer.evaluate.base import Evaluator as Expected
-    from trainer.external import is_reference, resolve, source_file
+    from trainer.external import source_file
 
     found = resolve(verb) if is_reference(verb) else None
     if not isinstance(found, Expected):

@@ -30,9 +30,10 @@ from torch import Tensor, nn
 
 from data.extras import optional_import
 from data.normalize import MEAN, STD
+from data.references import is_reference
 from trainer import distributed
 from trainer.config import Config
-from trainer.external import is_reference, short_name
+from trainer.external import short_name
 from trainer.interop.layouts import from_torchvision_vit, to_detectron2
 from trainer.interop.model_card import model_card
 from trainer.interop.weights import CheckpointChoice, differences, load_encoder

@@ -6,8 +6,9 @@ the code that trained the run. The file of a module `package.file` is copied as 
 
 from pathlib import Path
 
+from data.references import is_reference
 from trainer.config import Config
-from trainer.external import CODE, is_reference, source_file
+from trainer.external import CODE, source_file
 from trainer.run.files import exists, write_atomically
 
 

@@ -95,7 +95,9 @@ def _create_model(name: str, arguments: dict[str, Any], small_images: bool, stem
     except RuntimeError as error:
         raise ValueError(f"model.backbone: timm has no model {name!r} ({error})") from error
     except (TypeError, AssertionError) as error:  # timm asserts that the heads divide the width
-        raise ValueError(f"model.backbone_args: {name} does not take {arguments} ({error})") from error
+        raise ValueError(
+            f"model.backbone_args: {name} does not take {arguments} ({error}); model.backbone_args={{}} gives none"
+        ) from error
     if small_images and not is_vit:
         _shrink_stem(backbone, name, stem_stride, stem_padding)
     return backbone

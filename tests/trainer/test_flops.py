@@ -22,7 +22,7 @@ def recipe(name: str, *overrides: str) -> Config:
     [("resnet50", 4.11), ("vit_small_patch16_224", 4.61), ("vit_base_patch16_224", 17.58)],
 )
 def test_networks(backbone: str, gmac: float) -> None:
-    config = recipe("adco_r50_200ep", f"model.backbone={backbone}", "data.batch_size=64")
+    config = recipe("adco_r50_200ep", f"model.backbone={backbone}", "model.backbone_args={}", "data.batch_size=64")
     images, rows = 64, 64
     # One query with forward and backward, and one key; a multiply-add is 2 FLOPs.
     assert step_flops(config) == pytest.approx(images * 4 * 2e9 * gmac + 6 * rows * 1000 * 128, rel=0.03)

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -104,14 +105,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [*training_rows(), *evaluation_rows()]
     rows[0]["mined_pairs"] = 12  # a metric that no chart shows
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    html = render(
-        run_dir,
-        CONFIG,
-        read_rows(run_dir / "metrics.jsonl"),
-        RESULTS,
-        galleries(4, "Test image", with_query=True),
-        [*galleries(3, "Negative", with_query=False), *galleries(1, "Photograph", False, side=224)],
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        # The page names the command that made it, which in a process of pytest-xdist contains `import`.
+        patch.setattr(sys, "orig_argv", ["python", "-m", "trainer", "report"])
+        html = render(
+            run_dir,
+            CONFIG,
+            read_rows(run_dir / "metrics.jsonl"),
+            RESULTS,
+            galleries(4, "Test image", with_query=True),
+            [*galleries(3, "Negative", with_query=False), *galleries(1, "Photograph", False, side=224)],
+        )
     path = run_dir / "report.html"
     path.write_text(html, encoding="utf-8")
     return path

@@ -14,12 +14,12 @@ from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
 from data.extras import optional_import
+from models.compat import reduce_scatter_single
 from models.negatives.base import make_mesh
 from models.teacher import ema_update
 from trainer.distributed import RankInfo
@@ -216,7 +216,7 @@ class Zero:
         full = torch.zeros(self.mesh.size() * rows * size, device=self.mesh.device_type)
         full[start : start + len(shard)] = shard
         own = torch.empty(rows * size, device=self.mesh.device_type)
-        dist.reduce_scatter_single(own, full, group=self.mesh.get_group())  # each element comes from one rank
+        reduce_scatter_single(own, full, group=self.mesh.get_group())  # each element comes from one rank
         first = min(self.mesh.get_local_rank() * rows, shape[0])
         held = min(rows, shape[0] - first)
         stride = torch.empty(shape, device="meta").stride()

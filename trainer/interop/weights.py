@@ -60,7 +60,8 @@ def load_encoder(run: Path, config: Config, choice: CheckpointChoice = NEWEST) -
             break
         except ValueError:
             # The run may be training and have deleted this checkpoint, because it has newer ones.
-            if choice.step is not None or checkpoint.newest(run / "checkpoints") in (None, path.parent):
+            imported = path.parent == run
+            if imported or choice.step is not None or checkpoint.newest(run / "checkpoints") in (None, path.parent):
                 raise
     error = None
     try:

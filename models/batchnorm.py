@@ -179,10 +179,10 @@ class _SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
             assert self.momentum is not None
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
-        normalised = centred * torch.rsqrt(variance + self.eps).view(channels)
-        if self.affine:
-            normalised = normalised * self.weight.view(channels) + self.bias.view(channels)
-        return normalised.to(dtype)
+        scale = torch.rsqrt(variance + self.eps)
+        if not self.affine:
+            return (centred * scale.view(channels)).to(dtype)
+        return (centred * (self.weight * scale).view(channels) + self.bias.view(channels)).to(dtype)
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any shape."""

@@ -101,6 +101,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_full_shared_memory(tmp_path: Path) -> None:
     """A file system of 0.3 MB at /dev/shm, in a mount namespace of its own, has no room for a batch."""
     namespace = ["unshare", "--map-root-user", "--mount"]

@@ -169,6 +169,7 @@ def hosts(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PATH": path, "RANKS": "1", "OMP_NUM_THREADS": "1"}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (ROOT / ".venv").exists(), reason="slurm/env.sh names .venv, which is not here")
 def test_two_hosts_over_ssh(tmp_path: Path, hosts: dict[str, str]) -> None:
     def start(*settings: str) -> subprocess.CompletedProcess[str]:
@@ -200,6 +201,7 @@ def test_a_gpu_job_that_sees_no_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert find_problems(cpu) == []
 
 
+@pytest.mark.slow
 def test_config_prints_what_runs(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", tmp_path)
     (tmp_path / "config.yaml").write_text(dump(config))

@@ -171,7 +171,7 @@ def test_a_run_that_collapses_says_so(tmp_path: Path, images: Path, capfd: pytes
 
 @pytest.mark.parametrize(
     ("model", "method", "tolerance"),
-    [(VIT, {"symmetric": True}, 1e-5), (RESNET, {"bn": "sync"}, 1e-2)],
+    [(VIT, {"symmetric": True}, 1e-5), pytest.param(RESNET, {"bn": "sync"}, 1e-2, marks=pytest.mark.slow)],
     ids=["no BatchNorm", "BatchNorm over all ranks"],
 )
 def test_two_ranks_do_the_same_as_one(
@@ -206,6 +206,7 @@ def test_shuffled_batchnorm_trains_on_two_ranks_and_goes_on_with_one(
     assert rows[-1]["knn"] > 0
 
 
+@pytest.mark.slow
 def test_the_loss_curve_goes_on_over_other_numbers_of_ranks(tmp_path: Path, images: Path) -> None:
     """FSDP with a sharded bank on 4 ranks, then 2, then 3; against one rank without FSDP. No BatchNorm: see above."""
     settings: dict[str, Any] = {"model": VIT, "eval": {"knn_every": 0}, "method": {"teacher_momentum": 0.9}}

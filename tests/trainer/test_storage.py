@@ -295,7 +295,10 @@ def test_no_space_for_the_weights(tmp_path: Path, group: None, caplog: pytest.Lo
         assert not list(disk.iterdir())
 
 
-@pytest.mark.parametrize(("ranks", "engine"), [(1, "ddp"), (2, "ddp"), (2, "fsdp")])
+@pytest.mark.parametrize(
+    ("ranks", "engine"),
+    [(1, "ddp"), pytest.param(2, "ddp", marks=pytest.mark.slow), pytest.param(2, "fsdp", marks=pytest.mark.slow)],
+)
 def test_a_last_checkpoint_that_does_not_fit(site: Path, shared: Path, ranks: int, engine: str) -> None:
     with small_disk(shared / "disk", kib=8192) as disk:
         run = copy_run(site, disk / "run", [12])

@@ -30,7 +30,10 @@ def make_site(tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Path]:
     images = write_images(tmp_path_factory.mktemp("pictures") / "images")
     run = {"dir": "runs/small", "epochs": 30, "device": "cpu", "log_every": 10, "save_every": 10, "keep": 2}
     config = small_config(Path("runs"), images, run=run, data={"val": None}, eval={"knn_every": 0})
-    return lambda: check_out(tmp_path_factory.mktemp("site"), dump(config))
+    # A user's file has a path relative to the site, which the configuration has made absolute.
+    text = dump(config).replace(f"dir: {config.run.dir}\n", "dir: runs/small\n")
+    assert "dir: runs/small\n" in text
+    return lambda: check_out(tmp_path_factory.mktemp("site"), text)
 
 
 @pytest.fixture(scope="module")

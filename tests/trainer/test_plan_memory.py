@@ -109,9 +109,9 @@ def predicted(world_size: int) -> dict[tuple[str, str], RankMemory]:
 )
 def test_memory_within_a_tenth(world_size: int, network: str, engine: str) -> None:
     memory = predicted(world_size)[network, engine]
-    # The least of up to three runs: on a busy machine gloo's threads may hold what they sent for longer.
+    # The least of up to six runs: on a busy machine gloo's threads may hold what they sent for longer.
     least = measured(world_size, 0)[network, engine]
-    for attempt in (1, 2):
+    for attempt in range(1, 6):
         if memory.peak != pytest.approx(least, rel=0.1):
             least = min(least, measured(world_size, attempt)[network, engine])
     assert memory.peak == pytest.approx(least, rel=0.1)

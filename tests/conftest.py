@@ -17,9 +17,13 @@ def pytest_xdist_auto_num_workers() -> int:
     return min(len(os.sched_getaffinity(0)) + 1, 8)
 
 
+# Files that take a process minutes. Started last, one of them would run alone at the end.
+LONG = ("test_pretrain.py", "test_engines.py", "test_storage.py", "test_plan_collectives.py", "test_triton.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Start with the tests that mostly wait, for SLURM, so that other processes compute meanwhile."""
-    items.sort(key=lambda item: "slurm" not in item.path.parts)
+    """Start with the tests that mostly wait, for SLURM, so that other processes compute meanwhile; then long files."""
+    items.sort(key=lambda item: ("slurm" not in item.path.parts, item.path.name not in LONG))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -1,4 +1,4 @@
-"""What a listing takes from a folder or an archive, and the counts of what it leaves out."""
+"""Selects the images that a listing takes from a folder or an archive, and counts what it leaves out."""
 
 from collections import Counter
 

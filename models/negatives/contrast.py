@@ -91,7 +91,7 @@ class _Contrast(torch.autograd.Function):
 
         # This rank's columns are its shard, its keys and those of its replicas: a row of the grid has all columns.
         if own_A is not None:
-            # As keys, the rows of this shard can be told which of them is a query's own.
+            # This shard's rows are passed as keys, because `score` can mark a query's own row among keys only.
             local_A = own_A - negatives.first
             k_MD, own_N, n_KD = n_KD, local_A.where((local_A >= 0) & (local_A < len(n_KD)), -1), n_KD[:0]
         elif batch_keys:

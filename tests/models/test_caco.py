@@ -99,7 +99,7 @@ def test_the_bank_agrees_with_the_formula(
 
 
 def test_positives_approach_their_queries_and_adco_s_negatives_do_not() -> None:
-    """With one row, which is the positive of all queries, the step is the descent on the loss of that row."""
+    """One row is the positive of all queries, so the bank's step moves it towards them."""
     ((before, after),) = run_ranks(1, one_row)
     assert after > before + 0.01
 

@@ -209,7 +209,7 @@ def test_an_optional_text_is_null_for_an_empty_value_and_for_null(tmp_path: Path
     "key", ["run.dir", "data.train", "data.val", "model.weights", "finetune.subset_list", "voc07.root"]
 )
 def test_paths_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
-    """In files and on the command line, relative to the working directory; `~` and `~user` are home directories."""
+    """Paths are relative to the working directory and `~` is expanded, in files and on the command line."""
     section, name = key.split(".")
     path = write(tmp_path / "a.yaml", BASE)
     monkeypatch.chdir(tmp_path)

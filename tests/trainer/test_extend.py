@@ -8,7 +8,6 @@ import shutil
 import signal
 import socket
 import sys
-import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -16,6 +15,7 @@ import pytest
 import torch
 
 from tests.test_docs import write_examples
+from tests.trainer.signal_at import signal_at
 from tests.trainer.small import RESNET, small_config, write_images
 from tests.trainer.test_kills import TIMINGS
 from trainer.config_file import dump, load
@@ -46,21 +46,25 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "small.yaml"
 
 
-def rank_of(file: Path, overrides: list[str], rank: int, port: int) -> None:
+def rank_of(file: Path, overrides: list[str], rank: int, port: int, killed: bool) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.chdir(file.parent)
     torch.set_num_threads(1)
+    if killed:
+        signal_at(5, signal.SIGKILL)
     pretrain(load(file, overrides))
 
 
-def start(file: Path, overrides: list[str]) -> list[BaseProcess]:
-    """Start two ranks."""
+def start(file: Path, overrides: list[str], killed: bool = False) -> list[BaseProcess]:
+    """Start two ranks; rank 0 may be killed after five steps."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    processes: list[BaseProcess] = [context.Process(target=rank_of, args=(file, overrides, r, port)) for r in range(2)]
+    processes: list[BaseProcess] = [
+        context.Process(target=rank_of, args=(file, overrides, r, port, killed)) for r in range(2)
+    ]
     for process in processes:
         process.start()
     return processes
@@ -85,14 +89,8 @@ def test_a_method_that_is_killed_and_resumed(file: Path, engine: list[str]) -> N
     """Two ranks; bit for bit the run without an interruption."""
     settings = [*METHOD, *engine, "run.epochs=6", "run.save_every=2", "data.val="]
     assert join(start(file, [*settings, "run.dir=whole"])) == [0, 0]
-    killed = start(file, [*settings, "run.dir=cut"])
-    while not list(Path("cut/checkpoints").glob("step-*")):
-        assert all(process.is_alive() for process in killed)
-        time.sleep(0.01)
-    for process in killed:
-        os.kill(int(str(process.pid)), signal.SIGKILL)
-    join(killed)
-    assert not Path("cut/results.json").exists()
+    assert join(start(file, [*settings, "run.dir=cut"], killed=True))[0] == -signal.SIGKILL
+    assert list(Path("cut/checkpoints").glob("step-*"))
     assert join(start(file, [*settings, "run.dir=cut"])) == [0, 0]
     outcomes = []
     for folder in (Path("cut"), Path("whole")):

@@ -20,6 +20,7 @@ from tests.data.test_watch import descendants
 from tests.trainer.small import RESNET, small_config, write_images
 from trainer.config import Config
 from trainer.config_file import dump
+from trainer.ops.stop import StopHandler
 from trainer.pretrain import pretrain
 from trainer.run.results import read_rows
 
@@ -48,6 +49,15 @@ def rank_of(config: Config, rank: int, ranks: int, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)  # ranks share the cores
+    should_stop = StopHandler.should_stop
+
+    def slow(handler: StopHandler) -> bool:
+        time.sleep(
+            0.02
+        )  # so that the test, which may have to wait for a core, can kill a run twelve times in its steps
+        return should_stop(handler)
+
+    StopHandler.should_stop = slow  # type: ignore[assignment,method-assign]
     pretrain(config)
 
 

@@ -47,11 +47,13 @@ def checksums(folder: Path) -> dict[str, str]:
     }
 
 
-def command(config: Config, ranks: int = 1) -> list[str]:
+def command(config: Config, ranks: int = 1, signal_at: tuple[int, str] | None = None) -> list[str]:
+    """Return the command of a run; `signal_at`: steps after which rank 0 sends itself a signal, and its name."""
     path = Path(config.run.dir).with_suffix(".yaml")
     path.write_text(dump(config))
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    return [PYTHON, *launcher, "-m", "trainer", "pretrain", str(path)]
+    program = ["trainer"] if signal_at is None else ["tests.trainer.signal_at", *map(str, signal_at)]
+    return [PYTHON, *launcher, "-m", *program, "pretrain", str(path)]
 
 
 def test_a_run_leaves_what_a_user_looks_for(tmp_path: Path, images: Path) -> None:
@@ -214,15 +216,13 @@ def test_the_loss_curve_goes_on_over_other_numbers_of_ranks(tmp_path: Path, imag
     elastic = small_config(tmp_path / "elastic", images, **settings, engine={"kind": "fsdp"})
     pretrain(whole)
     stops = []
-    for ranks, step in ((4, 4), (2, 9)):
-        process = subprocess.Popen(command(elastic, ranks), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        wait_for_step(tmp_path / "elastic", step, process)
-        process.send_signal(signal.SIGTERM)
-        output = process.communicate(timeout=300)[0]
+    for ranks in (4, 2):
+        line = command(elastic, ranks, signal_at=(5, "SIGTERM"))
+        output = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300).stdout
         stops.append(json.loads((tmp_path / "elastic/stopped.json").read_text())["step"])
         assert f"{ranks} ranks on cpu" in output
     subprocess.run(command(elastic, 3), check=True, capture_output=True, timeout=300)
-    assert 4 <= stops[0] < stops[1] < 18
+    assert stops == [6, 12], "one step after the signal"
     rows = [[row for row in rows_of(tmp_path / name) if "loss" in row] for name in ("whole", "elastic")]
     for alone, together in zip(*rows, strict=True):
         assert together["step"] == alone["step"]
@@ -257,11 +257,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, images: Path, sections
     whole = small_config(tmp_path / "whole", images, **sections)
     killed = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "killed")})})
     pretrain(whole)
-    process = subprocess.Popen(command(killed), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(tmp_path / "killed", 10, process)
-    process.kill()
-    process.wait()
-    assert not (tmp_path / "killed/results.json").exists(), "it was to be killed before its end"
+    process = subprocess.run(command(killed, signal_at=(10, "SIGKILL")), capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
     pretrain(killed)
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
@@ -271,14 +268,13 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, images: Path) -> None
     whole = small_config(tmp_path / "whole", images)
     stopped = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "stopped")})})
     pretrain(whole)
-    process = subprocess.Popen(command(stopped), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(tmp_path / "stopped", 5, process)
-    process.send_signal(signal.SIGTERM)
-    output = process.communicate()[0]
-    assert process.returncode == 75, output
-    left = json.loads((tmp_path / "stopped/stopped.json").read_text())
-    assert output.splitlines()[-1] == f"stopped after step {left['step']} (SIGTERM): the same command resumes the run"
-    assert (tmp_path / f"stopped/checkpoints/step-{left['step']:08d}").is_dir()
+    line = command(stopped, signal_at=(5, "SIGTERM"))
+    process = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.returncode == 75, process.stdout
+    assert json.loads((tmp_path / "stopped/stopped.json").read_text())["step"] == 6
+    last_line = process.stdout.splitlines()[-1]
+    assert last_line == "stopped after step 6 (SIGTERM): the same command resumes the run"
+    assert (tmp_path / "stopped/checkpoints/step-00000006").is_dir()
     pretrain(stopped)
     assert not (tmp_path / "stopped/stopped.json").exists()
     assert rows_of(tmp_path / "stopped") == rows_of(tmp_path / "whole")

@@ -6,12 +6,14 @@ is computed among other images than its query. MoCo's code all-gathers the whole
 the all-to-all here sends only the images that a rank uses, which is R times less for R ranks.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import timm.layers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -186,3 +188,23 @@ class _SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
 
     def _check_input_dim(self, input: Tensor) -> None:
         """Accept any shape."""
+
+
+def stop_counting(network: nn.Module) -> None:
+    """Let BatchNorms stop counting batches: nobody reads the counters, and each takes a launch per layer and view.
+
+    The counters stay in the network's state_dict, with the values that they have now or that a checkpoint writes into
+    them. The network then takes no load_state_dict.
+    """
+    for module in network.modules():
+        # Others may need their counter, as torch's SyncBatchNorm does, or a BatchNorm that averages over all batches.
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d) and module.momentum is not None:
+            counter = module._buffers["num_batches_tracked"]
+            module._buffers["num_batches_tracked"] = None
+            if counter is not None:
+                module.register_state_dict_post_hook(functools.partial(_add_counter, counter))
+
+
+def _add_counter(counter: Tensor, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Add a BatchNorm's counter to its state_dict, as a hook."""
+    state[f"{prefix}num_batches_tracked"] = counter

@@ -11,7 +11,7 @@ from data.loader import train_batches
 from data.random import BANK, hash_counters
 from data.references import is_reference, resolve
 from data.sources.base import Source
-from models.batchnorm import group_bn, synchronise_bn
+from models.batchnorm import group_bn, stop_counting, synchronise_bn
 from models.encoder import Encoder
 from models.method import Method
 from models.negatives.base import make_mesh
@@ -62,6 +62,7 @@ def build_method(config: Config, rank_info: RankInfo, student: Encoder | None = 
         synchronise_bn(student, device)
     elif method.bn_group:
         group_bn(student, method.bn_group)
+    stop_counting(student)
     student.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     precision = autocast_dtype(config, device) if bank.precision == "auto" else DTYPES[bank.precision]
     negatives = method.build_negatives(bank, config.model.dim, mesh, precision, config.run.seed)

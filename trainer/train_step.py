@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.references import is_reference
 from models.encoder import Encoder
 from models.method import Method
 from trainer.build import autocast_dtype, build_method
@@ -25,6 +26,32 @@ class Rates(NamedTuple):
     lr: float
     bank_lr: float
     teacher_momentum: float
+
+
+class StepSeeds:
+    """Seeds torch's generators before a step, unless the first step shows that nothing draws from them.
+
+    Dropout and stochastic depth draw in every step or in none. A backbone from outside may begin later.
+    """
+
+    def __init__(self, device: torch.device, always: bool) -> None:
+        """Prepare the seeds of a training on `device`; `always` seeds every step."""
+        self.device = device
+        self.draws = True if always else None  # None: not known before the second step
+        self.before: list[Tensor] = []  # the generators' states before the first step
+
+    def seed(self, seed: int) -> None:
+        """Seed the generators before a step."""
+        if self.draws is None and self.before:
+            self.draws = not all(map(torch.equal, self.before, self._states()))
+        if self.draws is not False:
+            torch.manual_seed(seed)
+        if self.draws is None:
+            self.before = self._states()
+
+    def _states(self) -> list[Tensor]:
+        cuda = [torch.cuda.get_rng_state(self.device)] if self.device.type == "cuda" else []
+        return [torch.get_rng_state(), *cuda]
 
 
 class TrainStep:
@@ -58,6 +85,7 @@ class TrainStep:
             EngineInputs(*networks, config.optim, config.data.batch_size, rank_info, self.precision)
         )
         self.rank_info, self.phases = rank_info, PhaseTimer(rank_info.device)
+        self.seeds = StepSeeds(rank_info.device, always=is_reference(config.model.backbone))
 
     def step(self, views: list[Tensor], seed: int, rates: Rates) -> dict[str, Tensor]:
         """Train on one batch of this rank.
@@ -74,7 +102,7 @@ class TrainStep:
             NotFinite: The loss or the gradient is not finite; on all ranks, before anything is updated. In fp16 a
                 gradient that overflows only skips the student's update.
         """
-        torch.manual_seed(seed + self.rank_info.rank)
+        self.seeds.seed(seed + self.rank_info.rank)
         updates: list[Sequence[Any]] = []
         metrics: dict[str, Tensor] = {}
         micro_batches = zip(*(view.chunk(self.accumulate) for view in views), strict=True)

@@ -20,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from models.encoder import Encoder
-from models.teacher import ema_update
+from models.teacher import MovingAverage
 from trainer.distributed import RankInfo
 from trainer.engines.optim import Optim, local, make_optimizer, shard_group
 from trainer.schema import Section
@@ -132,8 +132,8 @@ class Engine(Protocol):
             Norm of the gradient over all parameters and ranks before clipping. If it is not finite, no rank updates.
         """
 
-    def update_teacher(self, momentum: float) -> None:
-        """Update the teacher's moving average of the student, without communication."""
+    def update_teacher(self, momentum: float | Tensor) -> None:
+        """Update the teacher's moving average of the student, without communication; see `MovingAverage.update`."""
 
     def weights(self) -> State:
         """Return parameters and buffers of student and teacher by name, as tensors or DTensors."""
@@ -148,8 +148,10 @@ class Engine(Protocol):
 class TorchEngine:
     """The common part of DDP and FSDP: a torch optimizer over parameters that are replicated or DTensors."""
 
-    def __init__(self, inputs: EngineInputs) -> None:
+    def __init__(self, inputs: EngineInputs, teacher_dtype: torch.dtype = torch.float32) -> None:
         self.network, self.teacher = inputs.student, inputs.teacher
+        self.moving_average = MovingAverage(self.teacher, self.network, local, teacher_dtype) if self.teacher else None
+        self.parameters = list(inputs.student.parameters())  # once, because walking over a network takes time
         self.device, self.clip = inputs.rank_info.device, inputs.optim.clip
         self.scale = LossScale() if inputs.precision == torch.float16 else None
         self.optimizer = make_optimizer(inputs.student, inputs.optim)
@@ -160,7 +162,7 @@ class TorchEngine:
 
     def step(self, lr: float) -> float:
         """See `Engine.step`."""
-        trained = [p for p in self.network.parameters() if p.grad is not None]
+        trained = [p for p in self.parameters if p.grad is not None]
         sharded = [p for p in trained if isinstance(p, DTensor)]
         sharded_grads = [local(p.grad) for p in sharded if p.grad is not None]
         replicated_grads = [p.grad for p in trained if not isinstance(p, DTensor) and p.grad is not None]
@@ -178,10 +180,10 @@ class TorchEngine:
     def average(self, replicated_grads: list[Tensor]) -> None:
         """Average gradients of replicated parameters over ranks where backward has not done so."""
 
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float | Tensor) -> None:
         """See `Engine.update_teacher`."""
-        if self.teacher:
-            ema_update(self.teacher, self.network, momentum, local)
+        if self.moving_average:
+            self.moving_average.update(momentum)
 
     def weights(self) -> State:
         """See `Engine.weights`."""
@@ -194,6 +196,8 @@ class TorchEngine:
     def load(self, state: State) -> None:
         """See `Engine.load`."""
         set_named_state(self.network, self.optimizer, state)
+        if self.moving_average:
+            self.moving_average.loaded()
 
 
 def named_networks(student: Encoder, teacher: Encoder | None) -> dict[str, Encoder]:

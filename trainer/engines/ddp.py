@@ -31,7 +31,7 @@ class DDP(TorchEngine):
     def __init__(self, settings: Settings, inputs: EngineInputs) -> None:
         student, rank_info = inputs.student, inputs.rank_info
         prepare_blocks(student, inputs.teacher, settings)
-        super().__init__(inputs)
+        super().__init__(inputs, teacher_dtype=inputs.precision)
         self.wrapped: DistributedDataParallel | None = None
         if rank_info.world_size > 1:
             self.wrapped = DistributedDataParallel(

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from data.extras import optional_import
 from models.compat import reduce_scatter_single
 from models.negatives.base import make_mesh
-from models.teacher import ema_update
+from models.teacher import MovingAverage
 from trainer.distributed import RankInfo
 from trainer.engines.base import (
     EngineInputs,
@@ -102,6 +102,10 @@ class Zero:
         )
         if self.stage == 3 and teacher:
             self.teacher_engine = deepspeed.initialize(model=teacher, config=copy.deepcopy(json))[0]
+        self.moving_average: MovingAverage | None = None
+        if teacher:  # in stage 3, DeepSpeed gathers and frees the weights that a forward uses
+            teacher_dtype = torch.float32 if self.stage == 3 else precision
+            self.moving_average = MovingAverage(teacher, student, _local, teacher_dtype)
         if self.scale:
             self.zero.torch_autocast_gradscaler = None  # it checks the gradients of one rank only
         self.shards = self._find_shards()
@@ -143,10 +147,10 @@ class Zero:
             self.scale.update(math.isfinite(norm))
         return norm
 
-    def update_teacher(self, momentum: float) -> None:
+    def update_teacher(self, momentum: float | Tensor) -> None:
         """See `Engine.update_teacher`."""
-        if self.teacher:
-            ema_update(self.teacher, self.network, momentum, lambda p: getattr(p, "ds_tensor", p))
+        if self.moving_average:
+            self.moving_average.update(momentum)
             if self.stage == 3 and self.mesh.device_type == "cuda":
                 # ZeRO-3 gathers the teacher's parameters on a stream that does not wait for this update.
                 torch.cuda.current_stream().synchronize()
@@ -156,7 +160,7 @@ class Zero:
         found: State = {}
         for name, network in named_networks(self.network, self.teacher).items():
             tensors = {**dict(network.named_parameters()), **dict(network.named_buffers())}
-            found[name] = {key: self._tensor(tensors[key]) for key in network.state_dict()}
+            found[name] = {key: self._tensor(tensors.get(key, x)) for key, x in network.state_dict().items()}
         return found
 
     def state(self) -> State:
@@ -182,6 +186,8 @@ class Zero:
             for key, x in self.memory[shard.flat].items():
                 if x.dim():
                     self._from_dtensor(state["optimizer"][self.names[p]][key], shard.view_of(x), shard.start)
+        if self.moving_average:
+            self.moving_average.loaded()
 
     def _find_shards(self) -> dict[nn.Parameter, ParamShard]:
         """Return this rank's shard of each of the student's parameters."""
@@ -287,6 +293,12 @@ def _slots(optim: Optim) -> tuple[str, ...]:
 def _shape(p: Any) -> torch.Size:
     """Return a parameter's full shape; ZeRO-3 leaves only empty tensors in the modules."""
     return torch.Size(getattr(p, "ds_shape", p.shape))
+
+
+def _local(p: Any) -> Tensor:
+    """Return this rank's shard of a ZeRO-3 parameter, with padding; any other tensor as it is."""
+    shard: Tensor = getattr(p, "ds_tensor", p)
+    return shard
 
 
 def _import_deepspeed(rank_info: RankInfo) -> Any:

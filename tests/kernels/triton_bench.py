@@ -1,10 +1,9 @@
-"""`bench gpu` and `bench kernels --tune` on the CPU: the kernels run in the interpreter, the clock is replaced.
+"""The parts of `bench gpu` for the kernels, and `bench kernels --tune`, on the CPU: the kernels run in the interpreter,
+and the clock is replaced.
 
 Run by `test_triton.py`. The measured values are not asserted, only that every line runs and is reported.
 """
 
-import functools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ import pytest
 import torch
 
 from kernels.triton.tiles import Key, Tiles, read_table, tiles
-from trainer.bench import gpu, harness, static
+from trainer.bench import harness, static
+from trainer.bench.gpu import kernels as gpu
+from trainer.bench.gpu.record import Setting
 from trainer.plan import roofline
 from trainer.plan.hardware import GPUS
 
@@ -32,49 +33,53 @@ def _device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2**20 + 1)
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
 
 
-def test_gpu(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = gpu.run(CPU, 32, ("float16",), 1, shapes=((17, 100),), checked=(17, 100))
-    assert all(row["ok"] for row in result["checks"])
-    assert {row["name"] for row in result["checks"]} >= {
-        "z_N",
-        "o_ND",
-        "za_N",
-        "top_N",
-        "mass_K",
-        "grad_K",
-        "w",
-        "v",
-        "n",
-    }
-    assert [row["impl"] for row in result["steps"][:3]] == ["materialised", "torch.compile", "triton"]
-    assert all(row["seconds"] > 0 and row["peak_bytes"] == 2**20 for row in result["steps"])
-    assert result["steps"][0]["speedup"] == 1
-    least = roofline.score(GPUS["a100"], 17, 100, 32, "float16").seconds  # the interpreter counts as sm_80
-    assert result["kernels"][0]["share"] == pytest.approx(least / result["kernels"][0]["seconds"])
-    out = tmp_path / "gpu.json"
-    assert gpu.report(result, out)
-    assert json.loads(out.read_text()) == result
-    assert "torch.compile" in capsys.readouterr().out
+def test_the_triton_kernels_are_checked() -> None:
+    lines = [gpu.check_case(CPU, *shape, 32, "float16", "bfloat16", None) for shape in ((1, 1), (17, 100))]
+    lines.append(gpu.check_case(CPU, 17, 100, 32, "float32", "float32", "float32"))
+    assert [line.verdict for line in lines] == ["passed"] * 3
+    assert {"z_N", "o_ND", "za_N", "top_N", "mass_K", "grad_K", "w", "v", "n", "hardest"} == set(lines[2].details)
+    assert set(lines[2].details) - set(lines[0].details) == {"v"}
 
 
-def test_wrong_results_and_too_little_memory_are_reported(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_and_changing_results_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "_SUMS", 0.0)
+    line = gpu.check_case(CPU, 4, 20, 32, "float32", "float32", None)
+    assert line.verdict == "failed"
+    assert line.note.startswith("of the largest value in fp64: z_N")
+    calls: list[None] = []
+
+    def changing(case: Any, implementation: Any) -> Any:
+        calls.append(None)
+        score = real(case, implementation)
+        return score._replace(o_ND=score.o_ND + 1e-7 * len(calls))
+
+    real = gpu.kernel_score
+    monkeypatch.setattr(gpu, "kernel_score", changing)
+    line = gpu.check_case(CPU, 4, 20, 32, "float32", "float32", None)
+    assert (line.verdict, line.note) == ("failed", "repeated with other bits: o_ND")
+
+
+def test_times_are_compared_with_the_roofline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(gpu, "known_gpu", lambda _: GPUS["a100"])
+    monkeypatch.setattr(gpu, "_measure", lambda action, device: gpu.measure_gpu(action, 1))
+    lines = list(gpu.check_speed(Setting(CPU, tmp_path)))
+    assert [line.verdict for line in lines[:2]] == ["slow", "slow"]
+    least = roofline.score(GPUS["a100"], 8, 256, 128, "float32").seconds
+    assert lines[0].note.startswith(f"of the roofline, {1e3 * least:.3f} ms")
+    assert lines[2].note == "times as fast as published"
+    sides: Any = lines[2].details
+    assert {name: x["bytes"] for name, x in sides.items()} == dict.fromkeys(("published", "compiled", "ours"), 2**20)
+
     def out_of_memory(*_: Any) -> None:
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(gpu, "materialised_step", out_of_memory)
-    monkeypatch.setattr(gpu, "_SUMS", 0.0)
-    monkeypatch.setattr(roofline, "BY_CAPABILITY", {})
-    result = gpu.run(CPU, 32, ("float32",), 1, shapes=((4, 20),), checked=(4, 20))
-    assert not gpu.report(result, None)
-    assert [row["seconds"] is None for row in result["steps"]] == [True, True, False]
-    printed = capsys.readouterr().out
-    assert "out of memory" in printed
-    assert "wrong" in printed
+    assert [line.note for line in list(gpu.check_speed(Setting(CPU, tmp_path)))[2:]] == [
+        "published: out of memory",
+        "compiled: out of memory",
+    ]
 
 
 def test_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,16 +1,124 @@
-"""The parts of `bench gpu`, `bench kernels --static` and `--tune` that need no Triton: errors, and the roofline.
+"""`bench gpu`: its runner with parts that crash and hang, its comparisons, and all of its parts on the CPU.
 
-The others are tested with the Triton kernels (`tests/kernels/triton_bench.py`, `triton_compiled.py`).
+The Triton kernels are checked in `tests/kernels/triton_bench.py`.
 """
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from trainer.__main__ import app
-from trainer.bench import gpu
+from trainer.bench.gpu import parts, record, runner, speed, trajectory
+from trainer.bench.gpu.record import Line, Setting
+from trainer.bench.gpu.runner import Part
 from trainer.plan import roofline
 from trainer.plan.hardware import GPUS
+
+
+def good(setting: Setting) -> Iterator[Line]:
+    yield record.at_most("error", 1.0, 2.0, "of nothing", "s")
+    yield record.in_time("time", 3.0, 2.0, "the bound")
+
+
+def raises(setting: Setting) -> Iterator[Line]:
+    yield record.holds("first", True, "")
+    raise RuntimeError("CUDA error: an illegal [memory] access")
+
+
+def crashes(setting: Setting) -> Iterator[Line]:
+    yield record.holds("first", True, "")
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def hangs(setting: Setting) -> Iterator[Line]:
+    """Hang with a descendant, whose process is in the file `descendant`."""
+    descendant = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+    (setting.folder / "descendant").write_text(str(descendant.pid))
+    yield record.holds("first", True, "")
+    time.sleep(1000)
+
+
+def ended(process: int) -> bool:
+    """Whether a process has ended, even if nobody has waited for it."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except FileNotFoundError:
+        return True
+
+
+def test_a_part_that_crashes_or_hangs_does_not_stop_the_next(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    names = ("raises", "crashes", "hangs")
+    chosen = [Part(name, function, 600) for name, function in zip(names, (raises, crashes, hangs), strict=True)]
+    # Long enough for its first line on a slow machine.
+    chosen[2] = Part("hangs", hangs, 15)
+    assert not runner.run([*chosen, Part("good", good, 600)], Setting(torch.device("cpu"), tmp_path), 1200)
+    rows = json.loads((tmp_path / "record.json").read_text())["lines"]
+    assert rows == [json.loads(line) for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert [(row["part"], row["name"], row["verdict"]) for row in rows] == [
+        *(("raises", "first", "passed"), ("raises", "end", "failed")),
+        *(("crashes", "first", "passed"), ("crashes", "end", "failed")),
+        *(("hangs", "first", "passed"), ("hangs", "time", "failed")),
+        *(("good", "error", "passed"), ("good", "time", "slow")),
+    ]
+    assert rows[1]["note"] == "exit code 1: RuntimeError: CUDA error: an illegal [memory] access"
+    assert rows[3]["note"].startswith("killed by SIGSEGV")
+    assert "Traceback" in (tmp_path / "raises.log").read_text()
+    descendant = int((tmp_path / "descendant").read_text())
+    for _ in range(600):
+        if ended(descendant):
+            break
+        time.sleep(0.1)
+    assert ended(descendant)
+    printed = capfd.readouterr().out
+    assert "4 passed, 3 failed, 1 slow, 0 skipped" in printed
+    assert "raises: end: failed: exit code 1: RuntimeError: CUDA error: an illegal [memory] access" in printed
+
+
+def test_parts_without_time_are_skipped(tmp_path: Path) -> None:
+    assert runner.run([Part("good", good, 60)], Setting(torch.device("cpu"), tmp_path), 0)
+    (row,) = json.loads((tmp_path / "record.json").read_text())["lines"]
+    assert (row["verdict"], row["note"]) == ("skipped", "no time is left: --parts good runs it alone")
+
+
+def test_verdicts() -> None:
+    assert record.at_most("", 1.0, 1.0, "").verdict == "passed"
+    assert record.at_most("", float("nan"), 1.0, "").verdict == "failed"
+    assert record.fast_enough("", 0.9, 1.0, "").verdict == "slow"
+    assert record.fast_enough("", 1.0, 1.0, "").verdict == "passed"
+    assert record.holds("", False, "").verdict == "failed"
+
+
+def test_gaps_between_kernels() -> None:
+    spans = [(0.0, 10.0, "a"), (2.0, 5.0, "b"), (12.0, 13.0, "c"), (13.0, 14.0, "d"), (20.0, 21.0, "e")]
+    assert speed.find_gaps(spans) == [(2.0, "c"), (6.0, "e")]
+
+
+def test_differences_of_trajectories() -> None:
+    assert trajectory.difference([1.0, 4.5], [1.0, 5.0]) == pytest.approx(0.1)
+    assert trajectory.mean_difference([1.0, 4.0], [2.0, 3.0]) == 0
+
+
+@pytest.mark.slow
+def test_all_parts_on_the_cpu(tmp_path: Path) -> None:
+    """Every line of every part runs; only times may be slow."""
+    result = CliRunner().invoke(app, ["bench", "gpu", "--device", "cpu", "--out", str(tmp_path)])
+    rows = json.loads((tmp_path / "record.json").read_text())["lines"]
+    assert [row for row in rows if row["verdict"] == "failed"] == []
+    assert result.exit_code == 0
+    assert {row["part"] for row in rows} == {part.name for part in parts.PARTS}
+    for part in parts.PARTS:
+        mine = [row for row in rows if row["part"] == part.name]
+        assert any(row["verdict"] == "passed" for row in mine) or part.name == "throughput", part.name
+    assert (tmp_path / "trace.json.gz").stat().st_size > 0
 
 
 @pytest.mark.parametrize("command", [["gpu"], ["kernels", "--tune"]])
@@ -21,9 +129,10 @@ def test_without_a_gpu(command: list[str], monkeypatch: pytest.MonkeyPatch) -> N
     assert "got a machine without a CUDA device" in str(error)
 
 
-def test_other_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="bench gpu: got dtype 'int8', need one of bfloat16, float16, float32"):
-        gpu.run(torch.device("cpu"), 128, ("int8",), 1)
+def test_unknown_parts_are_refused() -> None:
+    error = CliRunner().invoke(app, ["bench", "gpu", "--device", "cpu", "--parts", "losses,speed"]).exception
+    assert isinstance(error, ValueError)
+    assert str(error).startswith("--parts: got 'speed', need some of kernels, losses, host-reads, ")
 
 
 def test_static_and_tune_exclude_each_other() -> None:

@@ -51,9 +51,9 @@ def bench_kernels(
         roofline.report(roofline.rows((256, 1024, 4096), (65536, 2**20), 128, "bfloat16"))
         return
     if tune:
-        from trainer.bench import gpu
+        from trainer.bench.gpu import kernels as gpu_kernels
 
-        gpu.tune(gpu.device(), repeats)
+        gpu_kernels.tune(gpu_kernels.require_gpu(), repeats)
         return
     from trainer.bench import kernels
 
@@ -62,15 +62,20 @@ def bench_kernels(
 
 @bench_app.command("gpu")
 def bench_gpu(
-    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding")] = 128,
-    dtype: Annotated[list[str], typer.Option(help="bfloat16, float16 or float32 (repeatable)")] = ["bfloat16"],  # noqa: B006
-    repeats: Annotated[int, typer.Option(help="Number of repetitions; times are medians")] = 20,
-    out: OutPath = None,
+    device: Annotated[
+        Literal["cuda", "cpu"], typer.Option(help="cpu: run every line on small sizes; its times mean nothing")
+    ] = "cuda",
+    parts: Annotated[str, typer.Option(help="Comma-separated names of parts; all if not given")] = "",
+    out: Annotated[Path, typer.Option(help="Folder of the record", metavar="FOLDER")] = Path("runs/gpu-record"),
 ) -> None:
-    """Check the Triton kernels on this GPU against fp64; time them against N x K tensors and the roofline."""
-    from trainer.bench import gpu
+    """Check and measure everything on a GPU in ten minutes, without data: results, speed, memory, engines.
 
-    if not gpu.report(gpu.run(gpu.device(), dim, tuple(dtype), repeats), out):
+    Compares each number with the CPU's, the planner's or the roofline's, and writes a record to send in.
+    """
+    from trainer.bench.gpu import parts as gpu_parts
+
+    names = [name.strip() for name in parts.split(",")] if parts else None
+    if not gpu_parts.run(device, names, out):
         raise typer.Exit(1)
 
 

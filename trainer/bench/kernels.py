@@ -22,6 +22,7 @@ from kernels import AdversaryParams, AdversaryStats, Score, chunked
 from trainer.bench.harness import cpu_peak_bytes, environment, interleave, medians, print_rows, seconds, write_result
 
 TEMPERATURE = 0.12
+WEIGHTS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", None))  # types of weights and velocity
 PARAMS = AdversaryParams(temperature=0.02, lr=3.0, momentum=0.9, weight_decay=1e-4)  # those of the published code
 
 _CPU = torch.device("cpu")

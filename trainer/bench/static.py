@@ -26,11 +26,11 @@ from kernels.triton.hardest import hardest_kernel
 from kernels.triton.score import score_kernel
 from kernels.triton.tiles import Tiles, products, tiles
 from trainer.bench.harness import Columns, print_rows
+from trainer.bench.kernels import WEIGHTS
 
 ARCHITECTURES = (80, 90)
 DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
-WEIGHTS = (("float32", "float32"), ("bfloat16", "bfloat16"), ("bfloat16", None))  # types of weights and velocity
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may use
 SHARED_MEMORY_OF_SMALL = 99 * 1024  # on sm_86, sm_89 and sm_120

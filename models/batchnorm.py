@@ -1,193 +1,65 @@
-"""BatchNorm of parts of a batch and across ranks: groups, the shuffle for the teacher, and the global batch.
-
-A teacher that normalises over the same images as the student leaks which key belongs to which query (MoCo, arXiv
-1911.05722, sec. 3.3). `shuffle` sends each image to the rank that a permutation of the global batch chooses, so a key
-is computed among other images than its query. MoCo's code all-gathers the whole batch on every rank and selects a part;
-the all-to-all here sends only the images that a rank uses, which is R times less for R ranks.
-"""
+"""BatchNorm over groups of a rank's images, and over the batches of all ranks."""
 
 import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
 
-import timm.layers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.nn.modules.batchnorm import _BatchNorm
 
-
-class Shuffle(NamedTuple):
-    """The exchange of one rank's images of a global batch, made by `plan_shuffle`; all on the host.
-
-    Attributes:
-        send_B: int64 indices of this rank's images in the order of sending.
-        sends: Number of images that go to each rank.
-        receives: Number of images that come from each rank.
-    """
-
-    send_B: Tensor
-    sends: list[int]
-    receives: list[int]
-
-
-def plan_shuffle(local_batch: int, rank: int, world_size: int, seed: int) -> Shuffle:
-    """Draw a random permutation of the global batch, cut into equal parts, one for each rank.
-
-    Args:
-        local_batch: Images of each rank.
-        rank: This rank.
-        world_size: Number of ranks.
-        seed: Seed of the permutation, the same on all ranks.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    wanted_RB = torch.randperm(world_size * local_batch, generator=generator).view(world_size, local_batch)
-    owner_RB = wanted_RB // local_batch
-    send_B = wanted_RB[owner_RB == rank] - rank * local_batch
-    sends = (owner_RB == rank).sum(1).tolist()
-    receives = torch.bincount(owner_RB[rank], minlength=world_size).tolist()
-    return Shuffle(send_B, sends, receives)
-
-
-def shuffle(images_BCHW: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
-    """Exchange images over ranks. Returns the images for this rank's teacher, of the same shape, in channels_last."""
-    rows_BHWC = images_BCHW.permute(0, 2, 3, 1)  # the memory order of channels_last, so nothing is copied
-    # non_blocking, here and below: otherwise the host waits for all work that the device has been given before.
-    sent_BHWC = rows_BHWC[route.send_B.to(rows_BHWC.device, non_blocking=True)].contiguous()
-    received_BHWC = torch.empty_like(sent_BHWC)
-    dist.all_to_all_single(received_BHWC, sent_BHWC, route.receives, route.sends, group=group)
-    return received_BHWC.permute(0, 3, 1, 2)
-
-
-def unshuffle(x_BD: Tensor, route: Shuffle, group: ProcessGroup | None = None) -> Tensor:
-    """Send rows computed from shuffled images back to the images' ranks, in the original order."""
-    returned_BD = torch.empty_like(x_BD, memory_format=torch.contiguous_format)
-    dist.all_to_all_single(returned_BD, x_BD.contiguous(), route.sends, route.receives, group=group)
-    restored_BD = torch.empty_like(returned_BD)
-    restored_BD[route.send_B.to(x_BD.device, non_blocking=True)] = returned_BD
-    return restored_BD
+_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
 def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
-    """Make every BatchNorm of the model normalise over the global batch.
+    """Make every BatchNorm of the model normalise over the batches of all ranks, which have equal sizes. Collective.
 
-    A GPU uses torch's SyncBatchNorm, which does not run on a CPU; a CPU uses `_SyncBatchNormCPU`.
+    Names and values of parameters and buffers stay. The layers communicate in a process group of their own: in that of
+    DDP, their small sums would queue behind the gradients that are reduced at the same time.
+
+    Args:
+        model: The model, which is changed.
+        device: Where it will run; on a GPU the group is NCCL's.
+
+    Raises:
+        ValueError: A BatchNorm is of another kind than `replace_bn` knows.
     """
-    if device.type == "cuda":
-        return timm.layers.convert_sync_batchnorm(model)
-    for name, child in model.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            synced = _SyncBatchNormCPU(child.num_features, child.eps, child.momentum, child.affine)
-            synced.load_state_dict(child.state_dict())
-            setattr(model, name, synced)
-        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
-            kind = type(child).__name__
-            raise ValueError(f"method.bn: sync on a CPU needs nn.BatchNorm1d or nn.BatchNorm2d, got {kind}")
-        else:
-            synchronise_bn(child, device)
-    return model
+    backend = "nccl" if device.type == "cuda" else None  # None: that of the default group
+    group = dist.new_group(backend=backend, timeout=timedelta(minutes=30))
+    return replace_bn(model, "method.bn: sync", lambda norm: SyncBatchNorm(norm, group))
 
 
 def group_bn(model: nn.Module, group: int) -> nn.Module:
     """Make every BatchNorm normalise over groups of at most `group` consecutive images instead of the whole batch.
 
-    Groups are as equal as possible.
+    Groups are as equal as possible. Names and values of parameters and buffers stay.
+    """
+    return replace_bn(model, "method.bn_group:", lambda norm: GroupBatchNorm(norm, group))
+
+
+def replace_bn(model: nn.Module, key: str, replace: Callable[[_BatchNorm], nn.Module]) -> nn.Module:
+    """Replace every BatchNorm inside the model by `replace(BatchNorm)`.
+
+    Raises:
+        ValueError: A BatchNorm is neither nn.BatchNorm1d, nn.BatchNorm2d nor timm's BatchNormAct2d, or has no running
+            statistics with a fixed momentum; the message starts with `key`.
     """
     for name, child in model.named_children():
-        if isinstance(child, nn.BatchNorm1d | nn.BatchNorm2d) and type(child) in (nn.BatchNorm1d, nn.BatchNorm2d):
-            setattr(model, name, _GroupBatchNorm(child, group))
-        elif isinstance(child, nn.modules.batchnorm._BatchNorm):
+        if not isinstance(child, _BatchNorm):
+            replace_bn(child, key, replace)
+        elif type(child) not in _KINDS:
             kind = type(child).__name__
-            raise ValueError(f"method.bn_group: needs nn.BatchNorm1d or nn.BatchNorm2d, got {kind}")
+            raise ValueError(f"{key} needs nn.BatchNorm1d, nn.BatchNorm2d or timm's BatchNormAct2d, got {kind}")
+        elif not child.track_running_stats or child.momentum is None:
+            raise ValueError(f"{key} needs BatchNorm with running statistics and a momentum, got {child}")
         else:
-            group_bn(child, group)
+            setattr(model, name, replace(child))
     return model
-
-
-class _GroupBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm over groups of images: a rank computes what several ranks with fewer images compute.
-
-    The running statistics move as the mean of those of ranks with one group each (SplitBatchNorm in the CIFAR
-    demonstration of github.com/facebookresearch/moco).
-    """
-
-    def __init__(self, like: nn.modules.batchnorm._BatchNorm, group: int) -> None:
-        super().__init__(like.num_features, like.eps, like.momentum, like.affine)
-        self.load_state_dict(like.state_dict())
-        self.group = group
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or len(x) <= self.group:
-            return super().forward(x)
-        assert self.running_mean is not None
-        assert self.running_var is not None
-        assert self.num_batches_tracked is not None
-        assert self.momentum is not None
-        parts = x.tensor_split(-(-len(x) // self.group))
-        means_GC, variances_GC = (s.repeat(len(parts), 1) for s in (self.running_mean, self.running_var))
-        normalised = [
-            F.batch_norm(part, mean_C, variance_C, self.weight, self.bias, True, self.momentum, self.eps)
-            for part, mean_C, variance_C in zip(parts, means_GC, variances_GC, strict=True)
-        ]
-        with torch.no_grad():
-            self.running_mean.copy_(means_GC.mean(0))
-            self.running_var.copy_(variances_GC.mean(0))
-            self.num_batches_tracked.add_(1)
-        return torch.cat(normalised)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Accept any shape."""
-
-
-class _AllReduceSum(torch.autograd.Function):
-    """Sums over ranks; the gradient is summed over ranks, too."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        grad = grad.clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-class _SyncBatchNormCPU(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm of rows [N, C] or images [N, C, H, W] over the batches of all ranks, which must have equal sizes.
-
-    Sums are in fp32. The variance is a second sum, around the mean: E[x^2] - E[x]^2 would lose most of its digits where
-    the mean is large compared with the standard deviation.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        dtype, x = x.dtype, x.float()
-        rows = x.numel() // x.shape[1] * dist.get_world_size()
-        axes = [0, *range(2, x.dim())]
-        channels = [1, -1, *[1] * (x.dim() - 2)]
-        mean = _AllReduceSum.apply(x.sum(axes)) / rows
-        centred = x - mean.view(channels)
-        variance = _AllReduceSum.apply(centred.square().sum(axes)) / rows
-        with torch.no_grad():
-            assert self.running_mean is not None
-            assert self.running_var is not None
-            assert self.num_batches_tracked is not None
-            self.num_batches_tracked.add_(1)
-            assert self.momentum is not None
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * rows / (rows - 1), self.momentum)
-        scale = torch.rsqrt(variance + self.eps)
-        if not self.affine:
-            return (centred * scale.view(channels)).to(dtype)
-        return (centred * (self.weight * scale).view(channels) + self.bias.view(channels)).to(dtype)
-
-    def _check_input_dim(self, input: Tensor) -> None:
-        """Accept any shape."""
 
 
 def stop_counting(network: nn.Module) -> None:
@@ -198,7 +70,7 @@ def stop_counting(network: nn.Module) -> None:
     """
     for module in network.modules():
         # Others may need their counter, as torch's SyncBatchNorm does, or a BatchNorm that averages over all batches.
-        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d) and module.momentum is not None:
+        if type(module) in (*_KINDS, SyncBatchNorm, GroupBatchNorm) and module.momentum is not None:
             counter = module._buffers["num_batches_tracked"]
             module._buffers["num_batches_tracked"] = None
             if counter is not None:
@@ -208,3 +80,179 @@ def stop_counting(network: nn.Module) -> None:
 def _add_counter(counter: Tensor, module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
     """Add a BatchNorm's counter to its state_dict, as a hook."""
     state[f"{prefix}num_batches_tracked"] = counter
+
+
+class _BatchNormLike(_BatchNorm):
+    """A BatchNorm that takes over parameters, buffers and mode of another, and the activation of a BatchNormAct2d.
+
+    A subclass computes the output and the running statistics of training in `normalize`.
+    """
+
+    def __init__(self, norm: _BatchNorm) -> None:
+        super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine)
+        self._parameters, self._buffers, self._modules = norm._parameters, norm._buffers, norm._modules
+        self.train(norm.training)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise rows [B, C] or images [B, C, H, W]."""
+        if self.training and self.differs(x):
+            if self.num_batches_tracked is not None:
+                self.num_batches_tracked.add_(1)
+            x = self.normalize(x)
+        else:
+            x = super().forward(x)
+        for layer in self._modules.values():  # dropout and activation of a BatchNormAct2d
+            assert layer is not None
+            x = layer(x)
+        return x
+
+    def differs(self, x: Tensor) -> bool:
+        """Return whether the statistics of `x` are not those of plain BatchNorm."""
+        raise NotImplementedError
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """Normalise by the batch's statistics and update the running ones."""
+        raise NotImplementedError
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        """Accept any shape."""
+
+
+class GroupBatchNorm(_BatchNormLike):
+    """BatchNorm over groups of images: a rank computes what several ranks with fewer images compute.
+
+    The running statistics move as the mean of those of ranks with one group each (SplitBatchNorm in the CIFAR
+    demonstration of github.com/facebookresearch/moco).
+    """
+
+    def __init__(self, norm: _BatchNorm, group: int) -> None:
+        """Replaces `norm`; `group` is the largest number of images in a group."""
+        super().__init__(norm)
+        self.group = group
+
+    def differs(self, x: Tensor) -> bool:
+        """See `_BatchNormLike.differs`."""
+        return len(x) > self.group
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """See `_BatchNormLike.normalize`."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        parts = x.tensor_split(-(-len(x) // self.group))
+        means_GC, variances_GC = (s.repeat(len(parts), 1) for s in (self.running_mean, self.running_var))
+        normalised = [
+            F.batch_norm(part, mean_C, variance_C, self.weight, self.bias, True, self.momentum, self.eps)
+            for part, mean_C, variance_C in zip(parts, means_GC, variances_GC, strict=True)
+        ]
+        with torch.no_grad():
+            self.running_mean.copy_(means_GC.mean(0))
+            self.running_var.copy_(variances_GC.mean(0))
+        return torch.cat(normalised)
+
+
+class SyncBatchNorm(_BatchNormLike):
+    """BatchNorm over the batches of all ranks, which must have equal sizes; on a GPU and on a CPU.
+
+    torch's SyncBatchNorm allows ranks of different sizes. It runs on GPUs only, and to skip empty ranks it indexes by a
+    mask, for which the host waits three times a call. Here each direction is one all-reduce of [2, C], and nothing
+    waits. All operators work in the type of `x`, with sums in fp32, and torch.compile fuses them.
+    """
+
+    def __init__(self, norm: _BatchNorm, group: ProcessGroup) -> None:
+        """Replaces `norm`; the batch is that of all ranks of `group`."""
+        super().__init__(norm)
+        self.group, self.ranks = group.group_name, group.size()  # a name can be copied with the module
+
+    def differs(self, x: Tensor) -> bool:
+        """See `_BatchNormLike.differs`."""
+        return self.ranks > 1
+
+    def normalize(self, x: Tensor) -> Tensor:
+        """See `_BatchNormLike.normalize`."""
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        x = x.contiguous(memory_format=_memory_format(x))
+        mean_C, variance_C = self._global_statistics(x.detach())
+        if self.momentum:  # a teacher has 0
+            rows = x.numel() // x.shape[1] * self.ranks
+            with torch.no_grad():
+                self.running_mean.lerp_(mean_C, self.momentum)
+                self.running_var.lerp_(variance_C * (rows / (rows - 1)), self.momentum)
+        y: Tensor = _NormalizeGlobally.apply(
+            x, self.weight, self.bias, mean_C, variance_C, self.eps, self.group, self.ranks
+        )
+        return y
+
+    def _global_statistics(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the mean and the biased variance of the global batch, [C] each, in the running statistics' type.
+
+        Each rank's own statistics are computed in two passes. E[x^2] = variance + mean^2 of the ranks is averaged in
+        fp64, so that subtracting the square of the global mean loses no digit that fp32 had.
+        """
+        like_C = self.running_mean  # for its type: its values enter only the output, which is not used
+        _, own_mean_C, own_scale_C = torch.native_batch_norm(x, like_C, like_C, None, None, True, 0.0, self.eps)
+        own_2C = torch.stack([own_mean_C, own_scale_C]).double()
+        own_2C[1].pow_(-2).addcmul_(own_2C[0], own_2C[0])  # now the mean, and variance + eps + mean^2
+        global_2C = _sum_over_ranks(own_2C, self.group) / self.ranks
+        global_2C[1].addcmul_(global_2C[0], global_2C[0], value=-1).sub_(self.eps).clamp_(min=0)
+        mean_C, variance_C = global_2C.to(own_mean_C.dtype)
+        return mean_C, variance_C
+
+
+class _NormalizeGlobally(torch.autograd.Function):
+    """Normalises by the statistics of the global batch; the gradient passes through them.
+
+    With dy the gradient of the output, u the normalised input, and E the mean over the global batch, the gradient of
+    the input is weight / sqrt(variance + eps) * (dy - E[dy] - u E[dy u]) (Ioffe and Szegedy, arXiv 1502.03167, sec. 3).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        mean_C: Tensor,
+        variance_C: Tensor,
+        eps: float,
+        group: str,
+        ranks: int,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight_C, mean_C, variance_C)
+        ctx.eps, ctx.group, ctx.ranks = eps, group, ranks
+        return F.batch_norm(x, mean_C, variance_C, weight_C, bias_C, False, 0.0, eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_C, mean_C, variance_C = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=_memory_format(x))
+        scale_C = torch.rsqrt(variance_C + ctx.eps)
+        # This rank's sums of dy u and dy, which are the gradients of weight and bias. The third argument is a weight,
+        # on which these do not depend; on a GPU there must be one.
+        _, dy_u_C, dy_C = torch.ops.aten.native_batch_norm_backward(
+            dy, x, mean_C, None, None, mean_C, scale_C, True, ctx.eps, [False, True, True]
+        )
+        dx = None
+        if ctx.needs_input_grad[0]:
+            mean_dy_C, mean_dy_u_C = _sum_over_ranks(torch.stack([dy_C, dy_u_C]), ctx.group) / (
+                x.numel() // x.shape[1] * ctx.ranks
+            )
+            if weight_C is not None:
+                scale_C = scale_C * weight_C
+            dx = F.batch_norm(
+                x, mean_C, variance_C, -scale_C * mean_dy_u_C, -scale_C * mean_dy_C, False, 0.0, ctx.eps
+            ).addcmul_(dy, scale_C.view(-1, *[1] * (x.dim() - 2)))
+        affine = (dy_u_C, dy_C) if weight_C is not None else (None, None)
+        return dx, *affine, None, None, None, None, None
+
+
+def _memory_format(x: Tensor) -> torch.memory_format:
+    channels_last = x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def _sum_over_ranks(x: Tensor, group: str) -> Tensor:
+    """Return the sum of `x` over the ranks of the group of this name, by operators that torch.compile can trace."""
+    total: Tensor = torch.ops._c10d_functional.wait_tensor(torch.ops._c10d_functional.all_reduce(x, "sum", group))
+    return total

@@ -18,10 +18,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.profiler import record_function
 
 import kernels
-from models.batchnorm import plan_shuffle, shuffle, unshuffle
 from models.encoder import Encoder
 from models.health import embedding_spread
 from models.negatives.base import BankSettings, Negatives
+from models.shuffle import plan_shuffle, shuffle, unshuffle
 from models.teacher import make_teacher
 
 Phase = Callable[[str], AbstractContextManager[object]]  # surrounds a phase of a step, given its name

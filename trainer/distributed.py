@@ -21,7 +21,8 @@ log = logging.getLogger(__name__)
 
 _LEAVE_SECONDS = 60  # for leaving the process group
 _MAX_OPEN_FILES = 2**20
-_GLOO_GROUPS = 2  # that connect each rank to every other one: the default group, and that of the checkpoints
+# Groups that connect each rank to every other one: the default group, and those of checkpoints and of SyncBatchNorm.
+_GLOO_GROUPS = 3
 
 
 class RankInfo(NamedTuple):

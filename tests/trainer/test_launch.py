@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch import nn
 
+from models.batchnorm import synchronise_bn
 from tests.ranks import run_ranks
 from tests.trainer.small import PYTHON
 from trainer import distributed
@@ -125,13 +127,14 @@ def open_files() -> int:
 
 def count_files(folder: Path) -> int:
     """Return the files that the groups of a training loop open on this rank, beside those of one rank alone."""
+    synchronise_bn(nn.Sequential(nn.BatchNorm1d(2)), torch.device("cpu"))
     with StopHandler(folder), Saver(folder, keep=1):
         dist.barrier()
         return open_files()
 
 
-def test_a_run_connects_each_rank_to_every_other_one_twice(tmp_path: Path) -> None:
-    """The default group and that of the checkpoints; files that do not depend on the number of ranks cancel out."""
+def test_a_run_connects_each_rank_to_every_other_one_three_times(tmp_path: Path) -> None:
+    """The groups are the default one, that of checkpoints and that of BatchNorm; other files cancel out."""
     two, five = (max(run_ranks(world_size, count_files, tmp_path)) for world_size in (2, 5))
     assert five - two == (5 - 2) * distributed._GLOO_GROUPS
     assert five < files_needed(5)

@@ -31,6 +31,7 @@ def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
     """
     backend = "nccl" if device.type == "cuda" else None  # None: that of the default group
     group = dist.new_group(backend=backend, timeout=timedelta(minutes=30))
+    assert isinstance(group, ProcessGroup)
     return replace_bn(model, "method.bn: sync", lambda norm: SyncBatchNorm(norm, group))
 
 

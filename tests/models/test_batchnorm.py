@@ -129,7 +129,7 @@ def run_autocast(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     y.square().sum().backward()
     assert y.dtype == dtype
     assert x.grad is not None
-    assert all(p.dtype == p.grad.dtype == torch.float32 for p in network.parameters())
+    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in network.parameters())
     return y.detach(), x.grad, network[1].running_var  # type: ignore[index]
 
 

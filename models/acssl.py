@@ -140,7 +140,7 @@ class ACSSL(Method):
             return list(keys.values())
         updates: list[BankUpdate] = []
         if self.settings.negatives_from == "bank":
-            assert self.negatives
+            assert self.negatives is not None
             for j, k_BD in keys.items():
                 q_ND = queries_for_key(queries, j)
                 weight = 1 / len(keys) / len(q_ND) / dist.get_world_size()

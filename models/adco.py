@@ -68,7 +68,7 @@ class AdCo(Method):
     def loss(self, queries: Views, keys: Views) -> StepOutput:
         """Compute AdCo, eq. 2, averaged over key views."""
         settings, negatives = self.settings, self.negatives
-        assert negatives
+        assert negatives is not None
         losses, updates, positives, hardest = [], [], [], []
         for j, k_BD in keys.items():
             q_ND = queries_for_key(queries, j)

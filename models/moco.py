@@ -58,7 +58,7 @@ class MoCo(Method):
 
     def loss(self, queries: Views, keys: Views) -> StepOutput:
         """Compute MoCo, eq. 1: the mean over the queries of a key view, summed over key views."""
-        assert self.negatives
+        assert self.negatives is not None
         results = [
             contrast(queries_for_key(queries, j), k_BD, self.negatives, self.settings.temperature, batch_keys=False)
             for j, k_BD in keys.items()

@@ -72,7 +72,7 @@ def build_method(config: Config, rank_info: RankInfo, student: Encoder | None = 
 def full_student(method: Method, engine: Engine, config: Config, rank_info: RankInfo) -> Encoder:
     """Return the complete student, which each rank can use alone; a copy if it is sharded or compiled. Collective."""
     weights = engine.weights()["student"]
-    if not config.engine.compile and not any(isinstance(x, DTensor) for x in weights.values()):
+    if config.engine.compile == "none" and not any(isinstance(x, DTensor) for x in weights.values()):
         return method.student
     student = build_encoder(config).to(rank_info.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     student.load_state_dict(unshard(weights))

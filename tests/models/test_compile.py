@@ -1,4 +1,4 @@
-"""The loss of every method traces as one graph, with its collectives, and computes the same."""
+"""Encoders and the loss of every method trace as one graph, with its collectives, and compute the same."""
 
 from typing import Any
 
@@ -8,9 +8,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from models.encoder import Encoder
 from models.method import Method, StepOutput, Views
+from models.teacher import MovingAverage, make_teacher
 from tests.ranks import run_ranks
 from tests.trainer.engines import make_config, make_rank_info
+from tests.trainer.small import VIT_ARGS
 from trainer.build import build_method
 
 B, D = 4, 16
@@ -79,3 +82,19 @@ def test_the_loss_traces_as_one_graph_in_one_process(case: str) -> None:
         compare("eager", [case])
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224"])
+def test_an_encoder_traces_as_one_graph_over_crops_of_several_sizes(backbone: str, dtype: torch.dtype) -> None:
+    """Also a teacher that keeps its weights in the type of autocast."""
+    arguments: dict[str, Any] = {"channels": (8, 8, 8, 16)} if backbone == "resnet18" else VIT_ARGS
+    student = Encoder(backbone, dim=8, head_norm=True, backbone_args=arguments)
+    teacher = make_teacher(student)
+    MovingAverage(teacher, student, precision=dtype)
+    views = [torch.rand(3, 3, size, size) for size in (16, 16, 8)]
+    for network in (student, teacher):
+        torch._dynamo.reset()
+        compiled = torch.compile(network.forward, backend="eager", fullgraph=True, dynamic=False)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            torch.testing.assert_close(compiled(views), network(views))

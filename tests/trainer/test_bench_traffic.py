@@ -164,7 +164,7 @@ def test_results_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert json.loads((tmp_path / "out/traffic.json").read_text())["rows"] == json.loads(json.dumps(results))
     printed = capsys.readouterr().out
     assert "reduce_scatter" in printed
-    assert "32 x 9" in printed
+    assert "32 x 10" in printed
 
 
 @pytest.mark.parametrize(

@@ -237,7 +237,11 @@ def test_the_default_path_is_absolute_too(tmp_path: Path) -> None:
     [
         (["run.epochs=5", "run.epochs=7"], "run.epochs is given twice: as 5 and as 7"),
         (["run.dir=a", "optim.lr=1", "run.dir=a"], "run.dir is given twice: as 'a' and as 'a'"),
-        (["engine={compile: true}", "engine.compile=false"], "engine.compile is given twice: as True and as False"),
+        (
+            ["engine={compile: none}", "engine.compile=blocks"],
+            "engine.compile is given twice: as 'none' and as 'blocks'",
+        ),
+        (["model={head_norm: true}", "model.head_norm=false"], "model.head_norm is given twice: as True and as False"),
         (["model.backbone_args={a: 1}", "model.backbone_args.a=2"], "model.backbone_args.a is given twice"),
         (["engine={compile: true, compile: false}"], "compile: false}': the key 'compile' is in line 1 already"),
     ],
@@ -310,6 +314,10 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
             "engine.cpu_offload: unknown key for engine.kind=ddp, need engine.kind=fsdp or deepspeed",
         ),
         ("engine={kind: deepspeed, compile: true}", "engine.compile: ZeRO-3 hooks into every layer"),
+        ("engine={kind: deepspeed, compile: encoder}", "engine.compile: ZeRO-3 hooks into every layer"),
+        ("engine={kind: fsdp, compile: encoder}", "engine.compile: encoder does not go with FSDP2"),
+        ("engine={compile: encoder, activation_checkpointing: true}", "engine.compile: encoder does not go with activ"),
+        ("engine={compile: all}", "engine.compile: "),
         ("optim.lr", "need section.key=value"),
         ("=3", "need section.key=value"),
         ("optim.lr=[", "optim.lr: value '[' is not YAML"),
@@ -365,13 +373,15 @@ def test_the_method_decides_which_keys_there_are(tmp_path: Path) -> None:
 
 def test_the_engine_decides_which_keys_there_are(tmp_path: Path) -> None:
     """A section without a kind is DDP's, and a change of the kind starts the section empty."""
-    path = write(tmp_path / "a.yaml", {**BASE, "engine": {"kind": "deepspeed", "stage": 1, "compile": True}})
-    assert load(path).engine == zero.Settings(stage=1, compile=True)
+    path = write(tmp_path / "a.yaml", {**BASE, "engine": {"kind": "deepspeed", "stage": 1, "compile": "blocks"}})
+    assert load(path).engine == zero.Settings(stage=1, compile="blocks")
     assert load(path, ["engine.kind=fsdp"]).engine == fsdp.Settings()
-    assert load(path, ["engine.stage=2"]).engine == zero.Settings(stage=2, compile=True)
+    assert load(path, ["engine.stage=2"]).engine == zero.Settings(stage=2, compile="blocks")
     above = write(tmp_path / "b.yaml", {"extends": "a.yaml", "engine": {"kind": "ddp", "compress": "bf16"}})
     assert load(above).engine == ddp.Settings(compress="bf16")
-    assert load(write(tmp_path / "c.yaml", {**BASE, "engine": {"compile": True}})).engine == ddp.Settings(compile=True)
+    assert load(write(tmp_path / "c.yaml", {**BASE, "engine": {"compile": "blocks"}})).engine == ddp.Settings(
+        compile="blocks"
+    )
 
 
 @pytest.mark.parametrize(
@@ -497,3 +507,12 @@ def test_what_may_change_on_resume(section: str, changes: dict[str, object], exp
     kept = {} if section == "engine" else values[section]
     now = Config.model_validate({**values, section: {**kept, **changes}})
     assert changed_keys(before, now) == expected
+
+
+@pytest.mark.parametrize(("earlier", "now"), [(True, "blocks"), (False, "none")])
+def test_compile_was_true_or_false(tmp_path: Path, earlier: bool, now: str) -> None:
+    """In configurations and in the directories of runs of earlier versions."""
+    for engine in ({}, {"kind": "fsdp"}, {"kind": "deepspeed", "stage": 2}):
+        path = write(tmp_path / "a.yaml", {**BASE, "engine": {**engine, "compile": earlier}})
+        assert load(path).engine.compile == now
+    assert load(write(tmp_path / "b.yaml", BASE), [f"engine.compile={str(earlier).lower()}"]).engine.compile == now

@@ -6,13 +6,13 @@ An engine is one file with its `Settings`, the keys of the configuration's secti
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
@@ -48,6 +48,12 @@ class EngineInputs(NamedTuple):
     precision: torch.dtype
 
 
+def _compile_of_earlier_versions(value: object) -> object:
+    """Convert the values that `compile` had when it was true or false."""
+    earlier = {"true": "blocks", "false": "none"}
+    return earlier.get(str(value).lower(), value)
+
+
 class EngineSettings(Section):
     """Keys that every engine has."""
 
@@ -55,7 +61,17 @@ class EngineSettings(Section):
     activation_checkpointing: bool = Field(
         False, description="Recompute the activations of each block in backward instead of storing them."
     )
-    compile: bool = Field(False, description="Compile each block with torch.compile.")
+    compile: Annotated[Literal["none", "blocks", "encoder"], BeforeValidator(_compile_of_earlier_versions)] = Field(
+        "none",
+        description="What torch.compile compiles: nothing, each block by itself, or the whole encoder as one graph, "
+        "which launches least and takes longest to compile. A backbone must trace without a break.",
+    )
+
+    @model_validator(mode="after")
+    def _an_encoder_is_not_checkpointed(self) -> "EngineSettings":
+        if self.compile == "encoder" and self.activation_checkpointing:
+            raise ValueError("compile: encoder does not go with activation_checkpointing; need compile: blocks")
+        return self
 
     def build(self, inputs: EngineInputs) -> "Engine":
         """Return the engine; student and teacher are distributed over the ranks in place. Called by all ranks.
@@ -234,7 +250,7 @@ def blocks(network: Encoder) -> list[nn.Module]:
     if not found:
         raise ValueError(
             f"engine: blocks of {type(network.backbone).__name__} are not known; "
-            "need a ResNet, ViT or ConvNeXt, or engine.kind=ddp without activation_checkpointing and compile"
+            "need a ResNet, ViT or ConvNeXt, or engine.kind=ddp without activation_checkpointing and compile=blocks"
         )
     return found
 
@@ -249,22 +265,44 @@ def _leaves(module: nn.Module | None) -> list[nn.Module]:
 
 
 def prepare_blocks(student: Encoder, teacher: Encoder | None, settings: EngineSettings) -> None:
-    """Compile blocks and checkpoint their activations, as the settings ask. Must come before sharding.
+    """Compile blocks or encoders and checkpoint activations, as the settings ask. Must come before sharding.
 
-    Compilation is innermost, then checkpointing, then sharding. Both replace the blocks' `forward`, so parameters keep
+    Compilation is innermost, then checkpointing, then sharding. Both replace the modules' `forward`, so parameters keep
     their names and hooks stay outside.
     """
-    if settings.compile:
+    networks = named_networks(student, teacher).values()
+    if settings.compile != "none":
         # Blocks of one class share their code, and each shape of block and view compiles it again.
         torch._dynamo.config.recompile_limit = 256
         torch._dynamo.config.accumulated_recompile_limit = 4096
-        for block in [block for network in named_networks(student, teacher).values() for block in blocks(network)]:
+    if settings.compile == "blocks":
+        for block in [block for network in networks for block in blocks(network)]:
             block.forward = torch.compile(block.forward, dynamic=False)
+    if settings.compile == "encoder":
+        for network in networks:
+            network.forward = _compile_whole(network.forward)  # type: ignore[assignment, method-assign]
     if settings.activation_checkpointing:
         for block in blocks(student):
             block.forward = functools.partial(
                 checkpoint, block.forward, use_reentrant=False, context_fn=functools.partial(_contexts, block)
             )
+
+
+def _compile_whole(forward: Callable[[list[Tensor]], Tensor]) -> Callable[[list[Tensor]], Tensor]:
+    """Compile an encoder's `forward` as one graph for all views, whose sizes must be the same at every step."""
+    compiled = torch.compile(forward, dynamic=False, fullgraph=True)
+
+    def run(views: list[Tensor]) -> Tensor:
+        try:
+            return compiled(views)
+        except torch._dynamo.exc.TorchDynamoException as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(
+                f"engine.compile: encoder cannot be compiled as one graph ({type(error).__name__}: {reason}); "
+                "need engine.compile=blocks or none"
+            ) from error
+
+    return run
 
 
 def _contexts(block: nn.Module) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -43,6 +43,12 @@ class Settings(EngineSettings):
     cpu_offload: bool = Field(
         False, description="Keep parameters and optimizer state in host memory and run the optimizer there."
     )
+
+    @model_validator(mode="after")
+    def _only_blocks_are_compiled(self) -> "Settings":
+        if self.compile == "encoder":
+            raise ValueError("compile: encoder does not go with FSDP2, which gathers block by block; need blocks")
+        return self
 
     def build(self, inputs: EngineInputs) -> "FSDP":
         """See `EngineSettings.build`."""

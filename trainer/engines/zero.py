@@ -51,7 +51,7 @@ class Settings(EngineSettings):
 
     @model_validator(mode="after")
     def _stage_3_is_not_compiled(self) -> "Settings":
-        if self.compile and self.stage == 3:
+        if self.compile != "none" and self.stage == 3:
             raise ValueError("compile: ZeRO-3 hooks into every layer; need engine.kind=fsdp or another stage")
         return self
 

@@ -45,7 +45,7 @@ def case_config(config: Config, engine: str, placement: str, batch_size: int, gp
     its communication on a GPU.
     """
     own = config.engine.model_dump() if engine == engine_name(config.engine) else {}
-    shared = {"activation_checkpointing": config.engine.activation_checkpointing, "compile": False}
+    shared = {"activation_checkpointing": config.engine.activation_checkpointing, "compile": "none"}
     values = replaced(config, {"data": {"batch_size": batch_size}, "bank": {"placement": placement}}).model_dump()
     values["engine"] = settings = {**own, **ENGINES[engine], **shared}
     for_gpu = config.run.device != "cpu"

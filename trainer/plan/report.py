@@ -162,7 +162,7 @@ def _recommendation(plan: Plan) -> list[str]:
             f"{best.images_per_second / own.images_per_second:.2f} times the speed; accuracy may change with it"
         )
     if best.step.bottleneck == "host":
-        lines.append("the GPU waits for Python: use a larger batch per GPU, or engine.compile=true")
+        lines.append("the GPU waits for Python: use a larger batch per GPU, or engine.compile=encoder")
     return lines
 
 
@@ -187,7 +187,7 @@ def _assumptions(plan: Plan, config: Config) -> list[str]:
             lines.append("images: those of ImageNet (--images)")
     else:
         lines.append("run.device=cpu: times need --calibrate with a file of bench throughput")
-    if config.engine.compile:
+    if config.engine.compile != "none":
         lines.append("predicted without engine.compile")
     return lines
 

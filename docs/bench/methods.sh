@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The comparison of the methods on CIFAR-10 in docs/methods.md, on one machine, about five hours on two cores:
+# The comparison of the methods on CIFAR-10 in docs/methods.md, on one machine, about six hours on two cores:
 #   docs/bench/methods.sh CIFAR10 RUNS
 # CIFAR10: folder with train/ and test/. RUNS: folder for all runs. Started again it goes on; finished runs are kept.
 #
@@ -19,10 +19,11 @@ mkdir -p "$runs"
 common=(data.batch_size=256 data.views='[{size: 32}, {size: 32}]' model.head_layers=2 method.bn_group=null
     data.train="$data/train" data.val="$data/test" data.workers=0 run.precision=bf16 model.stem_stride=2
     model.backbone_args='{channels: [16, 64, 128, 256], layers: [1, 1, 1, 1]}')
-methods=(adco acssl moco simclr byol)
+methods=(adco caco acssl moco simclr byol)
 rates=(0.06 0.12 0.24)
 declare -A values=( # of each method's own setting, the first for the learning rates' tuning
     [adco]='bank.temperature=0.1,bank.lr=0.3 bank.temperature=0.02,bank.lr=3'
+    [caco]='bank.temperature=0.1,bank.lr=0.3 bank.temperature=0.08,bank.lr=3'
     [acssl]='method.hardest=64 method.hardest=16'
     [moco]='method.temperature=0.1 method.temperature=0.2'
     [simclr]='method.temperature=0.2 method.temperature=0.5'

@@ -18,9 +18,13 @@ COLUMN_STEP = 0x9E3779B9  # 2^32 divided by the golden ratio: spreads the column
 
 def random_bits(seed: int, first: int, rows: int, dim: int, device: torch.device) -> Tensor:
     """Return 32 random bits, int32 [rows, dim], for each element of the rows from index `first` on."""
-    index_K1 = torch.arange(first, first + rows, device=device).to(torch.int32)[:, None]
-    column_D = (torch.arange(dim, device=device) * COLUMN_STEP).to(torch.int32)
-    return _hash(_hash(index_K1 ^ _signed(seed32(seed))) + column_D)
+    return row_bits(seed, torch.arange(first, first + rows, device=device), dim)
+
+
+def row_bits(seed: int, row_K: Tensor, dim: int) -> Tensor:
+    """Return 32 random bits, int32 [K, dim], for each element of the rows with these indices in the whole bank."""
+    column_D = (torch.arange(dim, device=row_K.device) * COLUMN_STEP).to(torch.int32)
+    return _hash(_hash(row_K.to(torch.int32)[:, None] ^ _signed(seed32(seed))) + column_D)
 
 
 def round_to_bf16(x_KD: Tensor, bits_KD: Tensor) -> Tensor:

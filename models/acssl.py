@@ -60,15 +60,8 @@ class Settings(method.Settings):
     temperature: float = Field(0.2, gt=0, description="Temperature of the soft form.")
     pair_weight: float = Field(1.0, ge=0, description="Weight of the pairs' term 2 - 2 s+.")
     triplet_weight: float = Field(1.0, ge=0, description="Weight of the triplet-like term.")
-    teacher_momentum: float = Field(
-        0.99, ge=0, le=1, description="Momentum of the teacher's moving average at the first step."
-    )
-    teacher_momentum_final: float | None = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="Teacher momentum at the last step, reached along a cosine; null keeps it constant.",
-    )
+    teacher_momentum: method.TeacherMomentum = 0.99
+    teacher_momentum_final: method.FinalMomentum = 1.0
 
     @property
     def negatives_class(self) -> type[Negatives] | None:

@@ -17,22 +17,13 @@ class Settings(method.Settings):
     papers: ClassVar[tuple[str, ...]] = ("2006.07733",)
 
     name: Literal["byol"] = Field("byol", description="BYOL (arXiv 2006.07733).")
-    teacher_momentum: float = Field(
-        0.996, ge=0, le=1, description="Momentum of the teacher's moving average at the first step (BYOL, sec. 3.2)."
+    teacher_momentum: method.TeacherMomentum = Field(
+        0.996, description="Momentum of the teacher's moving average at the first step (BYOL, sec. 3.2)."
     )
-    teacher_momentum_final: float | None = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="Teacher momentum at the last step, reached along a cosine (BYOL, sec. 3.2); null: constant.",
+    teacher_momentum_final: method.FinalMomentum = Field(
+        1.0, description="Teacher momentum at the last step, reached along a cosine (BYOL, sec. 3.2); null: constant."
     )
-    bn: Literal["shuffle", "sync", "local"] = Field(
-        "sync",
-        description=(
-            "BatchNorm statistics: shuffle moves images between ranks for the teacher (MoCo, sec. 3.3), "
-            "sync uses the global batch, local the images of each rank."
-        ),
-    )
+    bn: method.BatchNorm = "sync"
 
     def make(self, student: Encoder, negatives: Negatives | None) -> "BYOL":
         """Build BYOL. Raises ValueError if the student has no predictor."""

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 import kernels
+from kernels.rounding import round_to_bf16, row_bits
 from models import method
 from models.compat import reduce_scatter_single
 from models.encoder import Encoder
@@ -46,22 +47,9 @@ class Settings(method.Settings):
             "for multi-crop (the published code). The mean loss of all small views is added."
         ),
     )
-    teacher_momentum: float = Field(
-        0.99, ge=0, le=1, description="Momentum of the teacher's moving average at the first step."
-    )
-    teacher_momentum_final: float | None = Field(
-        1.0,
-        ge=0,
-        le=1,
-        description="Teacher momentum at the last step, reached along a cosine; null keeps it constant.",
-    )
-    bn: Literal["shuffle", "sync", "local"] = Field(
-        "sync",
-        description=(
-            "BatchNorm statistics: shuffle moves images between ranks for the teacher (MoCo, sec. 3.3), "
-            "sync uses the global batch, local the images of each rank."
-        ),
-    )
+    teacher_momentum: method.TeacherMomentum = 0.99
+    teacher_momentum_final: method.FinalMomentum = 1.0
+    bn: method.BatchNorm = "sync"
 
     @property
     def negatives_class(self) -> type[Negatives]:
@@ -69,14 +57,9 @@ class Settings(method.Settings):
         return CooperativeBank
 
     def check(self, batch_size: int, num_views: int, bank: BankSettings) -> None:
-        """Check that the sums of exponentials fit fp32 and the bank's stored types are supported."""
+        """Check that the sums of exponentials fit fp32."""
         method.check_temperature("method.temperature", self.temperature, bank.size)
         method.check_temperature("bank.temperature", bank.temperature, bank.size)
-        if "bf16" in (bank.weights, bank.velocity):
-            raise ValueError(
-                f"bank.weights: {bank.weights}, bank.velocity: {bank.velocity}: method caco changes rows twice in a "
-                "step and needs weights fp32 and velocity fp32 or none"
-            )
 
     def make(self, student: Encoder, negatives: Negatives | None) -> "CaCo":
         """Build CaCo."""
@@ -164,8 +147,8 @@ class CooperativeBank(Bank):
         # Among equally similar rows of several ranks, the first one is taken.
         index_SB = index_SB.where(found.similarity_Nm[:, 0] == best_SB, self.size)
         dist.all_reduce(index_SB, dist.ReduceOp.MIN, group=row)
-        n_SBD, is_local_SB = self._rows(self.n_KD, index_SB)
-        n_SBD = n_SBD * is_local_SB[:, None]
+        local_SB, is_local_SB = self._local(index_SB)
+        n_SBD = self.n_KD[local_SB] * is_local_SB[:, None]
         if row.size() == 1:
             return index_SB, n_SBD
         n_BD = torch.empty_like(k_BD, dtype=n_SBD.dtype)
@@ -182,47 +165,51 @@ class CooperativeBank(Bank):
     def _step(self, update: CooperativeUpdate, lr: float, seed: int) -> None:  # type: ignore[override]
         """Take AdCo's step, and add to each positive its difference to CaCo's step."""
         temperature = self.settings.temperature
-        w_AD, is_local_A = self._rows(self.w_KD, update.row_A)
-        n_AD, _ = self._rows(self.n_KD, update.row_A)
-        q_AD = update.q_AD.to(w_AD.dtype)
-        p_A = update.coef_A * torch.exp((q_AD * n_AD.to(w_AD.dtype)).sum(1) / temperature)
-        g_AD, is_first_A = _sum_equal(update.row_A, (update.weight_A - 2 * p_A)[:, None] * q_AD)
+        wide = torch.promote_types(self.w_KD.dtype, torch.float32)
+        index_A, is_local_A = self._local(update.row_A)
+        w_AD, n_AD, q_AD = self.w_KD[index_A].to(wide), self.n_KD[index_A].to(wide), update.q_AD.to(wide)
+        p_A = update.coef_A * torch.exp((q_AD * n_AD).sum(1) / temperature)
+        g_AD, first_A = _sum_equal(update.row_A, (update.weight_A - 2 * p_A)[:, None] * q_AD)
         norm_A1 = torch.linalg.vector_norm(w_AD, dim=1, keepdim=True)
         unit_AD = w_AD / norm_A1
         g_AD = (g_AD - (g_AD * unit_AD).sum(1, keepdim=True) * unit_AD) / (temperature * norm_A1)
-        # Several queries may share a positive: the first one brings the sum, the others zero, so that the order of the
-        # additions does not matter.
-        g_AD = g_AD * (is_local_A & is_first_A)[:, None]
+        g_AD = g_AD * is_local_A[:, None]
+        # What is written to a row must be equal, because the order of writing is not defined. So queries with the same
+        # positive bring the first one's sum, and those whose positive is in another shard that of a local one. If there
+        # is none, the first query's row is written as it is.
+        chosen_A = torch.where(is_local_A, first_A, is_local_A.byte().argmax())
+        index_A, g_AD = index_A[chosen_A], g_AD[chosen_A]
 
         super()._step(BankUpdate(update.q_AD, update.coef_A), lr, seed)
-        local_A = self._local(update.row_A)
+        seed ^= 1 << 31  # the rows are rounded a second time, by other random bits
         if self.v_KD is not None:
-            self.v_KD.index_add_(0, local_A, -g_AD)
-        self.w_KD.index_add_(0, local_A, lr * g_AD)
-        w_AD = self.w_KD[local_A]
-        self.n_KD[local_A] = (w_AD / torch.linalg.vector_norm(w_AD, dim=1, keepdim=True)).to(self.n_KD.dtype)
+            self._write(self.v_KD, index_A, self.v_KD[index_A] - g_AD, seed, 16)
+        self._write(self.w_KD, index_A, self.w_KD[index_A] + lr * g_AD, seed, 0)
+        w_AD = self.w_KD[index_A].to(wide)
+        self.n_KD[index_A] = (w_AD / torch.linalg.vector_norm(w_AD, dim=1, keepdim=True)).to(self.n_KD.dtype)
 
-    def _local(self, row_A: Tensor) -> Tensor:
-        """Convert indices in the whole bank to indices in this shard, clamped to it."""
-        return (row_A - self.first).clamp(0, len(self.n_KD) - 1)
+    def _write(self, x_KD: Tensor, index_A: Tensor, row_AD: Tensor, seed: int, shift: int) -> None:
+        """Write rows of this shard, in bf16 with random rounding by the random bits from bit `shift` on."""
+        if x_KD.dtype == torch.bfloat16:
+            row_AD = round_to_bf16(row_AD.float(), row_bits(seed, index_A + self.first, self.dim) >> shift)
+        x_KD[index_A] = row_AD
 
-    def _rows(self, x_KD: Tensor, row_A: Tensor) -> tuple[Tensor, Tensor]:
-        """Return rows [A, D] of this shard, and which of them [A] are in it; the others are arbitrary."""
-        local_A = self._local(row_A)
-        return x_KD[local_A], row_A == local_A + self.first
+    def _local(self, row_A: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the rows' indices in this shard, clamped to it, and which of them [A] are in it."""
+        index_A = (row_A - self.first).clamp(0, len(self.n_KD) - 1)
+        return index_A, row_A == index_A + self.first
 
 
 def _sum_equal(row_A: Tensor, x_AD: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the rows of x that have the same index, in a fixed order and without reading the indices on the host.
 
     Returns:
-        The sums, [A, D]: element i is the sum over all elements with the index of element i; and whether i is the first
-        element with its index, bool [A].
+        The sums, [A, D]: element i is the sum over all elements with the index of element i; and the position of the
+        first of these elements, int64 [A].
     """
     sums, firsts = [], []
-    position_A = torch.arange(len(row_A), device=row_A.device)
-    for rows, positions in zip(row_A.split(_ROWS), position_A.split(_ROWS), strict=True):
+    for rows in row_A.split(_ROWS):
         equal = rows[:, None] == row_A
         sums.append(equal.to(x_AD.dtype) @ x_AD)
-        firsts.append(~(equal & (position_A < positions[:, None])).any(1))
+        firsts.append(equal.byte().argmax(1))
     return torch.cat(sums), torch.cat(firsts)

@@ -8,7 +8,7 @@ Shape suffixes: B images of this rank, V views, N = B times the number of query 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,22 @@ from models.teacher import make_teacher
 Phase = Callable[[str], AbstractContextManager[object]]  # surrounds a phase of a step, given its name
 Views = dict[int, Tensor]  # view index to embeddings: unit rows [B, D], fp32
 
+# Settings whose default alone differs between methods.
+TeacherMomentum = Annotated[
+    float, Field(ge=0, le=1, description="Momentum of the teacher's moving average at the first step.")
+]
+FinalMomentum = Annotated[
+    float | None,
+    Field(ge=0, le=1, description="Teacher momentum at the last step, reached along a cosine; null keeps it constant."),
+]
+BatchNorm = Annotated[
+    Literal["shuffle", "sync", "local"],
+    Field(
+        description="BatchNorm statistics: shuffle moves images between ranks for the teacher (MoCo, sec. 3.3), "
+        "sync uses the global batch, local the images of each rank."
+    ),
+]
+
 
 class Settings(BaseModel):
     """Settings of every method, and what the trainer needs to know about a method before it is built."""
@@ -36,22 +52,9 @@ class Settings(BaseModel):
     papers: ClassVar[tuple[str, ...]] = ()  # arXiv identifiers
 
     name: str = Field(description="Name of the method; it decides which other keys this section has.")
-    teacher_momentum: float = Field(
-        0.999, ge=0, le=1, description="Momentum of the teacher's moving average at the first step."
-    )
-    teacher_momentum_final: float | None = Field(
-        None,
-        ge=0,
-        le=1,
-        description="Teacher momentum at the last step, reached along a cosine; null keeps it constant.",
-    )
-    bn: Literal["shuffle", "sync", "local"] = Field(
-        "shuffle",
-        description=(
-            "BatchNorm statistics: shuffle moves images between ranks for the teacher (MoCo, sec. 3.3), "
-            "sync uses the global batch, local the images of each rank."
-        ),
-    )
+    teacher_momentum: TeacherMomentum = 0.999
+    teacher_momentum_final: FinalMomentum = None
+    bn: BatchNorm = "shuffle"
     bn_group: int | None = Field(
         None,
         ge=2,

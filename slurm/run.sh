@@ -117,7 +117,9 @@ if [[ $verb == pretrain ]]; then
     work=(pretrain "$config")
     replace "run.dir=$run_dir" ${seed:+"run.seed=$seed"}
 else # an evaluation has its own directory in that of the run, with the same files
-    work=("$verb" "$run_dir" --name "$NAME${task:+-$task}" ${seed:+--seed "$seed"})
+    work=("$verb" "$run_dir" ${seed:+--seed "$seed"})
+    [[ $verb != *:* ]] || work=(evaluate "$run_dir" "$verb") # of the user, whose settings may have no seed
+    work+=(--name "$NAME${task:+-$task}")
     run_dir=$run_dir/$NAME${task:+-$task}
 fi
 

@@ -149,8 +149,14 @@ from tests.data.settings import CPU, data_settings
 
 if __name__ == "__main__":
     source = open_source(sys.argv[1], Path(sys.argv[1] + ".npz"))
-    settings = data_settings(views=(View(size=16),), batch_size=4, workers=2, backend=sys.argv[2])
-    batches = train_batches(source, settings, 0, 0, 1, 0, 1000, CPU)
+    backend = sys.argv[2].replace("pil", "cpu")
+    settings = data_settings(views=(View(size=16),), batch_size=4, workers=2, backend=backend)
+    if sys.argv[2] == "pil":
+        from trainer.bench import pil
+
+        batches = pil.batches(source, settings, CPU)
+    else:
+        batches = train_batches(source, settings, 0, 0, 1, 0, 1000, CPU)
     next(batches)
     print("loading", flush=True)
     time.sleep(100)
@@ -170,7 +176,7 @@ def descendants(process: int) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["cpu", "dali"])
+@pytest.mark.parametrize("backend", ["cpu", "dali", "pil"])
 def test_workers_end_when_their_trainer_is_killed(tmp_path: Path, backend: str) -> None:
     root = write_folder(tmp_path / "data", classes=1, per_class=8)
     script = tmp_path / "load.py"

@@ -12,6 +12,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.jobs import FINAL, SMALL, STEPS, Job, began_at, newest, pending, weights
+from tests.test_docs import write_examples
 from tests.trainer.small import PYTHON
 from trainer.config_file import load
 
@@ -171,11 +172,14 @@ def test_an_array_of_fine_tunings_has_a_seed_for_each_task(cluster: Cluster, sit
     script, options = "slurm/evaluate.sh", ["--nodes=1", "--array=1-2"]
     Job(cluster, site, *options, *data, *settings, script=script, VERB="finetune")
     Job(cluster, site, *options, *data, script=script, VERB="knn", NAME="neighbours")
-    folders = [run / f"{name}-{task}" for name in ("finetune", "neighbours") for task in (1, 2)]
+    write_examples(site)
+    Job(cluster, site, *options, *data, script=script, VERB="my_evaluation.py:EVALUATOR")
+    folders = [run / f"{name}-{task}" for name in ("finetune", "neighbours", "my_evaluation") for task in (1, 2)]
     cluster.until(lambda: all((folder / "results.json").exists() for folder in folders), "the results of all tasks")
     results = [json.loads((folder / "results.json").read_text()) for folder in folders]
     assert [[result["seed"] for result in found["seeds"]] for found in results[:2]] == [[1], [2]]
     assert results[2]["knn"] == results[3]["knn"], "kNN draws nothing at random"
+    assert results[4]["nearest_mean"] == results[5]["nearest_mean"] > 0.5
 
 
 @pytest.mark.parametrize("script", ["adco_200ep.sh", "adco_800ep.sh", "evaluate.sh", "scaling_study.sh"])

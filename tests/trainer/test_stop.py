@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import pytest
 import torch.distributed as dist
 
 from tests.ranks import run_ranks
-from tests.trainer.small import PYTHON
+from tests.trainer.evaluations import NARROW, write_run
+from tests.trainer.small import PYTHON, write_images
+from trainer.__main__ import main
+from trainer.distributed import process_group
 from trainer.ops import stop
 from trainer.ops.stop import StopHandler, Stopped, deadline, interruptible
 
@@ -163,6 +167,58 @@ def test_a_signal_before_training(tmp_path: Path, verb: str) -> None:
         process.send_signal(signal.SIGTERM)
         errors = process.communicate(timeout=60)[1]
     assert (process.returncode, errors.startswith("stopped (SIGTERM)"), errors.count("\n")) == (75, True, 1), errors
+
+
+IMAGES_THAT_STOP = """
+import os, signal
+import numpy as np
+
+class Images(list):
+    def __getitem__(self, i):
+        if i == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().__getitem__(i)
+
+images = Images(np.zeros((9, 20, 20, 3), np.uint8))
+"""
+BACKBONE_THAT_STOPS = """
+import os, signal
+from torch import nn
+
+class Backbone(nn.Conv2d):
+    num_features = 16
+
+    def __init__(self):
+        super().__init__(3, 16, 3)
+
+    def forward(self, x_BCHW):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return super().forward(x_BCHW).mean((2, 3))
+"""
+
+
+@pytest.mark.parametrize("verb", ["embed", "export"])
+def test_a_signal_while_a_file_is_written(
+    tmp_path: Path, verb: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The process signals itself: at the eighth image, or in the network that the ONNX exporter traces."""
+    (tmp_path / "stops.py").write_text(IMAGES_THAT_STOP if verb == "embed" else BACKBONE_THAT_STOPS)
+    images, out = write_images(tmp_path / "images", each=1), tmp_path / "out"
+    run = {"epochs": 1, "device": "cpu"}
+    own = {"backbone": f"{tmp_path}/stops.py:Backbone", "backbone_args": {}}
+    with process_group("cpu"):
+        write_run(tmp_path / "run", images, run=run, model=NARROW if verb == "embed" else own, eval={"batch_size": 2})
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    words = {
+        "embed": [str(tmp_path / "run"), f"{tmp_path}/stops.py:images", "--out", f"{out}/a.parquet"],
+        "export": [str(tmp_path / "run"), "--format", "onnx", "--out", f"{out}/a.onnx"],
+    }
+    monkeypatch.setattr(sys, "argv", ["trainer", verb, *words[verb]])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 75
+    assert capsys.readouterr().err.splitlines()[-1].startswith("stopped (SIGTERM)")
+    assert not any(out.iterdir()), "neither the file nor a part of it"
 
 
 def test_the_earlier_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from data.processes import fork_server
 from data.settings import DataSettings
 from data.sources.base import Source
 from data.views import Augment, View
+from data.watch import WatchedSource
 
 WORKERS = 2
 
@@ -29,7 +30,7 @@ NORMALIZE = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN
 def batches(source: Source, data: DataSettings, device: torch.device) -> Iterator[list[Tensor]]:
     """Iterate without end over batches of normalised views on the device, float32 [B, 3, S, S] each."""
     loader = DataLoader(
-        Views(source, data),
+        Views(WatchedSource(source), data),  # whose workers end when this process is gone
         batch_sampler=_Order(len(source), data.batch_size),
         num_workers=WORKERS,
         multiprocessing_context=fork_server([]),

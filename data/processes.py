@@ -1,10 +1,12 @@
-"""Starts worker processes, with sockets whose paths are short enough."""
+"""Starts worker processes, with sockets whose paths are short enough, and counts cores for them."""
 
 import multiprocessing
+import os
 import tempfile
 from multiprocessing.context import ForkServerContext
 from multiprocessing.util import get_temp_dir
 
+CORES_VARIABLE = "TRAINER_CORES"  # set by `trainer.ops.numa`
 MAX_TMPDIR = 75  # bytes: multiprocessing appends 32, and the kernel limits the path of a socket to 107
 
 
@@ -38,3 +40,8 @@ def _use_short_socket_names() -> None:
         finally:
             tempfile.tempdir = chosen
     raise ValueError(f"TMPDIR={chosen} is too long for the names of sockets: set one of at most {MAX_TMPDIR} bytes")
+
+
+def available_cores() -> int:
+    """Return the cores that all ranks of this machine share, also after this rank was bound to some of them."""
+    return int(os.environ.get(CORES_VARIABLE) or len(os.sched_getaffinity(0)))

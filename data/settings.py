@@ -9,6 +9,7 @@ from pydantic.config import JsonDict
 
 from data.order import Blocks
 from data.paths import absolute
+from data.processes import available_cores
 from data.views import Augment, View
 
 # Marks fields that may change when a run resumes, because they do not change what the run learns.
@@ -152,5 +153,5 @@ class DataSettings(BaseModel):
             return self.workers
         if device.type != "cuda":
             return 1
-        cores_per_rank = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+        cores_per_rank = available_cores() // int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         return min(16, max(1, cores_per_rank - 1))

@@ -12,15 +12,13 @@ ranks=${SLURM_GPUS_ON_NODE:-0} # per node
 ranks=$((ranks > 0 ? ranks : 1))
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > ranks ? SRUN_CPUS_PER_TASK / ranks : 1))}
-export PET_SHUTDOWN_TIMEOUT=600 # torchrun's --shutdown-timeout; torch 2.11 ignores it and kills ranks 30 s after TERM
 port=$((10000 + (SLURM_JOB_ID + 8191 * restarts) % 20000))
-ulimit -Sn "$(ulimit -Hn)" || true # open files: torchrun on the first node has two connections to each rank
 
 say() { echo "$(date '+%F %T') slurm: $*"; }
 
 launch() { # VERB ARGUMENT…: runs python -m trainer on every rank
     srun --kill-on-bad-exit=1 "${srun_options[@]}" "${container[@]}" \
-        torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --rdzv-backend=c10d \
+        bash "$job/code/slurm/node.sh" torchrun --nnodes="$SLURM_NNODES" --nproc-per-node="$ranks" --rdzv-backend=c10d \
         --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID-$restarts-$1" \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m trainer "$@"
 }

@@ -15,14 +15,12 @@ port=$((10000 + RANDOM % 20000))
 
 everywhere() { # VERB ARGUMENT…: runs python -m trainer on all hosts; the first failure ends the others
     local host command pids=()
-    # The variable is torchrun's --shutdown-timeout; torch 2.11 does not have the option.
-    printf -v command '%q ' env PET_SHUTDOWN_TIMEOUT=600 torchrun --nnodes="${#hosts[@]}" \
+    printf -v command '%q ' bash slurm/node.sh torchrun --nnodes="${#hosts[@]}" \
         --nproc-per-node="${RANKS:-gpu}" --rdzv-backend=c10d --rdzv-endpoint="${hosts[0]}:$port" --rdzv-id="$port-$1" \
         -m trainer "$@"
     for host in "${hosts[@]}"; do
         # -tt: when ssh ends, the remote processes receive SIGHUP.
-        ssh -tt -o BatchMode=yes "$host" "cd ${PWD@Q} && source slurm/env.sh && { ulimit -Sn \$(ulimit -Hn) || true; } &&
-            $command" </dev/null &
+        ssh -tt -o BatchMode=yes "$host" "cd ${PWD@Q} && source slurm/env.sh && $command" </dev/null &
         pids+=("$!")
     done
     while (($(jobs -r | wc -l))); do

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.ops.ending import Stopped, exit_code, exit_without_cleanup
+from trainer.ops.numa import bind
 from trainer.ops.peers import PeerMonitor
 
 log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ def _choose_device(device: str, launch: LaunchVariables) -> tuple[torch.device, 
         gpus = torch.cuda.device_count()
         raise ValueError(f"run.device: cuda, but this machine has {gpus} GPUs for {launch.local_world_size} ranks")
     torch.cuda.set_device(launch.local_rank)
+    bind(launch.local_rank, launch.local_world_size)
     torch.backends.cudnn.benchmark = True  # batches keep their shapes, so one search finds the fastest convolutions
     return torch.device("cuda", launch.local_rank), "cpu:gloo,cuda:nccl"
 

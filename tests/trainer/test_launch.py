@@ -1,4 +1,4 @@
-"""Variables of torchrun and SLURM that a shell still has, ports in use, and the limit of open files."""
+"""Variables of torchrun and SLURM that a shell still has, ports in use, the limit of open files, and slurm/node.sh."""
 
 import os
 import resource
@@ -23,6 +23,7 @@ from trainer.ops.stop import StopHandler, deadline
 from trainer.run.checkpoint import Saver
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+NODE = Path(__file__).parents[2] / "slurm" / "node.sh"
 TWO = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
@@ -171,3 +172,57 @@ def test_more_connections_than_the_soft_limit_allows() -> None:
     line = [PYTHON, "-c", PROGRAM, "64"]
     ranks = [subprocess.Popen(line, env={**environment, "RANK": str(rank)}) for rank in range(2)]
     assert [rank.wait(120) for rank in ranks] == [0, 0]
+
+
+# slurm/node.sh
+
+
+def node_variables(tmp_path: Path, prefix: str = "", **variables: str) -> dict[str, str]:
+    """Return the environment that slurm/node.sh gives to its command; `limit` is the limit of open files."""
+    clean = {name: os.environ[name] for name in ("PATH",)}
+    command = f'{prefix} exec bash {NODE} bash -c "env; echo limit=\\$(ulimit -Sn)/\\$(ulimit -Hn)"'
+    environment = {**clean, "TMPDIR": str(tmp_path), **variables}
+    done = subprocess.run(["bash", "-c", command], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return dict(line.split("=", 1) for line in done.stdout.splitlines())
+
+
+def test_a_node_gets_limits_caches_and_allocator(tmp_path: Path) -> None:
+    found = node_variables(tmp_path, "ulimit -Sn 100; ulimit -Hn 200;")
+    cache = tmp_path / f"trainer-{os.getuid()}"
+    assert found["limit"] == "200/200"
+    assert found["TRITON_CACHE_DIR"] == f"{cache}/triton"
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == f"{cache}/inductor"
+    assert found["PYTORCH_ALLOC_CONF"] == "expandable_segments:True"
+    assert found["PET_SHUTDOWN_TIMEOUT"] == "600"
+    assert cache.stat().st_mode & 0o777 == 0o700
+    assert node_variables(tmp_path)["TRITON_CACHE_DIR"] == f"{cache}/triton"  # again, in the folder that is there now
+    (tmp_path / "job").mkdir()
+    assert node_variables(tmp_path, SLURM_TMPDIR=f"{tmp_path}/job")["TRITON_CACHE_DIR"].startswith(f"{tmp_path}/job/")
+
+
+def test_a_node_keeps_what_the_site_has_set(tmp_path: Path) -> None:
+    found = node_variables(
+        tmp_path, TRITON_CACHE_DIR="/a", PYTORCH_CUDA_ALLOC_CONF="backend:cudaMallocAsync", PET_SHUTDOWN_TIMEOUT="9"
+    )
+    assert found["TRITON_CACHE_DIR"] == "/a"
+    assert found["TORCHINDUCTOR_CACHE_DIR"] == f"{tmp_path}/trainer-{os.getuid()}/inductor"
+    assert "PYTORCH_ALLOC_CONF" not in found
+    assert found["PET_SHUTDOWN_TIMEOUT"] == "9"
+    assert node_variables(tmp_path, PYTORCH_ALLOC_CONF="backend:native")["PYTORCH_ALLOC_CONF"] == "backend:native"
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "no folder"])
+def test_compiled_kernels_are_only_taken_from_a_folder_of_ones_own(kind: str, tmp_path: Path) -> None:
+    other, mine = tmp_path / "other", tmp_path / "mine"
+    mine.mkdir()
+    cache = other / f"trainer-{os.getuid()}"
+    if kind != "no folder":
+        other.mkdir()
+    if kind == "link":
+        cache.symlink_to(mine)
+    elif kind == "file":
+        cache.touch()
+    found = node_variables(mine, SLURM_TMPDIR=str(other))
+    assert found["TRITON_CACHE_DIR"] == f"{mine}/trainer-{os.getuid()}/triton"

@@ -14,7 +14,6 @@ ranks the classes of each image instead of the images of each class. `per_image`
 """
 
 import logging
-import os
 import time
 import warnings
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from pydantic import Field
 
+from data.processes import available_cores
 from data.settings import PathText
 from data.sources.base import Source
 from data.sources.voc import read_split
@@ -84,7 +84,7 @@ def _evaluate_svms(context: EvaluationContext) -> Results:
         raise ValueError(f"voc07.root: trainval has the classes {classes}, but test has {test.classes}")
     log.info("features of %d and %d images", len(train.x_ND), len(test.x_ND))
     # The ranks share the classes, and those of a machine its cores.
-    processes = max(1, len(os.sched_getaffinity(0)) // rank_info.local_world_size)
+    processes = max(1, available_cores() // rank_info.local_world_size)
     mine = {}
     for c in range(rank_info.rank, len(classes), rank_info.world_size):
         labels = train.labels_NC[:, c], test.labels_NC[:, c]

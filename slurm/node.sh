@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs torchrun on a node with what its ranks need: node.sh torchrun …. launch.sh and ssh.sh start it on every node, inside
+# Runs a command on a node with what its ranks need: node.sh COMMAND ARGUMENT…. launch.sh and ssh.sh start it on every node, inside
 # the container if there is one. Variables that slurm/env.sh exports stay as they are.
 set -euo pipefail
 ulimit -Sn "$(ulimit -Hn)" || true # open files: torchrun on the first node has two connections to each rank

@@ -15,7 +15,7 @@ port=$((10000 + RANDOM % 20000))
 
 everywhere() { # VERB ARGUMENT…: runs python -m trainer on all hosts; the first failure ends the others
     local host command pids=()
-    printf -v command '%q ' bash slurm/node.sh torchrun --nnodes="${#hosts[@]}" \
+    printf -v command '%q ' bash slurm/node.sh python -m torch.distributed.run --nnodes="${#hosts[@]}" \
         --nproc-per-node="${RANKS:-gpu}" --rdzv-backend=c10d --rdzv-endpoint="${hosts[0]}:$port" --rdzv-id="$port-$1" \
         -m trainer "$@"
     for host in "${hosts[@]}"; do

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs a command on a node with what its ranks need: node.sh COMMAND ARGUMENT…. launch.sh and ssh.sh start it on every node, inside
-# the container if there is one. Variables that slurm/env.sh exports stay as they are.
+# Runs a command on a node with what its ranks need: node.sh COMMAND ARGUMENT…. launch.sh and ssh.sh start it on every
+# node, inside the container if there is one. Variables that slurm/env.sh exports stay as they are.
 set -euo pipefail
 ulimit -Sn "$(ulimit -Hn)" || true # open files: torchrun on the first node has two connections to each rank
 # torchrun's --shutdown-timeout; torch 2.11 ignores it and kills ranks 30 s after TERM

@@ -19,6 +19,7 @@ say() { echo "$(date '+%F %T') slurm: $*"; }
 launch() { # VERB ARGUMENT…: runs python -m trainer on every rank
     srun --kill-on-bad-exit=1 "${srun_options[@]}" "${container[@]}" \
         bash "$job/code/slurm/node.sh" python -m torch.distributed.run --nnodes="$SLURM_NNODES" \
-        --nproc-per-node="$ranks" --rdzv-backend=c10d --rdzv-endpoint="$head_node:$port" --rdzv-id="$SLURM_JOB_ID-$restarts-$1" \
+        --nproc-per-node="$ranks" --rdzv-backend=c10d --rdzv-endpoint="$head_node:$port" \
+        --rdzv-id="$SLURM_JOB_ID-$restarts-$1" \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 -m trainer "$@"
 }

@@ -1,9 +1,11 @@
 """The training loop of pre-training, linear evaluation and fine-tuning: fetch, step, log, save, evaluate, stop."""
 
+import gc
 import logging
 import math
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,6 +27,8 @@ from trainer.run.results import Row
 from trainer.run.unreadable import UnreadableImages
 
 log = logging.getLogger(__name__)
+
+COLLECT_EVERY = 50  # steps between collections of garbage
 
 
 class Task(Protocol):
@@ -149,6 +153,7 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
         Saver(settings.folder / "checkpoints", settings.keep, settings.is_kept, start) as saver,
         watchdog.ending(),
         trace_steps(settings.folder / "trace.json.gz", run.profile if rank_info.rank == 0 else 0) as tracer,
+        no_automatic_garbage_collection(),
     ):
 
         def evaluate(step: int) -> None:
@@ -194,9 +199,27 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                 saver.wait()
                 stop.raise_stopped(step, saver.error)
             evaluate(step)
+            if step % COLLECT_EVERY == 0:
+                gc.collect()
         if not saver.wait():
             raise ValueError(f"{saver.error}. The same command repeats only the steps after the newest checkpoint")
         return metrics.seconds
+
+
+@contextmanager
+def no_automatic_garbage_collection() -> Iterator[None]:
+    """Leave the collection of reference cycles to the `with` block, and never search what exists before it.
+
+    Python would search at any allocation, on another rank at another step, while the other ranks wait for this one.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 class Throughput:

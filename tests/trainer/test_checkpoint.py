@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint.metadata as metadata
 from safetensors.torch import load_file
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.negatives.bank import Bank
@@ -439,3 +440,25 @@ def test_damage_to_any_file_is_found(tmp_path: Path) -> None:
         assert int(files) == 5  # two ranks' tensors, the index, the weights, the manifest
         assert found == ["step-00000001"] * 15
         assert undamaged == "step-00000002"
+
+
+def test_the_copy_of_a_gpu_s_state_is_complete_before_training_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Stream:
+        waits = 0
+
+        def synchronize(self) -> None:
+            self.waits += 1
+
+    stream = Stream()
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+    with FakeTensorMode():
+        on_gpu = torch.empty(8, 3, 4, 4, device="cuda").contiguous(memory_format=torch.channels_last)
+        staged = checkpoint.copy_to_host({"student": {"filter": on_gpu}, "step": torch.tensor(3)})
+    assert stream.waits == 1
+    assert staged["student"]["filter"].device == torch.device("cpu")
+    assert staged["student"]["filter"].is_contiguous()
+    x = torch.arange(4.0)
+    copy = checkpoint.copy_to_host({"x": x})["x"]
+    x += 1
+    assert copy.tolist() == [0, 1, 2, 3]
+    assert stream.waits == 1

@@ -1,5 +1,6 @@
 """The training loop: the order of its parts, when each is due, resuming, stopping and failing."""
 
+import gc
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from data.batch import Batch
+from trainer import loop
 from trainer.config import MonitorSettings, Run
 from trainer.distributed import RankInfo
 from trainer.engines.base import NotFinite
@@ -88,6 +90,39 @@ def batches(start: int, bad: list[tuple[int, str]] | None = None) -> Iterator[Ba
 
 def rows(folder: Path) -> list[Row]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+class Littering(Counter):
+    """A task that leaves reference cycles, so that Python would collect them within a step."""
+
+    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        for _ in range(30_000):
+            cycle: list[Any] = []
+            cycle.append(cycle)
+        return super().step(batch, step)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize("stop_at", [0, 9])
+def test_garbage_is_collected_at_chosen_steps(stop_at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "COLLECT_EVERY", 4)
+    task, collected = Littering(tmp_path, fail_at=stop_at), []
+
+    def record(phase: str, info: dict[str, int]) -> None:
+        # Collections before the first step are those of the set-up.
+        if phase == "stop" and task.count and not gc.isenabled():
+            collected.append((int(task.count), info["collected"] > 30_000))
+
+    gc.callbacks.append(record)
+    try:
+        train(task, batches(0), 0, settings_for(tmp_path), RANK_INFO)
+    except ValueError:
+        assert stop_at
+    finally:
+        gc.callbacks.remove(record)
+    assert collected == [(4, True), (8, True)] + [(12, True)] * (not stop_at)
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.usefixtures("group")

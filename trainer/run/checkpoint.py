@@ -100,7 +100,7 @@ class Saver:
     def start(self, step: int, state: State) -> None:
         """Wait for the previous checkpoint, copy `state`, and start writing the checkpoint of `step`."""
         self.wait()
-        staged = tree_map(_copy_to_host, state)
+        staged = copy_to_host(state)
         self.pending = self.thread.submit(_save, self.folder, step, staged, self._delete_old, self.group)
 
     def done(self) -> bool:
@@ -120,9 +120,20 @@ class Saver:
         _delete(self.folder, [s for s in own if s <= step][self.keep :], self.keep_forever)
 
 
-def _copy_to_host(x: torch.Tensor) -> torch.Tensor:
-    """Copy a tensor or DTensor once; DCP's BlockingAsyncStager copies DTensors twice."""
-    return x.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+def copy_to_host(state: State) -> State:
+    """Copy each tensor or DTensor once; DCP's BlockingAsyncStager copies DTensors twice.
+
+    From a GPU, a copy that does not block goes to pinned memory, which is several times as fast as pageable memory, and
+    all copies are waited for together. torch keeps pinned memory that is freed, for the next checkpoint.
+    """
+
+    def copy(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().to("cpu", copy=True, non_blocking=True, memory_format=torch.contiguous_format)
+
+    staged: State = tree_map(copy, state)
+    if any(x.is_cuda for x in tree_leaves(state)):
+        torch.cuda.current_stream().synchronize()
+    return staged
 
 
 def save(folder: Path, step: int, state: State, keep: int) -> bool:

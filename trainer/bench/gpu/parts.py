@@ -15,7 +15,7 @@ PARTS = [
     Part("throughput", speed.check_throughput, 120),
     Part("fp16", losses.check_fp16, 60),
     Part("fp16-speed", speed.check_fp16_speed, 60),
-    Part("compile", speed.check_compile, 180),
+    Part("compile", speed.check_compile, 240),
     Part("profile", speed.check_profile, 60),
     Part("resume", runs.check_resume, 60),
     Part("methods", losses.check_methods, 90),

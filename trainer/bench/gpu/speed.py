@@ -170,6 +170,11 @@ def check_profile(setting: Setting) -> Iterator[Line]:
     phases = set(train_step.phases.pop())  # they are recorded on the GPU, too, and cover its gaps
     events = [e for e in profiler.events() or [] if e.device_type == wanted and e.name not in phases]
     spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
+    if not spans:
+        yield skipped(
+            f"{images} images", "the profiler sees no kernels: this user may not read the GPU's counters (CUPTI)"
+        )
+        return
     gaps = find_gaps(spans)
     length = max(end for _, end, _ in spans) - spans[0][0]
     idle = sum(gap for gap, _ in gaps)

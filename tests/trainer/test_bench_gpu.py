@@ -117,8 +117,9 @@ def test_all_parts_on_the_cpu(tmp_path: Path) -> None:
     assert {row["part"] for row in rows} == {part.name for part in parts.PARTS}
     for part in parts.PARTS:
         mine = [row for row in rows if row["part"] == part.name]
-        # The planner cannot predict a CPU's times.
-        assert any(row["verdict"] in ("passed", "slow") for row in mine) or part.name == "throughput", part.name
+        # The planner cannot predict a CPU's times, and reads by the host are not seen.
+        skipped = part.name in ("throughput", "host-reads")
+        assert skipped or any(row["verdict"] in ("passed", "slow") for row in mine), part.name
     assert (tmp_path / "trace.json.gz").stat().st_size > 0
 
 

@@ -91,9 +91,30 @@ def adversary_step(
     params: AdversaryParams,
     seed: int = 0,
     first: int = 0,
+    skip: Tensor | None = None,
 ) -> AdversaryStats:
     """Take the step of `reference.adversary_step`; the gradient exists for one tile of negatives at a time."""
-    check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD)
+    check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD, skip)
+    if skip is not None and skip.is_cpu:  # to read it, the host waits for nothing
+        if skip:
+            wide = torch.promote_types(q_ND.dtype, torch.float32)
+            return AdversaryStats(*q_ND.new_zeros(2, len(w_KD), dtype=wide).unbind())
+        skip = None
+    return update_tiles(q_ND, coef_N, n_KD, w_KD, v_KD, params, seed, first, skip)
+
+
+def update_tiles(
+    q_ND: Tensor,
+    coef_N: Tensor,
+    n_KD: Tensor,
+    w_KD: Tensor,
+    v_KD: Tensor | None,
+    params: AdversaryParams,
+    seed: int,
+    first: int,
+    skip: Tensor | None,
+) -> AdversaryStats:
+    """Take the step of `reference.adversary_step` tile by tile, without reading `skip` on the host."""
     temperature, lr, momentum, weight_decay = params
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     q_ND = q_ND.to(wide)
@@ -109,6 +130,8 @@ def adversary_step(
         tile = slice(start, start + _TILE)
         n_TD, stored_w_TD = n_KD[tile], w_KD[tile]
         size = len(n_TD)
+        stored = [x_KD[tile] for x_KD in (n_KD, w_KD, v_KD) if x_KD is not None and skip is not None]
+        before = [x_TD.clone() for x_TD in stored]
         w_TD = stored_w_TD.to(wide)  # no copy if the stored weights have this dtype: they are then updated in place
         p_TN = torch.addmm(log_coef_1N, n_TD.to(wide), scaled_ND.T, out=similarities[:size]).exp2_()
         g_TD = torch.mm(p_TN, q_ND, out=gradients[:size])
@@ -134,6 +157,11 @@ def adversary_step(
             w_TD = stored_w_TD.copy_(round_to_bf16(w_TD.float(), bits_TD)).to(wide)
         torch.div(w_TD, torch.linalg.vector_norm(w_TD, dim=1, keepdim=True), out=products[:size])
         n_TD.copy_(products[:size])
+        for x_TD, old_TD in zip(stored, before, strict=True):
+            assert skip is not None
+            x_TD.copy_(torch.where(skip, old_TD, x_TD))
+    if skip is not None:
+        mass_K, grad_K = mass_K.masked_fill(skip, 0), grad_K.masked_fill(skip, 0)
     return AdversaryStats(mass_K=mass_K, grad_K=grad_K)
 
 

@@ -93,9 +93,14 @@ def check_hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int) -> N
         raise ValueError(f"hardest: got m = {m}, need at least 1")
 
 
-def check_adversary(q_ND: Tensor, coef_N: Tensor, n_KD: Tensor, w_KD: Tensor, v_KD: Tensor | None) -> None:
+def check_adversary(
+    q_ND: Tensor, coef_N: Tensor, n_KD: Tensor, w_KD: Tensor, v_KD: Tensor | None, skip: Tensor | None = None
+) -> None:
     """Raise ValueError unless the arguments of `adversary_step` fit together and can be updated in place."""
     name = "adversary_step"
+    if skip is not None and (skip.shape != () or skip.dtype != torch.bool or skip.device != q_ND.device):
+        found = f"{skip.dtype} of shape {list(skip.shape)} on {skip.device}"
+        raise ValueError(f"{name}: skip is {found}, need a bool scalar on {q_ND.device}")
     _check_rows(name, {"queries": q_ND, "negatives": n_KD})
     if len(n_KD) == 0:
         raise ValueError(f"{name}: got an empty bank, need at least one negative")

@@ -114,7 +114,7 @@ score = _register(
 adversary_step = _register(
     reference.adversary_step,
     "(Tensor q_ND, Tensor coef_N, Tensor(a!) n_KD, Tensor(b!) w_KD, Tensor(c!)? v_KD, float[] params,"
-    " SymInt seed=0, SymInt first=0) -> (Tensor, Tensor)",
+    " SymInt seed=0, SymInt first=0, Tensor? skip=None) -> (Tensor, Tensor)",
     _fake_adversary_step,
     mutates_args=("n_KD", "w_KD", "v_KD"),
 )

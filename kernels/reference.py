@@ -63,6 +63,7 @@ def adversary_step(
     params: AdversaryParams,
     seed: int = 0,
     first: int = 0,
+    skip: Tensor | None = None,
 ) -> AdversaryStats:
     """Take one step of gradient ascent on the contrastive loss, in place in W, v and n (AdCo, eq. 7).
 
@@ -81,11 +82,15 @@ def adversary_step(
         params: The step's constants.
         seed: Seed of the random rounding.
         first: Index of the first row in the whole bank, which the random rounding depends on.
+        skip: bool scalar on the queries' device. Where true, W, v and n keep their values to the bit, whatever the
+            queries and coefficients are, and the statistics are zero. None takes the step.
 
     Raises:
         ValueError: If shapes, dtypes or memory layouts do not fit.
     """
-    check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD)
+    check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD, skip)
+    stored = [x_KD for x_KD in (n_KD, w_KD, v_KD) if x_KD is not None]
+    before = [x_KD.clone() for x_KD in stored]
     temperature, lr, momentum, weight_decay = params
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     q_ND, old_w_KD = q_ND.to(wide), w_KD.to(wide)
@@ -101,7 +106,12 @@ def adversary_step(
     _write(w_KD, old_w_KD - lr * new_v_KD, seed, first, 0)
     stored_w_KD = w_KD.to(wide)
     n_KD.copy_(stored_w_KD / stored_w_KD.norm(dim=1, keepdim=True))
-    return AdversaryStats(mass_K=p_NK.sum(0), grad_K=grad_KD.norm(dim=1))
+    mass_K, grad_K = p_NK.sum(0), grad_KD.norm(dim=1)
+    if skip is not None:
+        for x_KD, old_KD in zip(stored, before, strict=True):
+            x_KD.copy_(torch.where(skip, old_KD, x_KD))
+        mass_K, grad_K = mass_K.masked_fill(skip, 0), grad_K.masked_fill(skip, 0)
+    return AdversaryStats(mass_K=mass_K, grad_K=grad_K)
 
 
 def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: float | None = None) -> Hardest:

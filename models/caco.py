@@ -162,7 +162,9 @@ class CooperativeBank(Bank):
         q_AD, coef_A, weight_A, row_A = (gather(torch.cat(x), replicas) for x in zip(*flat, strict=True))
         return CooperativeUpdate(q_AD, coef_A * scale, weight_A * scale, row_A)
 
-    def _step(self, update: CooperativeUpdate, lr: float, seed: int) -> None:  # type: ignore[override]
+    def _step(  # type: ignore[override]
+        self, update: CooperativeUpdate, lr: float, seed: int, skip: Tensor | None
+    ) -> None:
         """Take AdCo's step, and add to each positive its difference to CaCo's step."""
         temperature = self.settings.temperature
         wide = torch.promote_types(self.w_KD.dtype, torch.float32)
@@ -180,19 +182,22 @@ class CooperativeBank(Bank):
         chosen_A = torch.where(is_local_A, first_A, is_local_A.byte().argmax())
         index_A, g_AD = index_A[chosen_A], g_AD[chosen_A]
 
-        super()._step(BankUpdate(update.q_AD, update.coef_A), lr, seed)
+        super()._step(BankUpdate(update.q_AD, update.coef_A), lr, seed, skip)
         seed ^= 1 << 31  # the rows are rounded a second time, by other random bits
         if self.v_KD is not None:
-            self._write(self.v_KD, index_A, self.v_KD[index_A] - g_AD, seed, 16)
-        self._write(self.w_KD, index_A, self.w_KD[index_A] + lr * g_AD, seed, 0)
+            self._write(self.v_KD, index_A, self.v_KD[index_A] - g_AD, seed, 16, skip)
+        self._write(self.w_KD, index_A, self.w_KD[index_A] + lr * g_AD, seed, 0, skip)
         w_AD = self.w_KD[index_A].to(wide)
-        self.n_KD[index_A] = (w_AD / torch.linalg.vector_norm(w_AD, dim=1, keepdim=True)).to(self.n_KD.dtype)
+        unit_AD = (w_AD / torch.linalg.vector_norm(w_AD, dim=1, keepdim=True)).to(self.n_KD.dtype)
+        self.n_KD[index_A] = unit_AD if skip is None else torch.where(skip, self.n_KD[index_A], unit_AD)
 
-    def _write(self, x_KD: Tensor, index_A: Tensor, row_AD: Tensor, seed: int, shift: int) -> None:
-        """Write rows of this shard, in bf16 with random rounding by the random bits from bit `shift` on."""
+    def _write(
+        self, x_KD: Tensor, index_A: Tensor, row_AD: Tensor, seed: int, shift: int, skip: Tensor | None
+    ) -> None:
+        """Write rows of this shard unless `skip`, in bf16 with random rounding by the random bits from `shift` on."""
         if x_KD.dtype == torch.bfloat16:
             row_AD = round_to_bf16(row_AD.float(), row_bits(seed, index_A + self.first, self.dim) >> shift)
-        x_KD[index_A] = row_AD
+        x_KD[index_A] = row_AD if skip is None else torch.where(skip, x_KD[index_A], row_AD)
 
     def _local(self, row_A: Tensor) -> tuple[Tensor, Tensor]:
         """Return the rows' indices in this shard, clamped to it, and which of them [A] are in it."""

@@ -145,10 +145,12 @@ class Method:
         """Compute the loss of this rank's queries, with gradient, and keys, without. Called by all ranks, in fp32."""
         raise NotImplementedError
 
-    def update_negatives(self, updates: Sequence[Sequence[Any]], lr: float, seed: int) -> None:
+    def update_negatives(
+        self, updates: Sequence[Sequence[Any]], lr: float, seed: int, skip: Tensor | None = None
+    ) -> None:
         """Update the negatives, after the student's step and before the teacher's; see `Negatives.update`."""
         if self.negatives:
-            self.negatives.update(updates, lr, seed)
+            self.negatives.update(updates, lr, seed, skip)
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """Return the tensors that a checkpoint holds besides the networks; they share memory with the method."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from data.batch import Batch
 from trainer.config import MonitorSettings, Run
 from trainer.distributed import RankInfo
-from trainer.engines.base import NotFinite
+from trainer.engines.finite import NotFinite
 from trainer.ops.stop import StopHandler, deadline
 from trainer.ops.watchdog import Watchdog
 from trainer.plan.hardware import peak_flops

@@ -20,7 +20,7 @@ from trainer import distributed
 from trainer.build import full_student, initialise_negatives
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.engines.base import NotFinite
+from trainer.engines.finite import NotFinite
 from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate import knn
 from trainer.evaluate.spread import measure_spread

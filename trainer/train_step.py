@@ -1,6 +1,5 @@
 """One training step: the student's gradient step, the update of the negatives, and the teacher's moving average."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,8 @@ from models.method import Method
 from trainer.build import autocast_dtype, build_method
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.engines.base import Engine, EngineInputs, NotFinite
+from trainer.engines.base import Engine, EngineInputs
+from trainer.engines.finite import FiniteCheck, not_finite
 from trainer.run import checkpoint
 from trainer.run.phases import PhaseTimer
 
@@ -118,14 +118,14 @@ class TrainStep:
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + value / self.accumulate if i else value / self.accumulate
         with self.phases("optimizer"):
-            scale = self.engine.scale.value if self.engine.scale else None
             norm = self.engine.step(rates.lr)
-            if not math.isfinite(norm):
-                self._raise_unless_overflow(metrics["loss"], norm)
-        metrics["grad_norm"] = self._scalar(norm if math.isfinite(norm) else 0.0)
-        if scale is not None:
-            metrics["loss_scale"] = self._scalar(scale)
-            metrics["skipped"] = self._scalar(float(not math.isfinite(norm)))
+            overflow = not_finite(norm)
+            failed = self._failed(metrics["loss"], overflow)
+            metrics["grad_norm"] = torch.where(overflow, 0.0, norm)
+            if scale := self.engine.scale:
+                metrics["loss_scale"], metrics["skipped"] = scale.value.clone(), overflow.float()
+                scale.update(overflow, failed)
+            FiniteCheck(norm, failed, not_finite(metrics["loss"]))()
         with self.phases("adversary"):  # uses the queries of this step, so it comes before the teacher's update
             self.method.update_negatives(updates, rates.bank_lr, seed)
         with self.phases("ema"):
@@ -144,13 +144,10 @@ class TrainStep:
         self.method.loaded()
         return int(state["step"])
 
-    def _scalar(self, value: float) -> Tensor:
-        return torch.full((), value, device=self.rank_info.device)  # torch.tensor would copy from the host
-
-    def _raise_unless_overflow(self, loss: Tensor, norm: float) -> None:
-        """Raise NotFinite unless a smaller loss scale can help, which it cannot where a loss itself is not finite."""
-        ranks = [torch.zeros((), device=self.rank_info.device) for _ in range(self.rank_info.world_size)]
-        dist.all_gather(ranks, (~loss.isfinite()).float())
-        failed = [rank for rank, flag in enumerate(ranks) if flag]
-        if self.engine.scale is None or failed:
-            raise NotFinite(failed, norm)
+    def _failed(self, loss: Tensor, overflow: Tensor) -> Tensor:
+        """Return whether no smaller loss scale can help, bool scalar: in fp16, whether a rank's loss is not finite."""
+        if self.engine.scale is None:
+            return overflow
+        ranks = not_finite(loss).float()
+        dist.all_reduce(ranks)
+        return ranks > 0

@@ -81,12 +81,12 @@ class Bank(Negatives):
             self.v_KD.zero_()
         self.loaded()
 
-    def update(self, updates: Sequence[Sequence[BankUpdate]], lr: float, seed: int) -> None:
-        """Take one step of gradient ascent on the mean loss of the micro-batches.
+    def update(self, updates: Sequence[Sequence[BankUpdate]], lr: float, seed: int, skip: Tensor | None = None) -> None:
+        """Take one step of gradient ascent on the mean loss of the micro-batches, see `Negatives.update`.
 
         Replicas of a shard gather each other's queries and take the same step, so traffic does not depend on K.
         """
-        self._step(self._gather_updates(updates), lr, seed)
+        self._step(self._gather_updates(updates), lr, seed, skip)
 
     def _gather_updates(self, updates: Sequence[Sequence[BankUpdate]]) -> BankUpdate:
         """Concatenate the micro-batches' queries of all replicas of this shard; weights are averaged."""
@@ -97,7 +97,7 @@ class Bank(Negatives):
             gather(torch.cat([x.coef_N / len(updates) for x in flat]), replicas),
         )
 
-    def _step(self, update: BankUpdate, lr: float, seed: int) -> None:
+    def _step(self, update: BankUpdate, lr: float, seed: int, skip: Tensor | None) -> None:
         """Take one step of gradient ascent on the loss of `update`."""
         self.stats = kernels.adversary_step(
             *update,
@@ -107,6 +107,7 @@ class Bank(Negatives):
             AdversaryParams(self.settings.temperature, lr, self.settings.momentum, self.settings.weight_decay),
             seed=seed,
             first=self.first,
+            skip=skip,
         )
 
     def metrics(self) -> dict[str, float]:

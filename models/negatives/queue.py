@@ -15,7 +15,8 @@ class Queue(Negatives):
     """This rank's shard of a queue of K keys, which starts with random directions.
 
     Attributes:
-        pointer: Index of the row that is replaced next, int64.
+        pointer: Index of the row that is replaced next, int64, on the device.
+        slots: The rows, and one more that receives the keys which do not enter this shard.
     """
 
     name = "queue"
@@ -30,13 +31,20 @@ class Queue(Negatives):
         seed: int = 0,
     ) -> None:
         super().__init__(settings, dim, mesh, precision, seed)
-        self.pointer = torch.zeros((), dtype=torch.int64)
-        for start in range(self.first // _CHUNK * _CHUNK, self.first + len(self.n_KD), _CHUNK):
+        rows = len(self.n_KD)
+        self.slots = torch.zeros(rows + 1, dim, dtype=precision, device=mesh.device_type)
+        self.n_KD = self.slots[:rows]
+        self.pointer = torch.zeros((), dtype=torch.int64, device=mesh.device_type)
+        for start in range(self.first // _CHUNK * _CHUNK, self.first + rows, _CHUNK):
             generator = torch.Generator().manual_seed(seed + start)
-            self._write(start, torch.nn.functional.normalize(torch.randn(_CHUNK, dim, generator=generator), dim=1))
+            k_CD = torch.nn.functional.normalize(torch.randn(_CHUNK, dim, generator=generator), dim=1)
+            begin, end = max(start, self.first), min(start + _CHUNK, self.first + rows)
+            self.n_KD[begin - self.first : end - self.first] = k_CD[begin - start : end - start]
 
     @torch.no_grad()
-    def update(self, updates: Sequence[Sequence[Tensor]], lr: float = 0.0, seed: int = 0) -> None:
+    def update(
+        self, updates: Sequence[Sequence[Tensor]], lr: float = 0.0, seed: int = 0, skip: Tensor | None = None
+    ) -> None:
         """Replace the oldest rows by this step's keys.
 
         Keys enter in the order of the global batch, so the queue does not depend on the number of ranks.
@@ -45,19 +53,17 @@ class Queue(Negatives):
             updates: This rank's keys [B, D] of each view, for each micro-batch.
             lr: Unused.
             seed: Unused.
+            skip: See `Negatives.update`.
         """
         for k_BD in (k_BD for update in updates for k_BD in update):
             k_ND = gather(k_BD.to(self.n_KD.dtype), world_group())
-            start = int(self.pointer)
-            self._write(start, k_ND)
-            self._write(start - self.size, k_ND)  # rows past the end continue at the beginning
-            self.pointer.fill_((start + len(k_ND)) % self.size)
-
-    def _write(self, start: int, k_ND: Tensor) -> None:
-        """Write rows to the indices from `start` on, as far as this shard holds them."""
-        begin, end = max(start, self.first), min(start + len(k_ND), self.first + len(self.n_KD))
-        if begin < end:
-            self.n_KD[begin - self.first : end - self.first] = k_ND[begin - start : end - start]
+            row_N = torch.arange(-self.first, len(k_ND) - self.first, device=k_ND.device).add_(self.pointer)
+            row_N = row_N.remainder_(self.size).clamp_(max=len(self.n_KD))
+            pointer = (self.pointer + len(k_ND)) % self.size
+            if skip is not None:
+                row_N, pointer = row_N.masked_fill_(skip, len(self.n_KD)), torch.where(skip, self.pointer, pointer)
+            self.slots[row_N] = k_ND
+            self.pointer.copy_(pointer)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the keys `n` and the `pointer`."""

@@ -84,6 +84,25 @@ def step(kernels: Any, case: Case, coef_N: Tensor) -> tuple[Case, AdversaryStats
     return after, stats
 
 
+def check_skip(kernels: Any, case: Case, v_KD: Tensor | None) -> None:
+    """Check that `skip` keeps every bit of the bank although the inputs are not finite, and false does nothing."""
+    coef_N = torch.full((len(case.q_ND),), 1e-20, dtype=torch.promote_types(case.q_ND.dtype, torch.float32))
+    params = AdversaryParams(ADVERSARY_TEMPERATURE, 3.0, 0.9, 1e-4)
+
+    def run(coef_N: Tensor, *skip: Tensor) -> tuple[list[Tensor], AdversaryStats]:
+        stored = [x if x is None else x.clone() for x in (case.n_KD, case.w_KD, v_KD)]
+        stats = kernels.adversary_step(case.q_ND, coef_N, *stored, params, 5, 2, *skip)
+        return [x for x in stored if x is not None], stats
+
+    kept, stats = run(coef_N * torch.nan, torch.tensor(True))
+    before = [x for x in (case.n_KD, case.w_KD, v_KD) if x is not None]
+    assert all(torch.equal(x, old) for x, old in zip(kept, before, strict=True))
+    assert not any(x.any() for x in stats)
+    (moved, stats), (expected, plain) = run(coef_N, torch.tensor(False)), run(coef_N)
+    assert all(torch.equal(x, y) for x, y in zip([*moved, *stats], [*expected, *plain], strict=True))
+    assert not any(torch.equal(x, old) for x, old in zip(moved, before, strict=True))
+
+
 def changed(after: Case, stats: AdversaryStats) -> dict[str, Tensor]:
     return {"w": after.w_KD, "v": after.v_KD, "n": after.n_KD, **stats._asdict()}
 

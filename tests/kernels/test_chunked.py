@@ -8,13 +8,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import AdversaryParams, chunked, reference
+from kernels import AdversaryParams, AdversaryStats, chunked, reference
 from tests.kernels.cases import (
     ADVERSARY_TEMPERATURE,
     Case,
     changed,
     check_as_exact_as_plain,
     check_score,
+    check_skip,
     make_case,
     score,
     step,
@@ -110,6 +111,23 @@ def test_the_step_changes_the_bank_in_place_and_nothing_else(kernels: Any) -> No
     same = [torch.equal(t, old) for t, old in zip((t for t in case if t is not None), before, strict=True)]
     assert same == [True, True, True, False, False, False]  # q, k, own; n, W, v
     assert torch.equal(coef_N, torch.full((17,), 1e-20, dtype=torch.float64))
+
+
+class Tiled:
+    """The step tile by tile, which a GPU without the Triton kernels takes because it does not read `skip`."""
+
+    @staticmethod
+    def adversary_step(*args: Any) -> AdversaryStats:
+        return chunked.update_tiles(*args, *(None,) * (9 - len(args)))
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernels", [reference, chunked, Tiled])
+def test_a_skipped_step_changes_no_bit(kernels: Any, weights: torch.dtype) -> None:
+    case = make_case(17, 17, 300, 32).to(torch.float32)
+    case = case._replace(w_KD=case.w_KD.to(weights))
+    for v_KD in (case.v_KD, case.v_KD.bfloat16(), None):
+        check_skip(kernels, case, v_KD)
 
 
 def test_a_row_of_no_weight_counts_for_nothing() -> None:

@@ -111,6 +111,16 @@ def test_adversary_step_refuses(change: Callable[[Case], Case], message: str, im
         step(implementation, case, torch.ones(4))
 
 
+@pytest.mark.parametrize("skip", [torch.tensor(1), torch.tensor([True])])
+@pytest.mark.parametrize("implementation", [reference, chunked])
+def test_skip_must_be_a_bool_scalar(implementation: Any, skip: Tensor) -> None:
+    case = make_case(4, 4, 6, 32)
+    with pytest.raises(ValueError, match=r"^adversary_step: skip is torch.* need a bool scalar on cpu"):
+        implementation.adversary_step(
+            case.q_ND, torch.ones(4), case.n_KD, case.w_KD, None, AdversaryParams(0.02, 3.0, 0.0, 0.0), skip=skip
+        )
+
+
 @pytest.mark.parametrize("implementation", [reference, chunked])
 def test_rows_that_are_not_unit_are_found_in_debug_mode(implementation: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(4, 4, 6, 32).to(torch.float32)
@@ -140,7 +150,7 @@ def test_operators_pass_opcheck(weights: torch.dtype) -> None:
     for v_KD in (case.v_KD, None):
         torch.library.opcheck(
             torch.ops.adco.adversary_step.default,
-            (case.q_ND, coef_N, case.n_KD, w_KD, v_KD, [0.02, 3.0, 0.9, 1e-4], 0, 0),
+            (case.q_ND, coef_N, case.n_KD, w_KD, v_KD, [0.02, 3.0, 0.9, 1e-4], 0, 0, torch.tensor(False)),
             test_utils=tests,
         )
 

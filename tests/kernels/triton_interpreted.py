@@ -19,6 +19,7 @@ from tests.kernels.cases import (
     changed,
     check_as_exact_as_plain,
     check_score,
+    check_skip,
     make_case,
     score,
     step,
@@ -213,6 +214,14 @@ def test_the_step_changes_the_bank_in_place_and_nothing_else() -> None:
     )
     same = [torch.equal(t, old) for t, old in zip((t for t in case if t is not None), before, strict=True)]
     assert same == [True, True, True, False, False, False]  # q, k, own; n, W, v
+
+
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
+def test_a_skipped_step_changes_no_bit(weights: torch.dtype) -> None:
+    case = make_case(17, 17, 100, 32).to(torch.float32)
+    case = case._replace(w_KD=case.w_KD.to(weights))
+    for v_KD in (case.v_KD, None):
+        check_skip(gpu, case, v_KD)
 
 
 def test_a_row_of_no_weight_counts_for_nothing() -> None:

@@ -21,7 +21,8 @@ from tests.trainer.small import VIT_ARGS
 from trainer.build import full_student
 from trainer.config import Config
 from trainer.engines import zero
-from trainer.engines.base import LossScale, blocks
+from trainer.engines.base import blocks
+from trainer.engines.finite import LossScale
 from trainer.run import checkpoint
 
 Sections = dict[str, dict[str, Any]]
@@ -277,7 +278,7 @@ def not_finite(engines: list[str]) -> list[tuple[str, bool, float, float]]:
         train(train_step, config, steps=1)
         after = outcome(train_step, [], [])
         same &= all(x == 0 for x in differences(after, before, "student").values())
-        found.append((str(refusal.value), same, 2.0**40, scale.value))
+        found.append((str(refusal.value), same, 2.0**40, float(scale.value)))
     return found
 
 
@@ -365,13 +366,16 @@ def test_the_full_student_needs_no_other_rank() -> None:
 
 
 def test_loss_scale() -> None:
-    scale = LossScale(1024.0)
-    scale.update(finite=False)
+    scale, yes, no = LossScale(torch.device("cpu"), 1024.0), torch.tensor(True), torch.tensor(False)
+    scale.update(overflow=yes, failed=no)
     assert scale.value == 512
     for _ in range(1999):
-        scale.update(finite=True)
+        scale.update(overflow=no)
     assert scale.value == 512
-    scale.update(finite=True)
+    for overflow in (yes, no):
+        scale.update(overflow, failed=yes)
+        assert scale.state.tolist() == [512, 1999], "a step that no smaller scale can help changes nothing"
+    scale.update(overflow=no)
     assert scale.value == 1024
 
 

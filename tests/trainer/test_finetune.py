@@ -14,6 +14,7 @@ from tests.trainer.evaluations import NARROW, evaluate_here, write_run
 from tests.trainer.small import VIT, write_images
 from trainer.config import Config
 from trainer.engines.base import update
+from trainer.engines.optim import Sgd
 from trainer.evaluate.base import Results
 from trainer.evaluate.finetune import EVALUATOR, Settings, parameter_groups, summarise
 from trainer.evaluate.probe import Classifier
@@ -139,11 +140,11 @@ def test_learning_rates_of_layers(model: dict[str, Any]) -> None:
 def test_the_rates_reach_the_optimizer() -> None:
     network = Classifier(Encoder(**NARROW), 3, frozen=False, seed=0)
     found = parameter_groups(network, Settings(layer_decay=0.1, head_lr=2.0))
-    optimizer = torch.optim.SGD(found, lr=1.0)
+    optimizer = Sgd(found, lr=1.0)
     for p in network.parameters():
         p.grad = torch.ones_like(p)
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    update(optimizer, [[p.grad for p in network.parameters() if p.grad is not None]], 1.0, None, None, 0.5)
+    update(optimizer, torch.tensor(1.0), None, None, 0.5)
     moved = {name: float((before[name] - p.detach()).mean()) for name, p in network.named_parameters()}
     assert moved["head.weight"] == pytest.approx(1.0)
     assert moved["backbone.layer4.0.conv1.weight"] == pytest.approx(0.5)

@@ -16,7 +16,7 @@ from data.batch import Batch
 from trainer import loop
 from trainer.config import MonitorSettings, Run
 from trainer.distributed import RankInfo
-from trainer.engines.base import NotFinite
+from trainer.engines.finite import NotFinite
 from trainer.loop import LoopSettings, train
 from trainer.ops.stop import Stopped
 from trainer.run import checkpoint

@@ -1,13 +1,16 @@
 """Schedules at points with known values, parameter groups with weight decay, and the optimizers."""
 
+import math
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from models.encoder import Encoder
-from trainer.engines.optim import Lars, Optim, cosine, make_optimizer, scaled_lr
+from trainer.engines.base import update
+from trainer.engines.finite import LossScale
+from trainer.engines.optim import Lars, Optim, Sgd, cosine, make_optimizer, scaled_lr
 
 
 def test_cosine_from_start_to_final() -> None:
@@ -144,3 +147,83 @@ def test_each_learns(name: str, lr: float, decay_norm_and_bias: bool) -> None:
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
+
+
+def gradients(network: nn.Module, seed: int, factor: float = 1.0) -> list[Tensor]:
+    """Give a network random gradients and return them."""
+    generator = torch.Generator().manual_seed(seed)
+    for p in network.parameters():
+        p.grad = factor * torch.randn(p.shape, generator=generator)
+    return [p.grad for p in network.parameters() if p.grad is not None]
+
+
+def everything(network: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Return copies of the parameters and of the optimizer's state."""
+    found = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for name, p in network.named_parameters():
+        found |= {f"{name}.{key}": x.clone() for key, x in optimizer.state[p].items()}
+    return found
+
+
+@pytest.mark.parametrize("decay_norm_and_bias", [True, False])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_a_skipped_step_changes_no_bit(name: str, bad: float, decay_norm_and_bias: bool) -> None:
+    """Even the first step may be skipped; later ones then do what they do without it."""
+    settings = Optim.model_validate({"name": name, "decay_norm_and_bias": decay_norm_and_bias})
+    network, other = make_network(), make_network()
+    optimizer, reference = make_optimizer(network, settings), make_optimizer(other, settings)
+    for step in range(4):
+        gradients(network, step)
+        if step in (0, 2):
+            before = everything(network, optimizer)
+            next(network.parameters()).grad[0] = bad  # type: ignore[index]
+            update(optimizer, torch.tensor(bad), 1.0, None, 0.1)
+            after = everything(network, optimizer)
+            assert all(torch.equal(after[key], x) for key, x in before.items())
+            assert not any(x.any() for key, x in after.items() if key not in before), "the state starts at zero"
+        else:
+            gradients(other, step)
+            for taken, owner in ((optimizer, network), (reference, other)):
+                update(taken, torch.tensor(2.0), 1.0, None, 0.1)
+                assert all(p.grad is None for p in owner.parameters())
+    expected = everything(other, reference)
+    assert all(torch.equal(x, expected[key]) for key, x in everything(network, optimizer).items())
+    assert not torch.equal(next(network.parameters()), next(make_network().parameters()))
+
+
+@pytest.mark.parametrize("clip", [None, 1.0, 100.0])
+@pytest.mark.parametrize("scale", [None, 64.0])
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_clipping_and_the_loss_scale(name: str, scale: float | None, clip: float | None) -> None:
+    """The optimizer divides the gradients; the same as dividing them before."""
+    settings = Optim.model_validate({"name": name, "weight_decay": 0.1})
+    network, other = make_network(), make_network()
+    optimizer, reference = make_optimizer(network, settings), make_optimizer(other, settings)
+    for step in range(3):
+        norm = torch.stack(torch._foreach_norm(gradients(network, step, scale or 1.0))).norm() / (scale or 1.0)
+        update(optimizer, norm, clip, LossScale(torch.device("cpu"), scale) if scale else None, 0.1)
+        gradients(other, step)
+        if clip is not None:
+            nn.utils.clip_grad_norm_(other.parameters(), clip)
+        update(reference, norm, None, None, 0.1)
+    for p, q in zip(network.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("nesterov", [True, False])
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
+    networks = [make_network(), make_network()]
+    options: dict[str, Any] = {"lr": 0.1, "momentum": momentum, "weight_decay": 0.1}
+    options["nesterov"] = nesterov and momentum > 0
+    optimizers = [
+        Sgd(networks[0].parameters(), **options),
+        torch.optim.SGD(networks[1].parameters(), **options),
+    ]
+    for step in range(4):
+        for network, optimizer in zip(networks, optimizers, strict=True):
+            gradients(network, step)
+            optimizer.step()
+    for p, q in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)

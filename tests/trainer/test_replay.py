@@ -12,9 +12,10 @@ from tests.ranks import run_ranks
 from tests.trainer.engines import SIDE, build_train_step, make_config, make_rank_info, train
 from tests.trainer.small import PYTHON, small_config, write_images
 from trainer.config_file import dump
+from trainer.engines.finite import NotFinite
 from trainer.ops import replay
 from trainer.pretrain import pretrain
-from trainer.train_step import NotFinite, Rates
+from trainer.train_step import Rates
 
 
 def test_a_run_that_diverges(tmp_path: Path) -> None:

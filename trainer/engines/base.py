@@ -5,7 +5,6 @@ An engine is one file with its `Settings`, the keys of the configuration's secti
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
@@ -22,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from models.encoder import Encoder
 from models.teacher import MovingAverage
 from trainer.distributed import RankInfo
+from trainer.engines.finite import LossScale, not_finite
 from trainer.engines.optim import Optim, local, make_optimizer, shard_group
 from trainer.schema import Section
 
@@ -81,48 +81,6 @@ class EngineSettings(Section):
         raise NotImplementedError
 
 
-class LossScale:
-    """Loss scale for fp16 (arXiv 1710.03740): halved when gradients overflow, doubled after 2,000 steps without that.
-
-    The constants are those of torch.amp.GradScaler, which is not used because it checks the gradients of one rank only,
-    and under ZeRO ranks hold different gradients.
-    """
-
-    def __init__(self, value: float = 65536.0) -> None:
-        self.state = torch.tensor([value, 0.0])  # the scale, and the number of steps since it last changed
-
-    @property
-    def value(self) -> float:
-        """The current scale."""
-        return float(self.state[0])
-
-    def update(self, finite: bool) -> None:
-        """Adjust the scale after a step whose gradient norm was `finite` or not."""
-        scale, steps = self.state.tolist()
-        if not finite:
-            scale, steps = scale / 2, 0
-        elif steps + 1 == 2000:
-            scale, steps = scale * 2, 0
-        else:
-            steps += 1
-        self.state.copy_(torch.tensor([scale, steps]))
-
-
-class NotFinite(ValueError):
-    """The loss of some ranks, or the gradient, is not finite; nothing was updated."""
-
-    def __init__(self, ranks: list[int], norm: float) -> None:
-        """Describes the failed step.
-
-        Args:
-            ranks: Ranks whose loss is not finite; empty if only the gradient overflowed.
-            norm: Norm of the gradient over all ranks.
-        """
-        where = f"the loss on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}, " if ranks else ""
-        super().__init__(f"not finite: {where}gradient norm {norm}; nothing was updated")
-        self.ranks = ranks
-
-
 class Engine(Protocol):
     """Trains a student and updates its teacher, both distributed over the ranks. All ranks call all methods.
 
@@ -141,11 +99,12 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of the loss."""
 
-    def step(self, lr: float) -> float:
-        """Update the student and clear the gradients.
+    def step(self, lr: float) -> Tensor:
+        """Update the student and clear the gradients. The caller updates the loss scale.
 
         Returns:
-            Norm of the gradient over all parameters and ranks before clipping. If it is not finite, no rank updates.
+            Norm of the gradient over all parameters and ranks before clipping, an fp32 scalar on the device. If it is
+            not finite, no rank updates.
         """
 
     def update_teacher(self, momentum: float | Tensor) -> None:
@@ -169,14 +128,14 @@ class TorchEngine:
         self.moving_average = MovingAverage(self.teacher, self.network, local, teacher_dtype) if self.teacher else None
         self.parameters = list(inputs.student.parameters())  # once, because walking over a network takes time
         self.device, self.clip = inputs.rank_info.device, inputs.optim.clip
-        self.scale = LossScale() if inputs.precision == torch.float16 else None
+        self.scale = LossScale(self.device) if inputs.precision == torch.float16 else None
         self.optimizer = make_optimizer(inputs.student, inputs.optim)
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""
         (loss * self.scale.value if self.scale else loss).backward()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float) -> Tensor:
         """See `Engine.step`."""
         trained = [p for p in self.parameters if p.grad is not None]
         sharded = [p for p in trained if isinstance(p, DTensor)]
@@ -188,9 +147,8 @@ class TorchEngine:
             sharded_squares = squared_norm(sharded_grads, self.device)
             dist.all_reduce(sharded_squares, group=shard_group(sharded[0]))
             squares = sharded_squares + squares
-        norm = math.sqrt(float(squares)) / (self.scale.value if self.scale else 1.0)
-        # With offloading, sharded gradients are on the host and replicated ones on the device.
-        update(self.optimizer, [sharded_grads, replicated_grads], norm, self.clip, self.scale, lr)
+        norm = squares.sqrt() / self.scale.value if self.scale else squares.sqrt()
+        update(self.optimizer, norm, self.clip, self.scale, lr)
         return norm
 
     def average(self, replicated_grads: list[Tensor]) -> None:
@@ -336,32 +294,23 @@ def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).to(device, torch.float32).square().sum()
 
 
-def update(
-    optimizer: torch.optim.Optimizer,
-    grads: list[list[Tensor]],
-    norm: float,
-    clip: float | None,
-    scale: LossScale | None,
-    lr: float,
-) -> None:
-    """Take one optimizer step unless `norm` is not finite, and clear the gradients.
+def update(optimizer: Any, norm: Tensor, clip: float | None, scale: LossScale | None, lr: float) -> None:
+    """Take one optimizer step unless `norm` is not finite, and clear the gradients. Nothing is read by the host.
 
     Args:
-        optimizer: A group's learning rate becomes `lr` times its `lr_scale`, if it has one.
-        grads: Gradients of the optimizer's parameters, one list per device, still multiplied by the loss scale.
-        norm: Norm of the complete gradient, without the loss scale.
+        optimizer: One with the attributes `found_inf` and `grad_scale` of torch's fused optimizers. A group's learning
+            rate becomes `lr` times its `lr_scale`, if it has one.
+        norm: Norm of the complete gradient, without the loss scale, fp32 scalar.
         clip: Maximum gradient norm, or None.
-        scale: The loss scale, which is updated, or None.
+        scale: The loss scale by which the gradients are still multiplied, or None.
         lr: Learning rate.
     """
-    if math.isfinite(norm):
-        factor = (1.0 if clip is None else min(1.0, clip / (norm + 1e-6))) / (scale.value if scale else 1.0)
-        for tensors in grads:
-            if tensors and factor != 1.0:
-                torch._foreach_mul_(tensors, factor)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * group.get("lr_scale", 1.0)
-        optimizer.step()
+    divisor = scale.value if scale else None
+    if clip is not None:
+        excess = ((norm + 1e-6) / clip).clamp(min=1.0)
+        divisor = excess if divisor is None else excess * divisor
+    optimizer.grad_scale, optimizer.found_inf = divisor, not_finite(norm).float()
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
+    optimizer.step()
     optimizer.zero_grad()
-    if scale:
-        scale.update(math.isfinite(norm))

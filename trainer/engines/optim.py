@@ -60,8 +60,14 @@ def scaled_lr(lr: float, batch_size: int) -> float:
     return lr * batch_size / 256
 
 
-def make_optimizer(student: nn.Module, settings: Optim) -> torch.optim.Optimizer:
-    """Return SGD, LARS or AdamW over the student's parameters. The learning rate is set again at every step."""
+def make_optimizer(student: nn.Module, settings: Optim, fused: bool = True) -> torch.optim.Optimizer:
+    """Return SGD, LARS or AdamW over the student's parameters. The learning rate is set again at every step.
+
+    Args:
+        student: The network.
+        settings: Section `optim`.
+        fused: Whether AdamW is one operation that can be skipped on the device, like SGD and LARS.
+    """
     groups: Iterable[dict[str, Any]]
     if settings.decay_norm_and_bias:
         groups = [{"params": list(student.parameters()), "weight_decay": settings.weight_decay}]
@@ -69,10 +75,10 @@ def make_optimizer(student: nn.Module, settings: Optim) -> torch.optim.Optimizer
         groups = param_groups_weight_decay(student, settings.weight_decay)
     groups = [part for group in groups for part in _split(group)]
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr)
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
     if settings.name == "lars":
         return Lars(groups, lr=settings.lr, momentum=settings.momentum)
-    return torch.optim.SGD(groups, lr=settings.lr, momentum=settings.momentum)
+    return Sgd(groups, lr=settings.lr, momentum=settings.momentum)
 
 
 def _split(group: dict[str, Any]) -> list[dict[str, Any]]:
@@ -109,7 +115,79 @@ class FlatLayout(NamedTuple):
     ranks: dist.ProcessGroup | None
 
 
-class Lars(torch.optim.Optimizer):
+class Sgd(torch.optim.Optimizer):
+    """SGD with momentum that updates all parameters of a group in one operation, without a read by the host.
+
+    It differs from torch.optim.SGD(fused=True) in that parameters may be DTensors, of which it updates the local
+    shards, and in that the momentum starts at zero, so that the first step can be skipped, too.
+
+    Attributes:
+        found_inf: fp32 scalar: 1 skips the step, 0 takes it. None takes every step.
+        grad_scale: fp32 scalar that divides the gradients; None divides by nothing. Both attributes have the names of
+            those of torch's fused optimizers.
+    """
+
+    found_inf: Tensor | None = None
+    grad_scale: Tensor | None = None
+
+    def __init__(
+        self, params: Any, lr: float, momentum: float = 0.0, weight_decay: float = 0.0, nesterov: bool = False
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            self._step_group(group)
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        trained = [p for p in group["params"] if p.grad is not None]
+        weights, grads = [local(p) for p in trained], [local(p.grad) for p in trained]
+        momenta = [local(self._momentum(p)) for p in trained] if group["momentum"] else []
+        self._update(group, weights, grads, momenta, group["weight_decay"])
+
+    def _momentum(self, p: Tensor) -> Tensor:
+        """Return a parameter's momentum, zero before the first step."""
+        state: dict[str, Tensor] = self.state[p]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        return state["momentum_buffer"]
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        momenta: list[Tensor],
+        weight_decay: float,
+        *,
+        unscaled: bool = False,
+    ) -> None:
+        """Update the weights of a group, which are on one device. `unscaled`: gradients are divided already."""
+        if weights:
+            torch._fused_sgd_(
+                weights,
+                grads,
+                momenta,
+                weight_decay=weight_decay,
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
+                is_first_step=False,
+                grad_scale=None if unscaled else _on_device(self.grad_scale, weights[0]),
+                found_inf=_on_device(self.found_inf, weights[0]),
+            )
+
+
+def _on_device(scalar: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return a scalar on another tensor's device: parameters may be offloaded to the host."""
+    return None if scalar is None else scalar.to(like.device, non_blocking=True)
+
+
+class Lars(Sgd):
     """LARS (arXiv 1708.03888): SGD whose step is scaled, tensor by tensor, by eta |w| / |g + decay w|.
 
     This is the ratio in the code of SimCLR, BYOL and MoCo v3; the paper's has |g| + decay |w| below the line. Groups
@@ -118,14 +196,9 @@ class Lars(torch.optim.Optimizer):
     """
 
     def __init__(self, params: Any, lr: float, momentum: float, weight_decay: float = 0.0, eta: float = 1e-3) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "eta": eta})
+        super().__init__(params, lr, momentum, weight_decay)
+        self.eta = eta
         self.layouts: dict[Tensor, FlatLayout] = {}
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
-        for group in self.param_groups:
-            self._step_group(group)
 
     def _step_group(self, group: dict[str, Any]) -> None:
         weights: list[Tensor] = []
@@ -136,37 +209,46 @@ class Lars(torch.optim.Optimizer):
         for p in group["params"]:
             if p.grad is None:
                 continue
-            if group["momentum"] and "momentum_buffer" not in self.state[p]:
-                self.state[p]["momentum_buffer"] = torch.zeros_like(p)
             single = FlatLayout(1, [(0, 0, -1)], shard_group(p))
             count, shards, ranks = self.layouts.get(p, single)
+            momentum = self._momentum(p) if group["momentum"] else None
             for index, offset, length in shards:
                 indices.append(tensors + index)
-                for found, x in ((weights, p), (grads, p.grad), (momenta, self.state[p].get("momentum_buffer"))):
+                for found, x in ((weights, p), (grads, p.grad), (momenta, momentum)):
                     if x is not None:
                         found.append(local(x) if length < 0 else x.narrow(0, offset, length))
             tensors += count
-        if not tensors:
+        if not tensors or not group["weight_decay"]:
+            self._update(group, weights, grads, momenta, 0.0)
             return
-        decay, momentum = group["weight_decay"], group["momentum"]
-        if decay and weights:
-            grads = list(torch._foreach_add(grads, weights, alpha=decay))
-        if decay:
-            norms = torch.zeros(2, tensors, device=local(group["params"][0]).device)
-            if weights:
-                squares = [torch.stack(torch._foreach_norm(x)).square() for x in (weights, grads)]
-                norms[:, indices] = torch.stack(squares).to(norms)
-            if ranks is not None:
-                dist.all_reduce(norms, group=ranks)
-            w_T, g_T = norms.sqrt()
-            ratio_T = group["eta"] * w_T / g_T
-            ratio_T = torch.where((w_T > 0) & (g_T > 0), ratio_T, 1.0)
-        if not weights:
-            return
-        if decay:
-            torch._foreach_mul_(grads, [ratio_T[index] for index in indices])
-        if momentum:
-            torch._foreach_mul_(momenta, momentum)
-            torch._foreach_add_(momenta, grads)
-            grads = momenta
-        torch._foreach_add_(weights, grads, alpha=-group["lr"])
+        if weights:
+            if (grad_scale := _on_device(self.grad_scale, weights[0])) is not None:
+                torch._foreach_div_(grads, grad_scale)
+            grads = list(torch._foreach_add(grads, weights, alpha=group["weight_decay"]))
+        ratios = self._ratios(weights, grads, indices, tensors, local(group["params"][0]).device, ranks)
+        if weights:
+            torch._foreach_mul_(grads, [ratios[index] for index in indices])
+        self._update(group, weights, grads, momenta, 0.0, unscaled=True)
+
+    def _ratios(
+        self,
+        weights: list[Tensor],
+        grads: list[Tensor],
+        indices: list[int],
+        tensors: int,
+        device: torch.device,
+        ranks: dist.ProcessGroup | None,
+    ) -> tuple[Tensor, ...]:
+        """Return the factor of each whole tensor's step, scalars on the device."""
+        squares = torch.zeros(2, tensors, device=device)
+        if weights:
+            held = torch.stack([torch.stack(torch._foreach_norm(x)).square() for x in (weights, grads)]).to(squares)
+            if indices == list(range(tensors)):
+                squares = held
+            else:
+                squares[:, indices] = held  # of ZeRO's flat tensors; copies the indices to the device
+        if ranks is not None:
+            dist.all_reduce(squares, group=ranks)
+        w_T, g_T = squares.sqrt()
+        ratio_T = torch.where((w_T > 0) & (g_T > 0), self.eta * w_T / g_T, 1.0)
+        return ratio_T.unbind()

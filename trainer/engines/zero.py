@@ -26,12 +26,12 @@ from trainer.distributed import RankInfo
 from trainer.engines.base import (
     EngineInputs,
     EngineSettings,
-    LossScale,
     State,
     make_contiguous,
     named_networks,
     prepare_blocks,
 )
+from trainer.engines.finite import LossScale
 from trainer.engines.optim import FlatLayout, Lars, Optim, make_optimizer
 
 
@@ -89,12 +89,13 @@ class Zero:
         student, teacher, optim, batch_size, rank_info, precision = inputs
         deepspeed = _import_deepspeed(rank_info)
         self.network, self.teacher, self.stage = student, teacher, settings.stage
-        self.scale = LossScale() if precision == torch.float16 else None
+        self.device = rank_info.device
+        self.scale = LossScale(rank_info.device) if precision == torch.float16 else None
         self.mesh = make_mesh("sharded", rank_info.device, rank_info.local_world_size)["shard"]
         self.names = {p: name for name, p in student.named_parameters()}
         prepare_blocks(student, teacher, settings)
         json = make_json(settings, optim, batch_size, rank_info.device, precision)
-        optimizer = make_optimizer(student, optim)
+        optimizer = make_optimizer(student, optim, fused=False)  # DeepSpeed itself skips steps
         for network in named_networks(student, teacher).values():
             make_contiguous(network)
         self.engine, self.zero, _, _ = deepspeed.initialize(
@@ -134,26 +135,28 @@ class Zero:
     def backward(self, loss: Tensor) -> None:
         """See `Engine.backward`."""
         if self.scale:
-            self.zero.override_loss_scale(self.scale.value)
+            self.zero.override_loss_scale(float(self.scale.value))
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> float:
-        """See `Engine.step`."""
+    def step(self, lr: float) -> Tensor:
+        """See `Engine.step`. DeepSpeed reads on the host whether the gradient is finite."""
         for group in self.zero.param_groups:
             group["lr"] = lr
         self.engine.step()
         norm = math.inf if self.zero.overflow else float(self.zero._global_grad_norm)
-        if self.scale:
-            self.scale.update(math.isfinite(norm))
-        return norm
+        self._wait()
+        return torch.full((), norm, device=self.device)
 
     def update_teacher(self, momentum: float | Tensor) -> None:
         """See `Engine.update_teacher`."""
         if self.moving_average:
             self.moving_average.update(momentum)
-            if self.stage == 3 and self.mesh.device_type == "cuda":
-                # ZeRO-3 gathers the teacher's parameters on a stream that does not wait for this update.
-                torch.cuda.current_stream().synchronize()
+            self._wait()
+
+    def _wait(self) -> None:
+        """Wait for an update of parameters: ZeRO-3 gathers them on a stream that does not wait for it."""
+        if self.stage == 3 and self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def weights(self) -> State:
         """See `Engine.weights`."""

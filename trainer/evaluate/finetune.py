@@ -30,7 +30,7 @@ from data.settings import PathText
 from data.sources.base import Source
 from data.sources.subset import Subset, draw_balanced, find_named, read_names
 from models.batchnorm import synchronise_bn
-from trainer.engines.optim import cosine, scaled_lr
+from trainer.engines.optim import Sgd, cosine, scaled_lr
 from trainer.evaluate.base import RESULTS, EvaluationContext, Evaluator, Results, labelled_sources
 from trainer.evaluate.probe import MOMENTUM, Classifier, CropScale, score
 from trainer.run.files import read_json, write_atomically, write_json
@@ -170,9 +170,9 @@ def _train_seed(seed: int, epochs: int, train: Source, test: Source, context: Ev
     groups = parameter_groups(network, finetune)
     optimizer: torch.optim.Optimizer
     if finetune.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=lr)
+        optimizer = torch.optim.AdamW(groups, lr=lr, fused=True)
     else:
-        optimizer = torch.optim.SGD(groups, lr=lr, momentum=MOMENTUM, nesterov=True)
+        optimizer = Sgd(groups, lr=lr, momentum=MOMENTUM, nesterov=True)
     steps = steps_per_epoch(len(train), finetune.batch_size) * epochs
 
     def lr_at(step: int) -> float:

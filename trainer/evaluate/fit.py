@@ -1,6 +1,5 @@
 """Training of a classifier with the loop of pre-training, for linear evaluation and fine-tuning."""
 
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +21,8 @@ from trainer import loop
 from trainer.build import autocast_dtype
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.engines.base import LossScale, NotFinite, named_state, set_named_state, squared_norm, update
+from trainer.engines.base import named_state, set_named_state, squared_norm, update
+from trainer.engines.finite import FiniteCheck, LossScale, NotFinite, not_finite
 from trainer.evaluate.base import EvaluationContext
 from trainer.evaluate.features import image_size
 from trainer.evaluate.probe import CROPS_AND_FLIPS, Classifier
@@ -77,7 +77,7 @@ class ClassifierTraining:
         self.network, self.optimizer, self.lr, self.rank_info = network, optimizer, lr, rank_info
         self.device, self.precision = rank_info.device, autocast_dtype(config, rank_info.device)
         self.trained: nn.Module = network.head if network.frozen else network
-        self.scale = LossScale() if self.precision == torch.float16 and not network.frozen else None
+        self.scale = LossScale(self.device) if self.precision == torch.float16 and not network.frozen else None
         self.labels_N = torch.from_numpy(labels).to(self.device)
         self.phases, self.flops = PhaseTimer(self.device), 0.0
         self.wrapped: nn.Module = network
@@ -111,15 +111,18 @@ class ClassifierTraining:
         ):
             logits_BC = self.wrapped(x_BCHW)
         loss = F.cross_entropy(logits_BC.float(), labels_B)
-        scale = self.scale.value if self.scale else 1.0
         with self.phases("backward"):
-            (loss * scale).backward()
+            (loss * self.scale.value if self.scale else loss).backward()
         with self.phases("optimizer"):
             grads = [p.grad for p in self.trained.parameters() if p.grad is not None]
-            norm = math.sqrt(float(squared_norm(grads, self.device))) / scale
-            if not math.isfinite(norm) and self.scale is None:
-                raise NotFinite([], norm)
-            update(self.optimizer, [grads], norm, None, self.scale, self.lr(step - 1))
+            norm = squared_norm(grads, self.device).sqrt()
+            norm = norm / self.scale.value if self.scale else norm
+            update(self.optimizer, norm, None, self.scale, self.lr(step - 1))
+            overflow = not_finite(norm)
+            if self.scale:
+                self.scale.update(overflow)
+            else:
+                FiniteCheck(norm, overflow, torch.zeros_like(norm))()
         return {"loss": loss.detach(), "top1": (logits_BC.argmax(1) == labels_B).float().mean()}
 
     def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:

@@ -15,10 +15,9 @@ import logging
 import time
 from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import Field
 
-from trainer.engines.optim import cosine
+from trainer.engines.optim import Sgd, cosine
 from trainer.evaluate import linear_fast
 from trainer.evaluate.base import EvaluationContext, Evaluator, Results, labelled_sources
 from trainer.evaluate.probe import MOMENTUM, Classifier, CropScale, score
@@ -73,9 +72,7 @@ def _evaluate_published(context: EvaluationContext) -> Results:
     train, test = context.sources["train"], context.sources["val"]
     linear = context.config.linear
     network = Classifier(context.encoder, len(train.classes), frozen=True, seed=linear.seed)
-    optimizer = torch.optim.SGD(
-        network.head.parameters(), lr=linear.lr, momentum=MOMENTUM, weight_decay=linear.weight_decay
-    )
+    optimizer = Sgd(network.head.parameters(), lr=linear.lr, momentum=MOMENTUM, weight_decay=linear.weight_decay)
     epoch_steps = len(train) // linear.batch_size
 
     def lr(step: int) -> float:

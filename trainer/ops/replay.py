@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from models.encoder import Encoder
 from trainer import distributed
 from trainer.distributed import raise_on_all_ranks
-from trainer.engines.base import NotFinite, named_networks
+from trainer.engines.base import named_networks
+from trainer.engines.finite import NotFinite
 from trainer.run import checkpoint
 from trainer.run.directory import read_config
 from trainer.run.files import write_json, write_safetensors

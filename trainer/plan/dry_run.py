@@ -135,10 +135,10 @@ def _dry_run(config: Config, rank_info: RankInfo) -> DryRun:
 
 
 def _use_foreach(engine: Engine) -> None:
-    """Let the optimizer update all tensors at once, which it chooses by itself on a GPU."""
+    """Let ZeRO's optimizer update all tensors at once, which it chooses by itself on a GPU."""
     optimizer: Any = getattr(engine, "zero", engine)
     for group in optimizer.optimizer.param_groups:
-        if "foreach" in group:
+        if "foreach" in group and not group["fused"]:
             group["foreach"] = True
 
 
@@ -146,7 +146,7 @@ def _tag_gradients(engine: Engine, student: torch.nn.Module, ledger: MemoryLedge
     """Tag gradients whenever the optimizer is about to use them."""
     original = engine.step
 
-    def step(lr: float) -> float:
+    def step(lr: float) -> Tensor:
         ledger.tag("gradients", _shards(p.grad for p in student.parameters() if p.grad is not None))
         ledger.tag_rest("gradients", created_in="backward")
         return original(lr)

@@ -98,7 +98,7 @@ def adversary_step(
     if skip is not None and skip.is_cpu:  # to read it, the host waits for nothing
         if skip:
             wide = torch.promote_types(q_ND.dtype, torch.float32)
-            return AdversaryStats(*q_ND.new_zeros(2, len(w_KD), dtype=wide).unbind())
+            return AdversaryStats(*(q_ND.new_zeros(len(w_KD), dtype=wide) for _ in range(2)))
         skip = None
     return update_tiles(q_ND, coef_N, n_KD, w_KD, v_KD, params, seed, first, skip)
 

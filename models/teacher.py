@@ -57,19 +57,21 @@ class MovingAverage:
         self._casts = _keep_casts(teacher, precision)
 
     @torch.no_grad()
-    def update(self, momentum: float | Tensor) -> None:
+    def update(self, momentum: float | Tensor, skip: Tensor | None = None) -> None:
         """Average once.
 
         Args:
             momentum: Weight of the teacher's old values; a number, or an fp32 scalar on the device, which the host does
                 not read. At 1 the averaged tensors stay as they are, bit for bit, even if the student is not finite.
+            skip: bool scalar on the device; where true, the same as momentum 1. None for false.
         """
         if self._tensors is None:
             self._tensors = self._match()
         for teacher, student in self._tensors.averaged:
-            _average(teacher, student, momentum)
+            _average(teacher, student, momentum, skip)
         for target, source in self._tensors.strided:
-            target.lerp_(source, 1 - momentum)
+            averaged = target.lerp(source, 1 - momentum)
+            target.copy_(averaged if skip is None else torch.where(skip, target, averaged))
         if self._tensors.copied[0]:
             torch._foreach_copy_(*self._tensors.copied)
         self.loaded()
@@ -114,16 +116,23 @@ def _match(teacher: nn.Module, student: nn.Module, local: Callable[[Tensor], Ten
     return _Tensors(list(averaged.values()), strided, copied)
 
 
-def _average(teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor) -> None:
+def _average(
+    teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor, skip: Tensor | None = None
+) -> None:
     """Move dense tensors of one device and dtype in one launch."""
     if not isinstance(momentum, Tensor):
-        if momentum != 1:
+        if momentum == 1:
+            return
+        if skip is None:
             torch._foreach_lerp_(teacher, student, 1 - momentum)
-        return
+            return
     # torch._foreach_lerp_ would read the momentum on the host. The moving average is a step of SGD with learning rate
     # 1 - momentum on |teacher - student|^2 / 2, whose gradient is that of weight decay 1 minus the student. Torch's
     # fused SGD takes the rate, and whether to skip the step, from the device.
-    momentum = momentum.to(teacher[0].device)
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(teacher[0].device)
+        skip = momentum == 1 if skip is None else (momentum == 1) | skip.to(momentum.device)
+    assert skip is not None
     torch._fused_sgd_(
         teacher,
         student,
@@ -135,7 +144,7 @@ def _average(teacher: list[Tensor], student: list[Tensor], momentum: float | Ten
         nesterov=False,
         maximize=True,
         is_first_step=False,
-        found_inf=(momentum == 1).float(),
+        found_inf=skip.to(teacher[0].device, torch.float32),
     )
 
 

@@ -4,19 +4,19 @@ import gc
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
 
 from data.batch import Batch
 from trainer.config import MonitorSettings, Run
 from trainer.distributed import RankInfo
-from trainer.engines.finite import NotFinite
+from trainer.engines.finite import NotFinite, StepResult
 from trainer.ops.stop import StopHandler, deadline
 from trainer.ops.watchdog import Watchdog
 from trainer.plan.hardware import peak_flops
@@ -42,14 +42,17 @@ class Task(Protocol):
     phases: PhaseTimer
     flops: float
 
-    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        """Train on one batch; steps count from 1. Returns this rank's metrics. Raises NotFinite on all ranks."""
+    def step(self, batch: Batch, step: int) -> StepResult:
+        """Train on one batch, without waiting for the device; steps count from 1."""
 
     def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
         """Return further values for the row of the log after `step`, which has the averages of `step`'s metrics."""
 
     def describe_failure(self, error: NotFinite, batch: Batch, step: int) -> str:
-        """Keep what is needed to repeat a step that was not finite, and say what the user can do."""
+        """Keep what is needed to repeat a step that was not finite, and say what the user can do.
+
+        The model's state is still that before the step. Later steps may have run, but changed nothing.
+        """
 
     def state(self, step: int) -> dict[str, Any]:
         """Return the tensors of a checkpoint after `step` steps."""
@@ -139,6 +142,7 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
     run = settings.run
     averages, unreadable = Averages(), UnreadableImages(settings.folder, rank_info.rank)
     throughput = Throughput(task, settings.batch_size, start, rank_info)
+    unchecked: deque[tuple[int, Batch, Callable[[], None]]] = deque()  # steps that may have failed, with their batches
     with (
         Watchdog(settings.folder, rank_info.rank) as watchdog,  # first, so that it also watches the end of the others
         StopHandler(settings.stop_folder, deadline(run.max_minutes, settings.process_start)) as stop,
@@ -161,6 +165,17 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                 metrics.print(f"epoch {step / settings.steps_per_epoch:g}: evaluating")
                 metrics.log({**settings.position(step), **task.evaluate()})
 
+        def check(newest: int) -> None:
+            """Check all steps but the `newest`, on which the device may still work while the host goes on."""
+            while len(unchecked) > newest:
+                step, batch, check_step = unchecked.popleft()
+                try:
+                    check_step()
+                except NotFinite as error:
+                    watchdog.expect(f"the dump of step {step}", run.long_timeout)
+                    advice = task.describe_failure(error, batch, step)
+                    raise ValueError(f"step {step}: {error}; checkpoints stay as they are; {advice}") from error
+
         watchdog.expect(f"the evaluation of step {start}", run.long_timeout)
         evaluate(start)
         for step in range(start + 1, settings.steps + 1):
@@ -169,15 +184,13 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                 with task.phases("data"):
                     batch = next(batches)
                 unreadable.add(batch.unreadable)
-                try:
-                    averages.add(task.step(batch, step))
-                except NotFinite as error:
-                    watchdog.expect(f"the dump of step {step}", run.long_timeout)
-                    advice = task.describe_failure(error, batch, step)
-                    raise ValueError(f"step {step}: {error}; checkpoints stay as they are; {advice}") from error
+                result = task.step(batch, step)
+                averages.add(result.metrics)
+                unchecked.append((step, batch, result.check))
                 metrics.advance(step)
                 if tracer:
                     tracer.step()
+                check(newest=0 if settings.log_due(step) else 1)
                 values = averages.pop() if settings.log_due(step) else None  # waits for the device
             if values is not None:
                 if not all(map(math.isfinite, values.values())):
@@ -192,6 +205,8 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
 
             stopping = stop.should_stop()
             watchdog.expect(f"saving or evaluating after step {step}", run.long_timeout)
+            if settings.save_due(step) or settings.evaluation_due(step) or stopping:
+                check(newest=0)
             if settings.save_due(step) or stopping:
                 with task.phases("save"):
                     saver.start(step, task.state(step))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data.batch import Batch
 from data.loader import train_batches
@@ -20,7 +19,7 @@ from trainer import distributed
 from trainer.build import full_student, initialise_negatives
 from trainer.config import Config
 from trainer.distributed import RankInfo
-from trainer.engines.finite import NotFinite
+from trainer.engines.finite import NotFinite, StepResult
 from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate import knn
 from trainer.evaluate.spread import measure_spread
@@ -104,15 +103,14 @@ class Pretraining:
         self.training, self.validation = training, validation
         self.phases, self.flops = train_step.phases, step_flops(config)
         self.rates = rates_at(config, 0, steps)
-        self.views: list[Tensor] = []
         self.health = HealthCheck()
 
-    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def step(self, batch: Batch, step: int) -> StepResult:
         """See `trainer.loop.Task.step`."""
         with self.phases("normalize"):
-            self.views = batch.normalized(self.rank_info.device)
+            views = batch.normalized(self.rank_info.device)
         self.rates = rates_at(self.config, step - 1, self.steps)
-        return self.train_step.step(self.views, self._seed(step), self.rates)
+        return self.train_step.step(views, self._seed(step), self.rates)
 
     def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
         """Return the method's own metrics and the rates, and warn once of each sign that the run does not learn."""
@@ -124,7 +122,8 @@ class Pretraining:
 
     def describe_failure(self, error: NotFinite, batch: Batch, step: int) -> str:
         """Dump the step for `python -m trainer replay`."""
-        inputs = replay.StepInputs(self.views, batch.samples, self._seed(step), self.rates)
+        views, rates = batch.normalized(self.rank_info.device), rates_at(self.config, step - 1, self.steps)
+        inputs = replay.StepInputs(views, batch.samples, self._seed(step), rates)
         return replay.dump(Path(self.config.run.dir), step, self.train_step, inputs, error)
 
     def state(self, step: int) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """One training step: the student's gradient step, the update of the negatives, and the teacher's moving average."""
 
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +16,7 @@ from trainer.build import autocast_dtype, build_method
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines.base import Engine, EngineInputs
-from trainer.engines.finite import FiniteCheck, not_finite
+from trainer.engines.finite import FiniteCheck, RunningStatistics, StepResult, not_finite
 from trainer.run import checkpoint
 from trainer.run.phases import PhaseTimer
 
@@ -86,9 +87,16 @@ class TrainStep:
         )
         self.rank_info, self.phases = rank_info, PhaseTimer(rank_info.device)
         self.seeds = StepSeeds(rank_info.device, always=is_reference(config.model.backbone))
+        self.statistics = RunningStatistics(*networks)
+        # NaN after a failed step, until `load`: as a factor of the loss it makes all later steps fail, too.
+        self.intact = torch.ones((), device=rank_info.device)
 
-    def step(self, views: list[Tensor], seed: int, rates: Rates) -> dict[str, Tensor]:
-        """Train on one batch of this rank.
+    def step(self, views: list[Tensor], seed: int, rates: Rates) -> StepResult:
+        """Train on one batch of this rank, without waiting for the device.
+
+        If the loss of any rank or the gradient is not finite, the step fails: parameters, optimizer, running
+        statistics, negatives, teacher and loss scale keep their values to the bit, in this step and in all later ones.
+        In fp16, a gradient that overflows while all losses are finite only skips the student's update.
 
         Args:
             views: V normalised images [B, 3, S_v, S_v] on the device.
@@ -96,13 +104,11 @@ class TrainStep:
             rates: Learning rates and momentum of this step.
 
         Returns:
-            This rank's metrics, scalars on the device.
-
-        Raises:
-            NotFinite: The loss or the gradient is not finite; on all ranks, before anything is updated. In fp16 a
-                gradient that overflows only skips the student's update.
+            Metrics, and whether the step failed.
         """
         self.seeds.seed(seed + self.rank_info.rank)
+        self.statistics.save()
+        factors: list[Tensor] = []
         updates: list[Sequence[Any]] = []
         metrics: dict[str, Tensor] = {}
         micro_batches = zip(*(view.chunk(self.accumulate) for view in views), strict=True)
@@ -112,25 +118,32 @@ class TrainStep:
                     self.rank_info.device.type, self.precision, enabled=self.precision != torch.float32
                 ):
                     output = self.method.forward_step(self.engine.student, list(micro_batch), seed + i, self.phases)
+                loss = output.loss.detach()
                 with self.phases("backward"):
-                    self.engine.backward(output.loss / self.accumulate)
+                    # NaN unless the loss is finite: then all gradients are NaN, on all ranks.
+                    factor = torch.sub(loss, loss).add_(self.intact).div_(self.accumulate)
+                    self.engine.backward(output.loss * factor)
+            factors.append(factor)
             updates.append(output.negatives_update)
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + value / self.accumulate if i else value / self.accumulate
         with self.phases("optimizer"):
             norm = self.engine.step(rates.lr)
             overflow = not_finite(norm)
-            failed = self._failed(metrics["loss"], overflow)
+            own_failed = not_finite(functools.reduce(torch.add, factors))
+            failed = self._failed(overflow, own_failed)
+            self.intact = torch.where(failed, torch.nan, 1.0)
+            self.statistics.restore(failed)
             metrics["grad_norm"] = torch.where(overflow, 0.0, norm)
             if scale := self.engine.scale:
                 metrics["loss_scale"], metrics["skipped"] = scale.value.clone(), overflow.float()
                 scale.update(overflow, failed)
-            FiniteCheck(norm, failed, not_finite(metrics["loss"]))()
+            check = FiniteCheck(norm, failed, own_failed)
         with self.phases("adversary"):  # uses the queries of this step, so it comes before the teacher's update
-            self.method.update_negatives(updates, rates.bank_lr, seed)
+            self.method.update_negatives(updates, rates.bank_lr, seed, failed)
         with self.phases("ema"):
-            self.engine.update_teacher(rates.teacher_momentum)
-        return metrics
+            self.engine.update_teacher(rates.teacher_momentum, failed)
+        return StepResult(metrics, check)
 
     def state(self, step: int) -> dict[str, Any]:
         """Return all tensors that a run continues from after `step` steps, under names that no engine changes."""
@@ -142,12 +155,18 @@ class TrainStep:
         checkpoint.load(path, state)
         self.engine.load(state)
         self.method.loaded()
+        self.intact = torch.ones_like(self.intact)
         return int(state["step"])
 
-    def _failed(self, loss: Tensor, overflow: Tensor) -> Tensor:
-        """Return whether no smaller loss scale can help, bool scalar: in fp16, whether a rank's loss is not finite."""
+    def _failed(self, overflow: Tensor, own_failed: Tensor) -> Tensor:
+        """Return whether the step failed, bool scalar, equal on all ranks.
+
+        Args:
+            overflow: Whether the gradient is not finite, which a smaller loss scale may cure in fp16.
+            own_failed: Whether the loss of this rank is not finite, which nothing cures.
+        """
         if self.engine.scale is None:
             return overflow
-        ranks = not_finite(loss).float()
+        ranks = own_failed.float()
         dist.all_reduce(ranks)
         return ranks > 0

@@ -86,7 +86,8 @@ def train(
         if spoil == dist.get_rank():
             views[1][0] = torch.nan
         rates = Rates(config.optim.lr, config.bank.lr, config.method.teacher_momentum)
-        metrics = train_step.step(views, step, rates)
+        metrics, check = train_step.step(views, step, rates)
+        check()
         loss = metrics["loss"].clone()
         dist.all_reduce(loss)
         losses.append(float(loss) / dist.get_world_size())

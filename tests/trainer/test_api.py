@@ -220,7 +220,7 @@ def losses_of_both(steps: int) -> tuple[list[float], list[float]]:
     images = torch.randn(steps, 2, 16, 3, 16, 16, generator=torch.Generator().manual_seed(0))
     images = images[:, :, rank * 16 // world_size : (rank + 1) * 16 // world_size]
     rates = Rates(0.05, 3.0, 0.999)
-    ours = [float(train_step.step(list(views), step, rates)["loss"]) for step, views in enumerate(images)]
+    ours = [float(train_step.step(list(views), step, rates).metrics["loss"]) for step, views in enumerate(images)]
 
     module = example()
 

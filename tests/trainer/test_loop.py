@@ -10,13 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from data.batch import Batch
 from trainer import loop
 from trainer.config import MonitorSettings, Run
 from trainer.distributed import RankInfo
-from trainer.engines.finite import NotFinite
+from trainer.engines.finite import NotFinite, StepResult
 from trainer.loop import LoopSettings, train
 from trainer.ops.stop import Stopped
 from trainer.run import checkpoint
@@ -34,16 +33,21 @@ class Counter:
         self.phases, self.flops = PhaseTimer(RANK_INFO.device), 0.0
         self.count = torch.zeros(())
         self.events: list[str] = []
+        self.checked: list[tuple[int, str]] = []  # checked steps with the last event before
 
-    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        if step == self.fail_at:
-            raise NotFinite([0], float("nan"))
+    def step(self, batch: Batch, step: int) -> StepResult:
         assert int(batch.samples) == step
         self.events.append(f"step {step}")
-        self.count += 1
+        self.count += 0 < step < (self.fail_at or 99)
         if step == self.stop_at:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return {"loss": torch.tensor(float("inf") if step == self.infinite_at else float(step))}
+        loss = torch.tensor(float("inf") if step == self.infinite_at else float(step))
+        return StepResult({"loss": loss}, lambda: self.check(step))
+
+    def check(self, step: int) -> None:
+        self.checked.append((step, self.events[-1]))
+        if step == self.fail_at:
+            raise NotFinite([0], float("nan"))
 
     def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
         self.events.append(f"log {step}")
@@ -146,6 +150,36 @@ def test_fetch_step_log_save_evaluate(tmp_path: Path) -> None:
         (0, 0, 0), (4, 1, 4), (8, 2, 8), (12, 3, 12),
     ]  # fmt: skip
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000012"]
+
+
+@pytest.mark.usefixtures("group")
+def test_a_step_is_checked_when_the_next_has_begun_or_something_is_due(tmp_path: Path) -> None:
+    """Rows are due at 3, 5, 6, 9, 10 and 12, evaluations at 4, 8 and 12."""
+    task = Counter(tmp_path)
+    train(task, batches(0), 0, settings_for(tmp_path), RANK_INFO)
+    due = (3, 4, 5, 6, 8, 9, 10, 12)
+    assert task.checked == [(step, f"step {step if step in due else step + 1}") for step in range(1, 13)]
+
+
+@pytest.mark.parametrize("fail_at", [1, 3, 4, 5, 7, 8, 12])
+@pytest.mark.usefixtures("group")
+def test_a_failed_step_is_neither_logged_nor_saved_nor_evaluated(tmp_path: Path, fail_at: int) -> None:
+    task = Counter(tmp_path, fail_at=fail_at)
+    with pytest.raises(
+        ValueError, match=rf"^step {fail_at}: not finite: the loss on rank 0, .*; advice for {fail_at}$"
+    ):
+        train(task, batches(0), 0, settings_for(tmp_path), RANK_INFO)
+    after = task.events[task.events.index(f"step {fail_at}") + 1 :]
+    assert after in ([], [f"step {fail_at + 1}"]), "the device may already compute the next step"
+    assert all(row["step"] < fail_at for row in rows(tmp_path))
+
+
+@pytest.mark.usefixtures("group")
+def test_a_failed_step_is_found_before_the_checkpoint_of_a_stop(tmp_path: Path) -> None:
+    task = Counter(tmp_path, stop_at=7, fail_at=7)
+    with pytest.raises(ValueError, match=r"^step 7: not finite"):
+        train(task, batches(0), 0, settings_for(tmp_path), RANK_INFO)
+    assert "save 7" not in task.events
 
 
 @pytest.mark.usefixtures("group")

@@ -44,7 +44,7 @@ def spoil(folder: Path) -> str:
         (folder / "config.yaml").write_text(dump(config))
     rates, samples = Rates(0.05, 3.0, 0.9), torch.arange(8) + 100 * dist.get_rank()
     with pytest.raises(NotFinite) as refusal:
-        train_step.step(views, 7, rates)
+        train_step.step(views, 7, rates).check()
     return replay.dump(folder, 2, train_step, replay.StepInputs(views, samples, 7, rates), refusal.value)
 
 

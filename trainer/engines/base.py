@@ -107,7 +107,7 @@ class Engine(Protocol):
             not finite, no rank updates.
         """
 
-    def update_teacher(self, momentum: float | Tensor) -> None:
+    def update_teacher(self, momentum: float | Tensor, skip: Tensor | None = None) -> None:
         """Update the teacher's moving average of the student, without communication; see `MovingAverage.update`."""
 
     def weights(self) -> State:
@@ -154,10 +154,10 @@ class TorchEngine:
     def average(self, replicated_grads: list[Tensor]) -> None:
         """Average gradients of replicated parameters over ranks where backward has not done so."""
 
-    def update_teacher(self, momentum: float | Tensor) -> None:
+    def update_teacher(self, momentum: float | Tensor, skip: Tensor | None = None) -> None:
         """See `Engine.update_teacher`."""
         if self.moving_average:
-            self.moving_average.update(momentum)
+            self.moving_average.update(momentum, skip)
 
     def weights(self) -> State:
         """See `Engine.weights`."""

@@ -5,6 +5,9 @@ which everything that a step changes is masked. `FiniteCheck` copies it to the h
 change nothing either, so that the failed step can be repeated: `trainer.train_step` makes their losses NaN.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,7 +26,11 @@ class NotFinite(ValueError):
         """
         where = f"the loss on rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}, " if ranks else ""
         super().__init__(f"not finite: {where}gradient norm {norm}; nothing was updated")
-        self.ranks = ranks
+        self.ranks, self.norm = ranks, norm
+
+    def __reduce__(self) -> tuple[type["NotFinite"], tuple[list[int], float]]:
+        """Make the error picklable: processes of the planner and of tests pass errors on."""
+        return NotFinite, (self.ranks, self.norm)
 
 
 def not_finite(x: Tensor) -> Tensor:
@@ -61,6 +68,18 @@ class FiniteCheck:
             ranks = [torch.zeros((), device=self.device) for _ in range(dist.get_world_size())]
             dist.all_gather(ranks, torch.full((), own_failed, device=self.device))
             raise NotFinite([rank for rank, flag in enumerate(ranks) if flag], norm)
+
+
+class StepResult(NamedTuple):
+    """Result of a step that the device may still be computing.
+
+    Attributes:
+        metrics: This rank's metrics, scalars on the device.
+        check: Waits for the device and raises NotFinite, on all ranks, if loss or gradient were not finite.
+    """
+
+    metrics: dict[str, Tensor]
+    check: Callable[[], None]
 
 
 class LossScale:

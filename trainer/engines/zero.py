@@ -147,10 +147,10 @@ class Zero:
         self._wait()
         return torch.full((), norm, device=self.device)
 
-    def update_teacher(self, momentum: float | Tensor) -> None:
+    def update_teacher(self, momentum: float | Tensor, skip: Tensor | None = None) -> None:
         """See `Engine.update_teacher`."""
         if self.moving_average:
-            self.moving_average.update(momentum)
+            self.moving_average.update(momentum, skip)
             self._wait()
 
     def _wait(self) -> None:

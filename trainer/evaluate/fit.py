@@ -8,7 +8,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from data.batch import Batch
@@ -22,7 +22,7 @@ from trainer.build import autocast_dtype
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines.base import named_state, set_named_state, squared_norm, update
-from trainer.engines.finite import FiniteCheck, LossScale, NotFinite, not_finite
+from trainer.engines.finite import FiniteCheck, LossScale, NotFinite, StepResult, not_finite
 from trainer.evaluate.base import EvaluationContext
 from trainer.evaluate.features import image_size
 from trainer.evaluate.probe import CROPS_AND_FLIPS, Classifier
@@ -100,7 +100,7 @@ class ClassifierTraining:
                 gradient_as_bucket_view=True,
             )
 
-    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def step(self, batch: Batch, step: int) -> StepResult:
         """See `trainer.loop.Task.step`."""
         with self.phases("normalize"):
             (x_BCHW,) = batch.normalized(self.device)
@@ -118,12 +118,13 @@ class ClassifierTraining:
             norm = squared_norm(grads, self.device).sqrt()
             norm = norm / self.scale.value if self.scale else norm
             update(self.optimizer, norm, None, self.scale, self.lr(step - 1))
-            overflow = not_finite(norm)
-            if self.scale:
-                self.scale.update(overflow)
-            else:
-                FiniteCheck(norm, overflow, torch.zeros_like(norm))()
-        return {"loss": loss.detach(), "top1": (logits_BC.argmax(1) == labels_B).float().mean()}
+            failed = not_finite(norm)
+            if self.scale:  # which a smaller scale may cure
+                self.scale.update(failed)
+                failed = torch.zeros_like(failed)
+            check = FiniteCheck(norm, failed, torch.zeros_like(failed))
+        metrics = {"loss": loss.detach(), "top1": (logits_BC.argmax(1) == labels_B).float().mean()}
+        return StepResult(metrics, check)
 
     def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
         """See `trainer.loop.Task.log_values`."""

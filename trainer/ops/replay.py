@@ -103,7 +103,7 @@ def replay(run: Path) -> str:
             if count := int((~view.isfinite()).sum()):
                 findings.append(f"{count} values of view {i}")
         try:
-            train_step.step(views, facts["seed"], Rates(**facts["rates"]))
+            train_step.step(views, facts["seed"], Rates(**facts["rates"])).check()
             outcome = "everything is finite this time"
         except NotFinite as error:
             outcome = str(error)

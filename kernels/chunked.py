@@ -96,7 +96,7 @@ def adversary_step(
     """Take the step of `reference.adversary_step`; the gradient exists for one tile of negatives at a time."""
     check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD, skip)
     if skip is not None and skip.is_cpu:  # to read it, the host waits for nothing
-        if skip:
+        if skip.item():
             wide = torch.promote_types(q_ND.dtype, torch.float32)
             return AdversaryStats(*(q_ND.new_zeros(len(w_KD), dtype=wide) for _ in range(2)))
         skip = None

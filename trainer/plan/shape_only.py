@@ -38,6 +38,7 @@ _COPYING = ("_allgather_base_", "_reduce_scatter_base_")
 _VIEWS = ("_unsafe_view", "lift", "lift_fresh")  # views that torch does not declare as such
 _FACTORIES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _RESIZING = ("resize_", "set_")
+_READS = ("_local_scalar_dense", "item", "is_nonzero")  # the last two come undivided from within another operator
 
 
 class ShapeOnlyMode(TorchDispatchMode):
@@ -168,7 +169,7 @@ def _kind(func: Any) -> str:
         return "composite"
     if func.namespace == "profiler":
         return "profiler"
-    if name == "_local_scalar_dense":
+    if name in _READS:
         return "item"
     if name == "cat" and not _written(func):
         return "cat"

@@ -14,9 +14,10 @@ import functools
 import traceback
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.amp.autocast_mode
@@ -34,6 +35,7 @@ from data.normalize import normalize
 from models import method
 from models.encoder import Encoder
 from tests.trainer.engines import make_config
+from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines import ddp
 from trainer.run.metrics import Averages
@@ -47,29 +49,39 @@ Sections = dict[str, dict[str, Any]]
 Plant = Callable[[Tensor], object]  # is called with the loss of each step
 
 
-def find_waits(cases: list[tuple[str, Sections]], plant: Plant | None = None) -> list[str | None]:
-    """Run two steps of each case, a network with sections of the configuration, in a process of its own.
+class Case(NamedTuple):
+    """A network of `tests.trainer.engines`, sections of its configuration, and a fault to plant."""
+
+    network: str
+    sections: Sections
+    plant: Plant | None = None
+
+
+def find_waits(cases: list[Case]) -> list[str | None]:
+    """Run two steps of each case, in a process of its own.
 
     Returns for each case where and why the second step makes the host wait, mixes devices or fails; None if nowhere.
     """
     with ProcessPoolExecutor(1, get_context("forkserver")) as pool:
-        return pool.submit(_find_waits, cases, plant).result()
+        return pool.submit(_find_waits, cases).result()
 
 
-def _find_waits(cases: list[tuple[str, Sections]], plant: Plant | None) -> list[str | None]:
+def _find_waits(cases: list[Case]) -> list[str | None]:
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=RANKS)
     _replace_what_needs_a_gpu()
-    return [_find_wait(network, sections, plant) for network, sections in cases]
+    return [_find_wait(*case) for case in cases]
 
 
 def _find_wait(network: str, sections: Sections, plant: Plant | None) -> str | None:
     run = {"precision": "bf16", "device": "auto", **sections.get("run", {})}
     config = make_config(network, **{**sections, "run": run})
-    images = [torch.empty(config.data.batch_size // RANKS, view.size, view.size, 3, dtype=torch.uint8) for view in config.data.views]
+    images = [
+        torch.empty(config.data.batch_size // RANKS, view.size, view.size, 3, dtype=torch.uint8)
+        for view in config.data.views
+    ]
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
-            with DEVICE:
-                train_step = TrainStep(config, RankInfo(DEVICE, 0, RANKS, SHARDS["node"]))
+            train_step = TrainStep(config, RankInfo(DEVICE, 0, RANKS, SHARDS["node"]))
             train_step.seeds.draws = True  # to find out, the first two steps compare the generators' states
             if plant is not None:
                 train_step.method.loss = functools.partial(_planted, train_step.method.loss, plant)  # type: ignore[method-assign]
@@ -154,7 +166,7 @@ def _backward(loss: Tensor) -> None:
         if isinstance(node, BackwardCFunction):
             zeros = [torch.zeros(m.shape, dtype=m.dtype, device=m.device) for m in outputs]
             given = [zero if grad is None else grad for zero, grad in zip(zeros, given, strict=True)]
-            found = node._forward_cls.backward(node, *given)
+            found = node._forward_cls.backward(node, *given)  # type: ignore[attr-defined]
         else:
             found = node(*given)
         for (following, i), grad in zip(
@@ -178,6 +190,9 @@ class _Unwrapped(nn.Module):
     def forward(self, views: list[Tensor]) -> Any:
         return self.network(views)
 
+    def no_sync(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
 
 class _Event:
     def __init__(self, **options: Any) -> None:
@@ -194,8 +209,12 @@ def _replace_what_needs_a_gpu() -> None:
         for placement, shards in SHARDS.items()
     }
     names: dict[Any, dict[str, Any]] = {
-        trainer.build: {"make_mesh": lambda placement, *_: meshes[placement]},
-        Encoder: {"to": lambda self, *_, **__: self},  # it is built on the device, and Module.to takes no fake tensors
+        trainer.build: {
+            "make_mesh": lambda placement, *_: meshes[placement],
+            "build_encoder": functools.partial(_build_encoder, trainer.build.build_encoder),
+        },
+        Encoder: {"to": lambda self, *_, **__: self},  # Module.to takes no fake tensors
+        dist: {"new_group": lambda **_: dist.group.WORLD},
         ddp: {"DistributedDataParallel": _Unwrapped},
         Tensor: {"backward": _backward},
         torch.cuda: {"Event": _Event, "is_bf16_supported": lambda **_: True},
@@ -205,6 +224,18 @@ def _replace_what_needs_a_gpu() -> None:
         for name, value in replaced.items():
             setattr(owner, name, value)
     vars(method)["plan_shuffle"] = functools.partial(_with_values, method.plan_shuffle)
+
+
+def _build_encoder(build: Callable[..., Encoder], config: Config) -> Encoder:
+    """Build an encoder, which reads values on the host, and put it on the device."""
+    encoder: Encoder = _with_values(build, config)
+    for module in encoder.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, x in list(tensors.items()):
+                if x is not None:
+                    empty = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+                    setattr(module, name, nn.Parameter(empty) if isinstance(x, nn.Parameter) else empty)
+    return encoder
 
 
 def _with_values(function: Callable[..., Any], *args: Any) -> Any:

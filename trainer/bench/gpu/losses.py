@@ -82,7 +82,7 @@ def check_fp16(setting: Setting) -> Iterator[Line]:
             train_step = build_step(half, rank_info)
             found = []
             for step in range(steps):
-                metrics = train_step.step(make_views(half, rank_info, step), step, rates_at(half, 0, steps))
+                metrics = train_step.step(make_views(half, rank_info, step), step, rates_at(half, 0, steps)).metrics
                 found.append(torch.stack([metrics["loss"].float(), metrics["skipped"].float()]))
             losses, skips = torch.stack(found).unbind(1)
             # Skipped steps let later losses differ, but not the first one.

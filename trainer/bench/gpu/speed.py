@@ -137,7 +137,7 @@ def _train(config: Config, rank_info: RankInfo, setting: Setting) -> tuple[list[
     views, rates = random_views(config, rank_info), rates_at(config, 0, 100)
 
     def take(steps: int) -> list[Tensor]:
-        return [train_step.step(views, step, rates)["loss"].detach() for step in range(steps)]
+        return [train_step.step(views, step, rates).metrics["loss"].detach() for step in range(steps)]
 
     losses = torch.stack(take(3)).tolist()
     rates = frozen_rates(config)

@@ -89,7 +89,7 @@ def train(config: Config, rank_info: RankInfo, steps: int, nudge: float = 0.0) -
         _nudge(train_step, nudge)
     losses = []
     for step in range(steps):
-        metrics = train_step.step(make_views(config, rank_info, step), step, rates_at(config, 0, steps))
+        metrics = train_step.step(make_views(config, rank_info, step), step, rates_at(config, 0, steps)).metrics
         losses.append(metrics["loss"].detach())
     return torch.stack(losses).tolist()  # the only time that the host waits for the device
 

@@ -32,7 +32,7 @@ def training_bytes(source: Source, settings: DataSettings, device: torch.device,
     images, workers = settings.batch_size // world_size, settings.workers_for(device)
     if settings.backend_for(device) == "dali":
         return images * _stored_bytes(source) * queued(workers, dali_prefetch(settings, workers)) if workers else 0
-    return images * sum(3 * view.size**2 for view in settings.views) * queued(workers, settings.prefetch)
+    return images * sum(3 * view.size**2 for view in settings.views) * queued(workers, settings.prefetch, in_use=2)
 
 
 def evaluation_bytes(size: int, batch_size: int, workers: int) -> int:
@@ -40,9 +40,12 @@ def evaluation_bytes(size: int, batch_size: int, workers: int) -> int:
     return batch_size * 3 * size**2 * queued(workers, EVALUATION_PREFETCH)
 
 
-def queued(workers: int, prefetch: int) -> int:
-    """Return how many batches exist at the same time: those made ahead, and the one in use."""
-    return workers * prefetch + 1 if workers else 0
+def queued(workers: int, prefetch: int, in_use: int = 1) -> int:
+    """Return how many batches exist at the same time: those made ahead, and those in use.
+
+    Training uses two: the batch of a step is kept until the next one has begun, for a replay.
+    """
+    return workers * prefetch + in_use if workers else 0
 
 
 def dali_prefetch(settings: DataSettings, workers: int) -> int:

@@ -191,9 +191,7 @@ class CooperativeBank(Bank):
         unit_AD = (w_AD / torch.linalg.vector_norm(w_AD, dim=1, keepdim=True)).to(self.n_KD.dtype)
         self.n_KD[index_A] = unit_AD if skip is None else torch.where(skip, self.n_KD[index_A], unit_AD)
 
-    def _write(
-        self, x_KD: Tensor, index_A: Tensor, row_AD: Tensor, seed: int, shift: int, skip: Tensor | None
-    ) -> None:
+    def _write(self, x_KD: Tensor, index_A: Tensor, row_AD: Tensor, seed: int, shift: int, skip: Tensor | None) -> None:
         """Write rows of this shard unless `skip`, in bf16 with random rounding by the random bits from `shift` on."""
         if x_KD.dtype == torch.bfloat16:
             row_AD = round_to_bf16(row_AD.float(), row_bits(seed, index_A + self.first, self.dim) >> shift)

@@ -99,7 +99,7 @@ def rows(folder: Path) -> list[Row]:
 class Littering(Counter):
     """A task that leaves reference cycles, so that Python would collect them within a step."""
 
-    def step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+    def step(self, batch: Batch, step: int) -> StepResult:
         for _ in range(30_000):
             cycle: list[Any] = []
             cycle.append(cycle)

@@ -15,9 +15,11 @@ from trainer.config import Config
 from trainer.plan.calibrate import Calibration, read_calibration
 from trainer.plan.cases import ENGINES, PlanCase, case_config, check_ranks, engine_name, replaced
 from trainer.plan.dry_run import DryRun, RankMemory, dry_run
+from trainer.plan.fusion import fuse
 from trainer.plan.hardware import Cluster, make_cluster
 from trainer.plan.predict import StepTime, step_time
 from trainer.plan.request import PlanRequest
+from trainer.plan.trace import Event
 
 SPEED_TOLERANCE = 0.02  # another engine or placement must be faster than the configuration's by more than this
 BATCH_TOLERANCE = 0.05  # the smallest batch is recommended whose speed is within this of the best
@@ -148,7 +150,8 @@ def _calibrate(config: Config, request: PlanRequest, cluster: Cluster, dry_runs:
         case = PlanCase(engine_name(config.engine), config.bank.placement, nodes, images)
         (own_run,) = dry_runs.run([case], gpus_per_node)
         measured_on = cluster._replace(gpus_per_node=gpus_per_node)
-        return step_time(own_run.events, measured_on, nodes * gpus_per_node, images * gpus_per_node)
+        events = _as_compiled(own_run.events, config, case.engine)
+        return step_time(events, measured_on, nodes * gpus_per_node, images * gpus_per_node)
 
     batch_size = config.data.batch_size
     own = case_config(config, engine_name(config.engine), config.bank.placement, batch_size, request.gpu)
@@ -170,7 +173,13 @@ class _Planner(NamedTuple):
         rows, per_node = [], self.cluster.gpus_per_node
         for case, run in zip(cases, self.dry_runs.run(cases, per_node), strict=True):
             gpus = case.nodes * per_node
-            step = step_time(run.events, self.cluster, gpus, case.images * per_node, *self.calibration)
+            step = step_time(
+                _as_compiled(run.events, self.config, case.engine),
+                self.cluster,
+                gpus,
+                case.images * per_node,
+                *self.calibration,
+            )
             steps = steps_per_epoch(self.images, case.images * gpus) * self.config.run.epochs
             fits = run.memory.fits(self.cluster.gpu.memory)
             rows.append(PlanRow(case, gpus, run.memory, fits, step, steps * step.seconds / 3600))
@@ -218,6 +227,12 @@ class _Planner(NamedTuple):
         sizes = [images, *(images * 2**i if larger else images // 2**i for i in (1, 2, 3))]
         least, most = 2 * self.config.optim.accumulate, self.images // (case.nodes * self.cluster.gpus_per_node)
         return [case._replace(images=size) for size in sizes if least <= size <= most]
+
+
+def _as_compiled(events: list[Event], config: Config, engine: str) -> list[Event]:
+    """Return the events of an engine's step with the encoders compiled, if the configuration asks for it and it can."""
+    can = engine in ("ddp", "zero1", "zero2") and config.run.device != "cpu"
+    return fuse(events) if config.engine.compile == "encoder" and can else events
 
 
 def _fastest(rows: list[PlanRow]) -> PlanRow:

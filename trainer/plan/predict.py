@@ -17,7 +17,10 @@ from trainer.plan.trace import Event, OperatorEvent
 # (docs/plan.md); the other two are for products without tensor cores and for the memory.
 TENSOR_CORES, CUDA_CORES, BANDWIDTH = 0.44, 0.9, 0.8
 LAUNCH_SECONDS = 20e-6  # of Python and torch per operator; the GPU waits where its work takes less
+COMPILED_LAUNCH_SECONDS = 6e-6  # per kernel of a compiled graph
+LOOP_SECONDS = 0.9e-3  # Python of a step outside of all phases, besides its operators (docs/bench/launches.json)
 JITTER = 0.01  # standard deviation of a rank's time as a share; all ranks wait for the slowest
+OTHER = "other"  # what a step does outside of all phases
 OVERLAPPED_PHASES = ("teacher", "student", "backward")  # phases in which engines communicate during arithmetic
 
 
@@ -113,14 +116,14 @@ def phase_time(name: str, events: Iterable[Event], cluster: Cluster, factor: flo
     `factor` is the measured over the predicted time of the operators.
     """
     by_limit = {True: 0.0, False: 0.0}  # seconds by whether the memory limits the operator
-    compute_end = network_end = block_start = collectives = 0.0
-    operators = sent = 0
+    compute_end = network_end = block_start = collectives = host = 0.0
+    sent = 0
     for event in events:
         if isinstance(event, OperatorEvent):
             duration, memory_bound = operator_seconds(event, cluster.gpu)
             by_limit[memory_bound] += duration
             compute_end += duration * factor
-            operators += 1
+            host += COMPILED_LAUNCH_SECONDS if event.compiled else LAUNCH_SECONDS
             continue
         duration = collective_seconds(event.collective, event.nodes, cluster)
         collectives += duration
@@ -133,7 +136,10 @@ def phase_time(name: str, events: Iterable[Event], cluster: Cluster, factor: flo
             compute_end = block_start = max(compute_end, network_end)
     operators_only = factor * (by_limit[True] + by_limit[False])
     network = max(0.0, max(compute_end, network_end) - operators_only)  # rounding could make it negative
-    host = 0.0 if cluster.gpu is CPU else operators * LAUNCH_SECONDS
+    if name == OTHER:
+        host += LOOP_SECONDS
+    if cluster.gpu is CPU:
+        host = 0.0
     hidden = max(0.0, collectives - network)
     return PhaseTime(name, by_limit[False], by_limit[True], host, network, hidden, sent, factor)
 
@@ -158,7 +164,7 @@ def step_time(
     """
     by_phase: dict[str, list[Event]] = {}
     for event in events:
-        by_phase.setdefault(event.phase or "other", []).append(event)
+        by_phase.setdefault(event.phase or OTHER, []).append(event)
     phases = [phase_time(name, own, cluster, (factors or {}).get(name, 1.0)) for name, own in by_phase.items()]
     # The largest of R normally distributed times is about sqrt(2 ln R) standard deviations above the mean.
     waiting = JITTER * math.sqrt(2 * math.log(ranks)) * sum(phase.work for phase in phases)

@@ -9,6 +9,7 @@ its inputs and outputs, each once: they must cross the memory interface if the c
 kernels are not fused.
 """
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,13 @@ from torch.utils.flop_counter import flop_registry
 from trainer.plan.collectives import Collective, CollectiveTrace, arguments_by_name, group_ranks
 
 
+class Use(NamedTuple):
+    """A tensor's memory that an operator reads or writes: a number that identifies it within a trace, and the bytes."""
+
+    tensor: int
+    bytes: int
+
+
 class OperatorEvent(NamedTuple):
     """One operator in a phase of the step ("" outside of all phases).
 
@@ -29,6 +37,9 @@ class OperatorEvent(NamedTuple):
         flops: FLOPs of matrix products.
         bytes: Bytes that it reads and writes.
         exponentials: Number of exponentials; 0 for elementwise operators, whose bytes take longer.
+        reads: The tensors that it reads.
+        writes: Those that it writes.
+        compiled: Whether compiled code launches it, see `trainer.plan.fusion`.
     """
 
     phase: str
@@ -37,6 +48,9 @@ class OperatorEvent(NamedTuple):
     flops: float
     bytes: int
     exponentials: float
+    reads: tuple[Use, ...] = ()
+    writes: tuple[Use, ...] = ()
+    compiled: bool = False
 
 
 class CollectiveEvent(NamedTuple):
@@ -62,6 +76,8 @@ class StepTrace(CollectiveTrace):
         self.ranks_per_node = ranks_per_node
         self.events: list[Event] = []
         self.phases: list[str] = []
+        self._tensors: dict[int, int] = {}  # numbers by address of the storage
+        self._numbers = itertools.count()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -80,42 +96,63 @@ class StepTrace(CollectiveTrace):
             nodes = len({rank // self.ranks_per_node for rank in group_ranks(func, args, kwargs or {})})
             self.events += [CollectiveEvent(phase, collective, nodes, _by_engine()) for collective in issued]
         elif func.namespace in ("aten", "adco") and not func.is_view and func._opname not in _NO_LAUNCH:
-            self.events.append(_operator_event(phase, func, args, kwargs or {}, out))
+            self.events.append(self._operator_event(phase, func, args, kwargs or {}, out))
+        elif func._opname in _FACTORIES:
+            self._forget(out)
         return out
+
+    def _operator_event(
+        self, phase: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+    ) -> OperatorEvent:
+        arguments = arguments_by_name(func, args, kwargs)
+        inputs, outputs = _tensors((args, kwargs)), _tensors(out)
+        written = _tensors(
+            [
+                arguments.get(a.name)
+                for a in func._schema.arguments
+                if a.alias_info and a.alias_info.is_write and a.name not in _NOT_WRITTEN
+            ]
+        )
+        updated = {id(x) for x in written}
+        made = [x for x in outputs if id(x) not in updated]
+        reads = [] if func._opname in _FILLS else inputs
+        reads_again = [arguments[name] for name in _READ_TWICE.get(func._opname, ())]
+        bytes = sum(map(_bytes, [*reads, *reads_again, *written, *made]))
+        floats = (str(x.dtype).removeprefix("torch.") for x in inputs if x.is_floating_point())
+        flops, exponentials = _WORK[func._opname](args) if func._opname in _WORK else (0.0, 0.0)
+        if formula := flop_registry.get(func._overloadpacket):
+            flops = float(formula(*args, **kwargs, out_val=out))
+        read_uses = tuple(map(self._use, reads))
+        self._forget(made)
+        write_uses = tuple(map(self._use, [*written, *made]))
+        dtype = next(floats, "")
+        return OperatorEvent(phase, func._opname, dtype, flops, bytes, exponentials, read_uses, write_uses)
+
+    def _use(self, x: Tensor) -> Use:
+        number = self._tensors.setdefault(x.untyped_storage()._cdata, next(self._numbers))
+        return Use(number, _bytes(x))
+
+    def _forget(self, made: Any) -> None:
+        """Give new tensors new numbers, as their addresses may be those of tensors that are gone."""
+        for x in _tensors(made):
+            self._tensors.pop(x.untyped_storage()._cdata, None)
 
 
 # Operators that launch no kernel on a GPU.
+_FACTORIES = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _NO_LAUNCH = (
-    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "_unsafe_view", "lift", "lift_fresh"),
+    *(*_FACTORIES, "_unsafe_view", "lift", "lift_fresh"),
     *("resize_", "set_", "_local_scalar_dense", "is_pinned", "_has_compatible_shallow_copy_type"),
 )
 # Operators that only write.
 _FILLS = ("zero_", "fill_", "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "new_zeros", "new_full")
+_NOT_WRITTEN = ("grads",)  # fused optimizers write gradients only to unscale them
 # Inputs that a GPU reads twice: BatchNorm's first pass sums up, and a convolution's gradient is two kernels.
 _READ_TWICE = {
     "native_batch_norm": ("input",),
     "native_batch_norm_backward": ("grad_out", "input"),
     "convolution_backward": ("grad_output",),
 }
-
-
-def _operator_event(phase: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> OperatorEvent:
-    arguments = arguments_by_name(func, args, kwargs)
-    inputs, outputs = _tensors((args, kwargs)), _tensors(out)
-    written = _tensors(
-        [arguments.get(a.name) for a in func._schema.arguments if a.alias_info and a.alias_info.is_write]
-    )
-    if func._opname in _FILLS:
-        bytes = sum(map(_bytes, written or outputs))
-    else:
-        updated = {id(x) for x in written}
-        again = [arguments[name] for name in _READ_TWICE.get(func._opname, ())]
-        bytes = sum(map(_bytes, [*inputs, *again, *written, *(x for x in outputs if id(x) not in updated)]))
-    floats = (str(x.dtype).removeprefix("torch.") for x in inputs if x.is_floating_point())
-    flops, exponentials = _WORK[func._opname](args) if func._opname in _WORK else (0.0, 0.0)
-    if formula := flop_registry.get(func._overloadpacket):
-        flops = float(formula(*args, **kwargs, out_val=out))
-    return OperatorEvent(phase, func._opname, next(floats, ""), flops, bytes, exponentials)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -57,8 +57,8 @@ class Task(Protocol):
     def state(self, step: int) -> dict[str, Any]:
         """Return the tensors of a checkpoint after `step` steps."""
 
-    def evaluate(self) -> Row:
-        """Evaluate the model and return named numbers for the log."""
+    def evaluate(self, step: int) -> Row:
+        """Evaluate the model after `step` steps and return named numbers for the log."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
         def evaluate(step: int) -> None:
             if settings.evaluation_due(step) and step not in metrics.evaluated_steps:
                 metrics.print(f"epoch {step / settings.steps_per_epoch:g}: evaluating")
-                metrics.log({**settings.position(step), **task.evaluate()})
+                metrics.log({**settings.position(step), **task.evaluate(step)})
 
         def check(newest: int) -> None:
             """Check all steps but the `newest`, on which the device may still work while the host goes on."""

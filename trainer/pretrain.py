@@ -131,13 +131,18 @@ class Pretraining:
         self.train_step.method.average_buffers()
         return self.train_step.state(step)
 
-    def evaluate(self) -> Row:
-        """Return the kNN accuracy on the validation images, and on rank 0 the spread of their features."""
+    def evaluate(self, step: int) -> Row:
+        """Return the kNN accuracy on the validation images, and on rank 0 the spread of their features.
+
+        The first evaluation has the accuracy of the pixels as well.
+        """
         assert self.validation is not None
         self.train_step.method.average_buffers()
         student = full_student(self.train_step.method, self.train_step.engine, self.config, self.rank_info)
         device = self.rank_info.device
-        row: Row = {"knn": knn.evaluate(student, self.training, self.validation, device, self.config)}
+        row: Row = {"knn": knn.evaluate(student.backbone, self.training, self.validation, device, self.config)}
+        if step == 0:
+            row |= knn.evaluate_pixels(self.training, self.validation, device, self.config)
         if self.rank_info.rank == 0:
             row |= measure_spread(student, self.validation, device, self.config)
         return row
@@ -215,7 +220,9 @@ def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: floa
     trained = [row for row in rows if "loss" in row]
     results: dict[str, Any] = {}
     if accuracies:
-        results |= {"knn_untrained": accuracies[0], "knn": accuracies[-1]}
+        results |= {"knn_untrained": accuracies[0]}
+        results |= {key: row[key] for row in rows for key in ("knn_pixels",) if key in row}
+        results |= {"knn": accuracies[-1]}
         results |= {"k": config.eval.k, "temperature": config.eval.temperature}
     if trained:
         images = np.diff([0, *(row["images"] for row in trained)])

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from models.encoder import Encoder
+from data.sources.base import Source
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import evaluate_here, write_run
 from tests.trainer.small import write_images
@@ -108,11 +108,7 @@ class Colours:
         return image
 
 
-class MeanColour(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.backbone = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
+MEAN_COLOUR = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 CONFIG = Config.model_validate(
     {
@@ -123,18 +119,47 @@ CONFIG = Config.model_validate(
 )
 
 
-def evaluate_colours(few: int = 7) -> float:
+def colours(few: int = 7) -> tuple[Colours, Colours]:
     names = ["red", "green", "blue"]
     train = Colours(names, names * 3, names * 3)
     shown = [*names, *names, "blue"]
     said = [*names, "red", "red", "red", "blue"]  # 5 of 7 labels are right
-    test = Colours(["blue", "red", "green"], shown[:few], said[:few])
-    return knn.evaluate(cast(Encoder, MeanColour()), train, test, torch.device("cpu"), CONFIG)
+    return train, Colours(["blue", "red", "green"], shown[:few], said[:few])
+
+
+def evaluate_colours(few: int = 7) -> float:
+    return knn.evaluate(MEAN_COLOUR, *colours(few), torch.device("cpu"), CONFIG)
+
+
+def evaluate_pixels() -> dict[str, float]:
+    return knn.evaluate_pixels(*colours(), torch.device("cpu"), CONFIG)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_image_counts_once_under_its_own_class(world_size: int) -> None:
     assert run_ranks(world_size, evaluate_colours) == pytest.approx([5 / 7] * world_size)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_pixels_are_classified_like_features(world_size: int) -> None:
+    assert run_ranks(world_size, evaluate_pixels) == [{"knn_pixels": pytest.approx(5 / 7)}] * world_size
+
+
+@pytest.mark.usefixtures("small_group")
+@pytest.mark.parametrize("size", [16, 24])
+def test_pixels_are_not_classified_where_they_take_much_memory(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """The limit is that of the evaluated size, which need not be the views'. There are 9 and 7 images."""
+    config = CONFIG.model_copy(update={"eval": CONFIG.eval.model_copy(update={"size": size})})
+    for limit, keys in (((9 + 7) * 3 * size**2 * 4, ["knn_pixels"]), ((9 + 7) * 3 * size**2 * 4 - 1, [])):
+        monkeypatch.setattr(knn, "MAX_PIXEL_BYTES", limit)
+        assert list(knn.evaluate_pixels(*colours(), torch.device("cpu"), config)) == keys
+
+
+def test_pixels_of_imagenet_are_not_read() -> None:
+    """1.28 million images of 224 pixels take 771 GB."""
+    imagenet = cast(Source, range(1_281_167))
+    config = Config.model_validate({"run": {"dir": "x", "epochs": 1}, "data": {"train": "x"}})
+    assert knn.evaluate_pixels(imagenet, imagenet, torch.device("cpu"), config) == {}
 
 
 def test_fewer_images_than_ranks() -> None:
@@ -149,6 +174,7 @@ def test_other_settings_than_the_runs_have_their_own_directory(tmp_path: Path) -
     other = evaluate_here(knn.EVALUATOR, run, ["eval.k=3", "eval.temperature=0.07"])
     assert [(result["k"], result["temperature"]) for result in (own, other)] == [(5, 0.1), (3, 0.07)]
     assert read_evaluations(run) == {"knn": own, "knn-k3-t0.07": other}
+    assert 0 < own["knn_pixels"] <= 1
 
 
 @pytest.mark.usefixtures("small_group")

@@ -70,6 +70,8 @@ def test_a_run_leaves_what_a_user_looks_for(tmp_path: Path, images: Path) -> Non
     assert training[0]["lr"] == pytest.approx(0.5 * 12 / 256), "the first step takes the whole rate"
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["knn_untrained"] == evaluations[0]["knn"]
+    assert results["knn_pixels"] == evaluations[0]["knn_pixels"]
+    assert not any("knn_pixels" in row for row in rows[1:]), "measured once"
     assert results["knn"] == evaluations[-1]["knn"]
     steps = [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())]
     assert steps == [f"step-{n:08d}" for n in (4, 8, 12, 16, 18)]

@@ -68,6 +68,7 @@ def evaluation_rows(num_steps: int = 400) -> list[dict[str, Any]]:
 
 RESULTS = {
     "knn_untrained": 0.7112,
+    "knn_pixels": 0.8342,
     "knn": 0.8291,
     "k": 200,
     "temperature": 0.07,
@@ -141,6 +142,7 @@ def test_the_summary_of_the_page(page: Path) -> None:
     for expected in (
         "82.9 %",
         "+11.8 points over the untrained encoder (71.1 %)",
+        "-0.5 points over the raw pixels (83.4 %)",
         "+72.9 points over chance (10.0 %)",
         "k = 200, temperature = 0.07",
         "204,800",
@@ -203,7 +205,10 @@ def test_every_metric_is_charted_unknown_ones_last(page: Path) -> None:
     loss, knn = charts[0], charts[1]
     assert loss["lines"][0]["y"].count(None) == 1, "a loss that is not finite must leave a gap"
     assert knn["lines"][0]["y"] == [0.76, 0.79, 0.81, 0.822, 0.829]
-    assert [(level["label"], level["value"]) for level in knn["levels"]] == [("untrained", 0.7112)]
+    assert [(level["label"], level["value"]) for level in knn["levels"]] == [
+        ("untrained", 0.7112),
+        ("raw pixels", 0.8342),
+    ]
 
 
 def test_hostile_text_is_escaped_and_nothing_is_loaded(page: Path) -> None:
@@ -228,9 +233,12 @@ def test_a_run_without_metrics_has_a_page(tmp_path: Path) -> None:
 
 
 def test_an_unfinished_run_shows_its_latest_accuracy(tmp_path: Path) -> None:
-    html = render(tmp_path, {}, evaluation_rows(), {}, [], [])
+    first = {"step": 0, "epoch": 0.0, "knn": 0.7, "knn_pixels": 0.8342}
+    html = render(tmp_path, {}, [first, *evaluation_rows()], {}, [], [])
     assert "82.9 %" in html
     assert "so far, at step 400" in html
+    (knn,) = drawn_charts(html)
+    assert [(level["label"], level["value"]) for level in knn["levels"]] == [("raw pixels", 0.8342)]
 
 
 def test_rows_without_epochs_are_drawn_over_steps(tmp_path: Path) -> None:

@@ -92,30 +92,28 @@ def forward_images(
 
 
 def embed(
-    encoder: Encoder,
+    network: nn.Module,
     source: Source,
     samples: NDArray[np.int64],
     device: torch.device,
     config: "Config",
-    *,
-    head: bool = False,
 ) -> Features:
     """Compute the features of the central views of some samples. Collective.
 
     Args:
-        encoder: The network, on `device`.
+        network: Maps images [B, 3, S, S] to features [B, D], on `device`: a backbone, or `nn.Flatten()` for the pixels.
+            An `Encoder` gives the embeddings of its head.
         source: The data set.
         samples: Indices of this rank's samples, int64 [N].
         device: Where the features are computed and kept.
         config: See `forward_images`.
-        head: Return the embeddings of the head instead of the features of the backbone.
 
     Raises:
         ValueError: On all ranks, if a rank can read none of its images.
     """
-    function = (lambda x_BCHW: encoder([x_BCHW])) if head else encoder.backbone
+    function = (lambda x_BCHW: network([x_BCHW])) if isinstance(network, Encoder) else network
     xs, numbers = [], []
-    for x_BD, batch_samples in forward_images(encoder, function, source, samples, device, config):
+    for x_BD, batch_samples in forward_images(network, function, source, samples, device, config):
         xs.append(F.normalize(x_BD, dim=1))
         numbers.append(batch_samples)
     raise_on_all_ranks(

@@ -139,7 +139,7 @@ class ClassifierTraining:
         state = {"classifier": self.trained.state_dict(), **named_state(self.trained, self.optimizer, self.scale)}
         return {**state, "step": torch.tensor(step)}
 
-    def evaluate(self) -> Row:
+    def evaluate(self, step: int) -> Row:
         """Never called: the classifier is evaluated once, after its training."""
         raise AssertionError
 

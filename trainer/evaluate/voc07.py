@@ -225,7 +225,7 @@ def _embed_split(context: EvaluationContext, split: str) -> Split:
     rank_info = context.rank_info
     images, classes, labels_NC = _read_split(context, split)
     mine = np.arange(rank_info.rank, len(images), rank_info.world_size)
-    features = embed(context.encoder, images, mine, rank_info.device, context.config)
+    features = embed(context.encoder.backbone, images, mine, rank_info.device, context.config)
     part = (features.x_ND.cpu().numpy(), features.samples_N.numpy())
     parts = [part] * rank_info.world_size
     dist.all_gather_object(parts, part)

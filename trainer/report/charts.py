@@ -10,6 +10,7 @@ import numpy as np
 from trainer.report.format import is_number
 from trainer.run.results import POSITION_KEYS, Row
 
+LEVEL_KEYS = {"knn_pixels"}  # metrics that are drawn as horizontal lines
 MAX_POINTS = 1000  # per line: a screen cannot show more, and they would make the page larger
 
 Drawing = dict[str, Any]  # a chart as `templates/charts.html.j2` draws it
@@ -139,7 +140,7 @@ def draw_charts(rows: list[Row], levels: dict[str, list[Level]]) -> list[Drawing
         levels: Horizontal reference lines by the key of the metric they belong to.
     """
     position = "epoch" if all(is_number(row.get("epoch")) for row in rows) else "step"
-    known = {line.key for chart in CHARTS for line in chart.lines} | POSITION_KEYS
+    known = {line.key for chart in CHARTS for line in chart.lines} | POSITION_KEYS | LEVEL_KEYS
     others = sorted({key for row in rows for key, value in row.items() if is_number(value)} - known)
     drawings: list[Drawing] = []
     for chart in [*CHARTS, *(Chart(OTHER, key.replace("_", " "), "", (Line(key, key),)) for key in others)]:

@@ -65,8 +65,8 @@ def find_neighbours(
     student: Encoder, config: Config, rank_info: RankInfo, train: Source, val: Source, chosen: NDArray[np.int64]
 ) -> list[Gallery]:
     """Returns validation images with those of the `chosen` training images whose backbone features are nearest."""
-    queries = embed(student, val, _spread(len(val), MAX_QUERIES), rank_info.device, config)
-    images = embed(student, train, chosen, rank_info.device, config)
+    queries = embed(student.backbone, val, _spread(len(val), MAX_QUERIES), rank_info.device, config)
+    images = embed(student.backbone, train, chosen, rank_info.device, config)
     return [
         _nearest(val.classes[val.labels[i]], val.image(i), images.x_ND @ x_D, images.samples_N, train)
         for x_D, i in zip(queries.x_ND, queries.samples_N.tolist(), strict=True)
@@ -77,7 +77,7 @@ def find_negatives(
     student: Encoder, n_KD: Tensor, config: Config, rank_info: RankInfo, train: Source, chosen: NDArray[np.int64]
 ) -> list[Gallery]:
     """Returns some of the negatives, unit rows [K, D], with the `chosen` training images of nearest embeddings."""
-    images = embed(student, train, chosen, rank_info.device, config, head=True)
+    images = embed(student, train, chosen, rank_info.device, config)
     return [
         _nearest(f"negative {k}", None, images.x_ND @ n_KD[k], images.samples_N, train)
         for k in _spread(len(n_KD), MAX_NEGATIVES).tolist()

@@ -34,6 +34,7 @@ EVALUATION_DETAILS = {
     "epochs": "{} epochs",
     "lr": "learning rate {:g}",
     "top5": "top-5 {:.1%}",
+    "knn_pixels": "raw pixels {:.1%}",
     "map_11_point": "11-point mAP {:.1%}",
     "unreadable": "{} images unreadable",
 }
@@ -78,10 +79,10 @@ def render(
         negatives: Negatives with the training images nearest to them; may be empty.
     """
     evaluated = read_evaluations(run_dir)
-    levels = reference_levels(results)
+    levels = reference_levels(rows, results)
     charts = draw_charts(
         sorted([*rows, *evaluation_rows(rows, evaluated)], key=lambda row: row["step"]),
-        {"knn": [level for level in levels if level["label"] == "untrained"]},
+        {"knn": [level for level in levels if level["label"] != "chance"]},
     )
     return render_page(
         "run.html.j2",
@@ -102,11 +103,14 @@ def render(
     )
 
 
-def reference_levels(results: dict[str, Any]) -> list[Level]:
-    """Returns the accuracies that the kNN accuracy is compared with, as far as known: untrained encoder, chance."""
+def reference_levels(rows: list[Row], results: dict[str, Any]) -> list[Level]:
+    """Returns what the kNN accuracy is compared with, as far as known: untrained encoder, raw pixels, chance."""
     levels = []
     if is_number(results.get("knn_untrained")):
         levels.append({"label": "untrained", "name": "the untrained encoder", "value": results["knn_untrained"]})
+    pixels = results.get("knn_pixels", latest("knn_pixels", rows))
+    if is_number(pixels):
+        levels.append({"label": "raw pixels", "name": "the raw pixels", "value": pixels})
     if is_number(results.get("classes")) and results["classes"] > 0:
         levels.append({"label": "chance", "name": "chance", "value": 1 / results["classes"]})
     return levels

@@ -153,7 +153,8 @@ class MetricsLogger:
         if self.dashboard:
             self.dashboard.show(row)
         if "knn" in row:
-            self.print(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}")
+            pixels = f" (raw pixels: {row['knn_pixels']:.4f})" if "knn_pixels" in row else ""
+            self.print(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}{pixels}")
         elif not self.dashboard:
             pretext = f"pretext {row['pretext_top1']:.3f}  " if "pretext_top1" in row else ""
             status = f"loss {row['loss']:.3f}  {pretext}{row['images_per_second']:,.0f} img/s"

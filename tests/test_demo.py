@@ -41,3 +41,4 @@ def test_the_demo_learns(tmp_path: Path) -> None:
     results = json.loads((tmp_path / "run/results.json").read_text())
     assert results["knn"] >= results["knn_untrained"] + 0.06
     assert results["knn"] > 0.5
+    assert results["knn_pixels"] > 0.8, "the pixels of aligned images classify them well"

@@ -38,6 +38,10 @@ class Batch:
         """Return a copy in pinned memory; called by the DataLoader's pinning thread."""
         return Batch([view.pin_memory() for view in self.views], self.samples.pin_memory(), self.unreadable)
 
+    def to(self, device: torch.device) -> list[Tensor]:
+        """Return the views on the device; the copy is asynchronous if they are in pinned memory."""
+        return [view.to(device, non_blocking=True) for view in self.views]
+
     def normalized(self, device: torch.device) -> list[Tensor]:
         """Return the network's input, per view float32 [B, 3, S, S] on the device; see `normalize`."""
         return [normalize(view, device) for view in self.views]

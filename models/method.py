@@ -26,6 +26,12 @@ from models.teacher import make_teacher
 
 Phase = Callable[[str], AbstractContextManager[object]]  # surrounds a phase of a step, given its name
 Views = dict[int, Tensor]  # view index to embeddings: unit rows [B, D], fp32
+Normalize = Callable[[Tensor], Tensor]  # uint8 [B, S, S, 3] to network input [B, 3, S, S]; network input to itself
+
+
+def as_it_is(images: Tensor) -> Tensor:
+    """Return normalised images [B, 3, S, S]."""
+    return images
 
 # Settings whose default alone differs between methods.
 TeacherMomentum = Annotated[
@@ -172,33 +178,43 @@ class Method:
         views: list[Tensor],
         seed: int,
         phase: Phase = record_function,
+        normalize: Normalize = as_it_is,
     ) -> StepOutput:
         """Compute loss and metrics of one micro-batch.
 
         Args:
             student: Computes the queries: `self.student` or a wrapper that averages gradients over ranks.
-            views: V image tensors [B, 3, S_v, S_v].
+            views: V image tensors, uint8 [B, S_v, S_v, 3] or normalised [B, 3, S_v, S_v].
             seed: Seed of the BatchNorm shuffle, the same on all ranks.
-            phase: Surrounds the phases teacher, student and score, to time them.
+            phase: Surrounds the phases normalize, teacher, student and score, to time them.
+            normalize: Makes the networks' input. Images that are exchanged travel as bytes and are normalised then.
         """
-        with phase("teacher"):
-            keys = {j: self.keys(views[j], seed + j) for j in self.key_views}
         query_views = self.query_views(len(views))
+        used_here = query_views if self.shuffles else range(len(views))
+        with phase("normalize"):
+            inputs = {i: normalize(views[i]) for i in used_here}
+        with phase("teacher"):
+            keys = {j: self.keys(views[j] if self.shuffles else inputs[j], seed + j, normalize) for j in self.key_views}
         with phase("student"):
-            queries_ND = student([views[i] for i in query_views])
+            queries_ND = student([inputs[i] for i in query_views])
         self.queries_ND = queries_ND.detach()
         with phase("score"), torch.autocast(queries_ND.device.type, enabled=False):
             return self.loss(dict(zip(query_views, queries_ND.chunk(len(query_views)), strict=True)), keys)
 
+    @property
+    def shuffles(self) -> bool:
+        """Whether the teacher gets other images than the student."""
+        return self.settings.bn == "shuffle" and (dist.get_world_size() > 1 or self.settings.bn_group is not None)
+
     @torch.no_grad()
-    def keys(self, images: Tensor, seed: int) -> Tensor:
-        """Embed images [B, 3, S, S] with the teacher: unit rows [B, D]."""
+    def keys(self, images: Tensor, seed: int, normalize: Normalize = as_it_is) -> Tensor:
+        """Embed images, as `forward_step` takes them, with the teacher: unit rows [B, D]."""
         assert self.teacher is not None
-        world_size = dist.get_world_size()
-        if self.settings.bn != "shuffle" or (world_size == 1 and not self.settings.bn_group):
-            return self.teacher([images])
-        route = plan_shuffle(len(images), dist.get_rank(), world_size, seed)
-        return unshuffle(self.teacher([shuffle(images, route)]), route)
+        if not self.shuffles:
+            return self.teacher([normalize(images)])
+        groups = -(-len(images) // (self.settings.bn_group or len(images)))
+        route = plan_shuffle(len(images), dist.get_rank(), dist.get_world_size(), seed, groups)
+        return unshuffle(self.teacher([normalize(shuffle(images, route))]), route)
 
     @torch.no_grad()
     def average_buffers(self) -> None:

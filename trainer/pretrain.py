@@ -108,7 +108,7 @@ class Pretraining:
     def step(self, batch: Batch, step: int) -> StepResult:
         """See `trainer.loop.Task.step`."""
         with self.phases("normalize"):
-            views = batch.normalized(self.rank_info.device)
+            views = batch.to(self.rank_info.device)
         self.rates = rates_at(self.config, step - 1, self.steps)
         return self.train_step.step(views, self._seed(step), self.rates)
 
@@ -122,7 +122,7 @@ class Pretraining:
 
     def describe_failure(self, error: NotFinite, batch: Batch, step: int) -> str:
         """Dump the step for `python -m trainer replay`."""
-        views, rates = batch.normalized(self.rank_info.device), rates_at(self.config, step - 1, self.steps)
+        views, rates = batch.to(self.rank_info.device), rates_at(self.config, step - 1, self.steps)
         inputs = replay.StepInputs(views, batch.samples, self._seed(step), rates)
         return replay.dump(Path(self.config.run.dir), step, self.train_step, inputs, error)
 

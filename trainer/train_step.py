@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data.normalize import normalize
 from data.references import is_reference
 from models.encoder import Encoder
 from models.method import Method
@@ -27,6 +28,11 @@ class Rates(NamedTuple):
     lr: float
     bank_lr: float
     teacher_momentum: float
+
+
+def network_input(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Normalise uint8 images to `dtype`, see `data.normalize.normalize`; floats are normalised already and stay."""
+    return images if images.is_floating_point() else normalize(images, device, dtype)
 
 
 class StepSeeds:
@@ -63,6 +69,7 @@ class TrainStep:
         engine: Distributes and updates student and teacher.
         accumulate: Number of micro-batches (gradient-accumulation steps) per step.
         precision: Type of autocast; torch.float32 for none.
+        normalize: Makes the networks' input in the type of autocast, to which the first convolution would cast it.
         num_parameters: Parameters of the whole student.
         phases: Measures the phases of the step.
     """
@@ -86,6 +93,7 @@ class TrainStep:
             EngineInputs(*networks, config.optim, config.data.batch_size, rank_info, self.precision)
         )
         self.rank_info, self.phases = rank_info, PhaseTimer(rank_info.device)
+        self.normalize = functools.partial(network_input, device=rank_info.device, dtype=self.precision)
         self.seeds = StepSeeds(rank_info.device, always=is_reference(config.model.backbone))
         self.statistics = RunningStatistics(*networks)
         # NaN after a failed step, until `load`: as a factor of the loss it makes all later steps fail, too.
@@ -99,7 +107,7 @@ class TrainStep:
         In fp16, a gradient that overflows while all losses are finite only skips the student's update.
 
         Args:
-            views: V normalised images [B, 3, S_v, S_v] on the device.
+            views: V image tensors on the device: uint8 [B, S_v, S_v, 3], or normalised [B, 3, S_v, S_v].
             seed: Source of all random numbers in the networks, together with the rank; equal on all ranks.
             rates: Learning rates and momentum of this step.
 
@@ -117,7 +125,9 @@ class TrainStep:
                 with torch.autocast(
                     self.rank_info.device.type, self.precision, enabled=self.precision != torch.float32
                 ):
-                    output = self.method.forward_step(self.engine.student, list(micro_batch), seed + i, self.phases)
+                    output = self.method.forward_step(
+                        self.engine.student, list(micro_batch), seed + i, self.phases, self.normalize
+                    )
                 loss = output.loss.detach()
                 with self.phases("backward"):
                     # NaN unless the loss is finite: then all gradients are NaN, on all ranks.

@@ -70,7 +70,7 @@ def allocated(config: Config) -> int:
         let_gloo_run_first()  # its threads exist by now
         for step in range(STEPS):
             each, sizes = config.data.batch_size // rank_info.world_size, [view.size for view in config.data.views]
-            views = [torch.randn(each, 3, size, size).to(memory_format=torch.channels_last) for size in sizes]
+            views = [torch.randint(256, (each, size, size, 3), dtype=torch.uint8) for size in sizes]
             train_step.step(views, step, Rates(1e-3, 3.0, 0.99))
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     live = most = 0

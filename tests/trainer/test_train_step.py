@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.trainer.engines import build_train_step, make_config, make_rank_info, train
+from data.normalize import normalize
+from tests.ranks import run_ranks
+from tests.trainer.engines import SIDE, build_train_step, make_config, make_rank_info, train
 from tests.trainer.small import VIT, VIT_ARGS
 from trainer.run import checkpoint
-from trainer.train_step import StepSeeds, TrainStep
+from trainer.train_step import Rates, StepSeeds, TrainStep
 
 
 @pytest.fixture
@@ -101,3 +103,31 @@ def test_batches_are_not_counted_and_counters_stay_in_checkpoints(head_norm: boo
     assert all(x == 7 for x in found.values())
     running = [x for name, x in resumed.state(0)["student"].items() if name.endswith("running_mean")]
     assert all(x.abs().sum() > 0 for x in running), "the statistics themselves still move"
+
+
+# Images as the loader makes them
+
+
+def losses(precision: str, *, by_bytes: bool) -> list[float]:
+    """Losses of two steps on this rank, with images normalised by the step or before."""
+    config = make_config("resnet", method={"bn": "shuffle", "symmetric": True}, run={"precision": precision})
+    train_step = build_train_step(config, make_rank_info())
+    found = []
+    for step in range(2):
+        generator = torch.Generator().manual_seed(step)
+        views = [torch.randint(256, (8, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator) for _ in range(3)]
+        inputs = views if by_bytes else [normalize(view, torch.device("cpu")) for view in views]
+        found.append(float(train_step.step(inputs, step, Rates(0.05, 3.0, 0.9))["loss"]))
+    return found
+
+
+def losses_of_both(precision: str) -> tuple[list[float], list[float]]:
+    return losses(precision, by_bytes=True), losses(precision, by_bytes=False)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_bytes_and_normalised_images_train_alike_bit_for_bit(precision: str) -> None:
+    """In bf16 a convolution would round normalised images to bf16 just so."""
+    for by_bytes, normalized in run_ranks(2, losses_of_both, precision):
+        assert by_bytes == normalized
+        assert by_bytes[0] != by_bytes[1]

@@ -18,9 +18,9 @@ WARMUP = 3  # turns that are not counted: they choose algorithms and allocate me
 def run(config: Config, repeats: int) -> dict[str, Any]:
     """Time both steps in `repeats` alternating turns on one batch of random images.
 
-    Returns a dictionary: step_seconds of `TrainStep.step`; bare_seconds of the forward passes of student and teacher,
-    the backward pass of a sum, the optimizer's step and the moving average; overhead, their ratio minus one; phases,
-    the share of each phase in the training step.
+    Returns a dictionary: step_seconds of `TrainStep.step`; bare_seconds of normalising, the forward passes of student
+    and teacher, the backward pass of a sum, the optimizer's step and the moving average; overhead, their ratio minus
+    one; phases, the share of each phase in the training step.
     """
     with distributed.process_group(config.run.device) as rank_info:
         train_step, bare_step = (build_step(config, rank_info) for _ in range(2))
@@ -63,13 +63,14 @@ def _take_bare_step(train_step: TrainStep, views: list[Tensor], config: Config) 
     method, engine, accumulate = train_step.method, train_step.engine, train_step.accumulate
     precision = train_step.precision
     for i, micro_batch in enumerate(zip(*(view.chunk(accumulate) for view in views), strict=True)):
+        inputs = [train_step.normalize(view) for view in micro_batch]
         with engine.micro_batch(last=i == accumulate - 1):
             with torch.autocast(views[0].device.type, precision, enabled=precision != torch.float32):
                 if method.teacher:
                     with torch.no_grad():
                         for j in method.key_views:
-                            method.teacher([micro_batch[j]])
-                output = engine.student([micro_batch[j] for j in method.query_views(len(micro_batch))])
+                            method.teacher([inputs[j]])
+                output = engine.student([inputs[j] for j in method.query_views(len(inputs))])
             engine.backward(output.sum())
     engine.step(0.0)
     engine.update_teacher(config.method.teacher_momentum)

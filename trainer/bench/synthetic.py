@@ -58,5 +58,5 @@ def random_batch(config: Config, rank_info: RankInfo) -> Batch:
 
 
 def random_views(config: Config, rank_info: RankInfo) -> list[Tensor]:
-    """Return this rank's batch of random views on the device, normalised, float32 [B, 3, S_v, S_v] each."""
-    return random_batch(config, rank_info).normalized(rank_info.device)
+    """Return this rank's batch of random views on the device, uint8 [B, S_v, S_v, 3] each."""
+    return random_batch(config, rank_info).views

@@ -108,7 +108,7 @@ def _measure(
         with phases("data"):
             batch = next(batches)
         with phases("normalize"):
-            views = batch.normalized(device)
+            views = batch.to(device) if train_step else batch.normalized(device)
         if train_step:
             train_step.step(views, number, frozen_rates(config))
 

@@ -1,7 +1,7 @@
 """Saves a step whose loss or gradient was not finite, so that it can be repeated and examined.
 
 replay/step-00001234/                       a checkpoint of the state before the step
-replay/batch-00001234-rank-0.safetensors    the views as the networks received them
+replay/batch-00001234-rank-0.safetensors    the views, uint8 or normalised
 replay/step-00001234.json                   images of each rank, seed, rates, and which values were not finite
 """
 
@@ -97,7 +97,8 @@ def replay(run: Path) -> str:
         train_step = TrainStep(config, rank_info)
         train_step.load(folder / f"step-{step:08d}")
         batch = load_file(_batch_file(folder, step, rank_info.rank), device=str(rank_info.device))
-        views = [batch[f"view{i}"].contiguous(memory_format=torch.channels_last) for i in range(len(config.data.views))]
+        views = [batch[f"view{i}"] for i in range(len(config.data.views))]
+        views = [x.contiguous(memory_format=torch.channels_last) if x.is_floating_point() else x for x in views]
         findings = _watch(train_step.method.student, train_step.method.teacher)
         for i, view in enumerate(views):
             if count := int((~view.isfinite()).sum()):

@@ -10,12 +10,12 @@ import gc
 import logging
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.profiler import record_function
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.normalize import normalize, normalize_fused
@@ -110,6 +110,7 @@ def _dry_run(config: Config, rank_info: RankInfo) -> DryRun:
         method, engine = train_step.method, train_step.engine
         if for_gpu:
             _use_foreach(engine)
+            train_step.normalize = partial(normalize_fused, dtype=train_step.precision)
         if isinstance(engine, ddp.DDP) and engine.wrapped is not None:
             # On a fake group DDP's own reduction in C++ has no result (torch 2.14).
             engine.wrapped.register_comm_hook(compress, _reduce_bucket)
@@ -122,9 +123,8 @@ def _dry_run(config: Config, rank_info: RankInfo) -> DryRun:
         _tag_gradients(engine, method.student, ledger)
         for step in range(STEPS):
             with trace if step == STEPS - 1 else nullcontext():
-                with record_function("normalize"):
-                    images, views = _batch(config, rank_info.world_size)
-                ledger.tag("activations", [*images, *views])
+                views = _batch(config, rank_info.world_size)
+                ledger.tag("activations", views)
                 train_step.step(views, step, Rates(0.1, 3.0, 0.99))
             ledger.tag("optimizer", _shards(_optimizer_tensors(engine)))
         ledger.tag_rest("gradients")  # all other tensors that outlive a step are buckets
@@ -166,11 +166,10 @@ def _reduce_bucket(compress: str, bucket: dist.GradBucket) -> torch.futures.Futu
     return future
 
 
-def _batch(config: Config, world_size: int) -> tuple[list[Tensor], list[Tensor]]:
-    """Return this rank's images of each view, as the loader makes them and normalised."""
+def _batch(config: Config, world_size: int) -> list[Tensor]:
+    """Return this rank's images of each view, as the loader makes them."""
     num_images = config.data.batch_size // world_size
-    images = [torch.empty(num_images, view.size, view.size, 3, dtype=torch.uint8) for view in config.data.views]
-    return images, [_normalize(x, config) for x in images]
+    return [torch.empty(num_images, view.size, view.size, 3, dtype=torch.uint8) for view in config.data.views]
 
 
 def _normalize(images: Tensor, config: Config) -> Tensor:

@@ -11,7 +11,7 @@ from torchvision.transforms import functional as tvf
 from data.batch import Batch, Crops
 from data.cpu import render, render_center
 from data.loader import eval_batches, train_batches
-from data.normalize import normalize
+from data.normalize import normalize, normalize_fused
 from data.order import batch_samples
 from data.sources.base import Source, UnreadableImage
 from data.sources.folder import ImageFolder
@@ -271,6 +271,16 @@ def test_normalize(dtype: torch.dtype) -> None:
     assert torch.equal(images, before)
     theirs = tvf.normalize(images.permute(0, 3, 1, 2).float() / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
     torch.testing.assert_close(out, theirs.to(dtype), atol=1e-6 if dtype == torch.float32 else 1e-2, rtol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fused_normalisation_rounds_once(dtype: torch.dtype) -> None:
+    """In one operation, without a copy in float32 and without products in a low precision."""
+    images = torch.arange(256, dtype=torch.uint8).repeat(3).view(2, 16, 8, 3)
+    out = normalize_fused(images, dtype)
+    assert out.dtype == dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(out.float(), normalize(images, CPU), rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
 def test_normalize_known_values() -> None:

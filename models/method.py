@@ -33,6 +33,7 @@ def as_it_is(images: Tensor) -> Tensor:
     """Return normalised images [B, 3, S, S]."""
     return images
 
+
 # Settings whose default alone differs between methods.
 TeacherMomentum = Annotated[
     float, Field(ge=0, le=1, description="Momentum of the teacher's moving average at the first step.")

@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import trainer.build
-from data.normalize import normalize
 from models import method
 from models.encoder import Encoder
 from tests.trainer.engines import make_config
@@ -87,9 +86,9 @@ def _find_wait(network: str, sections: Sections, plant: Plant | None) -> str | N
                 train_step.method.loss = functools.partial(_planted, train_step.method.loss, plant)  # type: ignore[method-assign]
             averages = Averages()
             for number in range(2):
-                views = [normalize(image.to(DEVICE, non_blocking=True), DEVICE) for image in images]
+                views = [image.to(DEVICE, non_blocking=True) for image in images]
                 with _Watch(active=number == 1):
-                    views = [normalize(image.to(DEVICE, non_blocking=True), DEVICE) for image in images]
+                    views = [image.to(DEVICE, non_blocking=True) for image in images]
                     averages.add(train_step.step(views, number, Rates(0.1, 3.0, 0.99)).metrics)
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_ours(f.filename)]

@@ -117,7 +117,7 @@ def losses(precision: str, *, by_bytes: bool) -> list[float]:
         generator = torch.Generator().manual_seed(step)
         views = [torch.randint(256, (8, SIDE, SIDE, 3), dtype=torch.uint8, generator=generator) for _ in range(3)]
         inputs = views if by_bytes else [normalize(view, torch.device("cpu")) for view in views]
-        found.append(float(train_step.step(inputs, step, Rates(0.05, 3.0, 0.9))["loss"]))
+        found.append(float(train_step.step(inputs, step, Rates(0.05, 3.0, 0.9)).metrics["loss"]))
     return found
 
 

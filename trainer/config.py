@@ -119,7 +119,9 @@ class Model(Section):
     )
     predictor: int | None = Field(None, ge=1, description="Hidden units of the student's predictor; null for none.")
     weights: PathText | None = Field(
-        None, description="Run directory, pre-trained or imported, whose student initialises this run; null for none."
+        None,
+        description="What initialises the encoder: the directory of a run or of an imported model, or a checkpoint as "
+        "`import` takes it, such as a folder in timm's or transformers' format; null for random weights.",
     )
 
 
@@ -222,6 +224,12 @@ class Config(Section):
         for section, warmup in (("optim", self.optim.warmup), ("bank", self.bank.warmup)):
             if warmup > self.run.epochs:
                 raise ValueError(f"{section}.warmup: {warmup} epochs are more than run.epochs, {self.run.epochs}")
+        if self.optim.frozen_epochs and not self.model.weights:
+            raise ValueError("optim.frozen_epochs: a backbone with random weights would not learn; give model.weights")
+        if self.optim.frozen_epochs > self.run.epochs:
+            raise ValueError(
+                f"optim.frozen_epochs: {self.optim.frozen_epochs} are more than run.epochs, {self.run.epochs}"
+            )
         return self
 
 

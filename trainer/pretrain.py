@@ -24,6 +24,7 @@ from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate import knn
 from trainer.evaluate.spread import measure_spread
 from trainer.external import short_name
+from trainer.interop.import_ import initial_weights
 from trainer.interop.weights import load_encoder
 from trainer.loop import LoopSettings, device_name, train
 from trainer.ops import replay
@@ -68,8 +69,9 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: 
         )
         saved = checkpoint.newest(folder / "checkpoints")
         # The weights to start from are read only once: later starts continue from the checkpoints.
-        weights = config.model.weights
-        initial = load_encoder(Path(weights), config)[0] if weights and not saved else None
+        initial = None
+        if config.model.weights and not saved:
+            initial = load_encoder(initial_weights(config, rank_info), config)[0]
         train_step = TrainStep(config, rank_info, copy.deepcopy(initial))
         start = 0
         if saved:
@@ -83,7 +85,13 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: 
         batches = train_batches(training, config.data, config.run.seed, rank, world_size, start, settings.steps, device)
     seconds = train(task, batches, start, settings, rank_info)
     rows = read_rows(folder / "metrics.jsonl") if rank_info.rank == 0 else []
-    write_results(folder / "results.json", _results(config, rank_info, rows, seconds) if rank_info.rank == 0 else None)
+    results = _results(config, rank_info, rows, seconds) if rank_info.rank == 0 else None
+    write_results(folder / "results.json", results)
+    if results and results.get("knn", 1.0) < results.get("knn_initial", 0.0):
+        log.warning(
+            f"kNN fell from {results['knn_initial']:.4f} with the initial weights to {results['knn']:.4f}: lower "
+            "optim.lr or optim.layer_decay, or raise optim.frozen_epochs"
+        )
 
 
 class Pretraining:
@@ -118,7 +126,7 @@ class Pretraining:
         for sign in self.health.new_signs(averages | values):
             if self.rank_info.rank == 0:
                 log.warning("step %d: %s", step, sign)
-        return values | self.rates._asdict()
+        return values | {name: rate for name, rate in self.rates._asdict().items() if rate is not None}
 
     def describe_failure(self, error: NotFinite, batch: Batch, step: int) -> str:
         """Dump the step for `python -m trainer replay`."""
@@ -157,10 +165,13 @@ def rates_at(config: Config, step: int, steps: int) -> Rates:
     lr, final = (scaled_lr(x, config.data.batch_size) for x in (optim.lr, optim.lr_final))
     optim_warmup, bank_warmup = (x.warmup * steps / config.run.epochs for x in (optim, bank))
     bank_lr_final = bank.lr if bank.lr_final is None else bank.lr_final
+    encoder_lr = cosine(step, steps, lr, final, optim_warmup)
+    is_frozen = step < optim.frozen_epochs * steps / config.run.epochs
     return Rates(
-        lr=cosine(step, steps, lr, final, optim_warmup),
+        lr=encoder_lr,
         bank_lr=cosine(step, steps, bank.lr, bank_lr_final, bank_warmup),
         teacher_momentum=_cosine_or_constant(step, steps, method.teacher_momentum, method.teacher_momentum_final),
+        backbone_lr=None if not optim.frozen_epochs else 0.0 if is_frozen else encoder_lr,
     )
 
 
@@ -220,7 +231,7 @@ def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: floa
     trained = [row for row in rows if "loss" in row]
     results: dict[str, Any] = {}
     if accuracies:
-        results |= {"knn_untrained": accuracies[0]}
+        results |= {"knn_initial" if config.model.weights else "knn_untrained": accuracies[0]}
         results |= {key: row[key] for row in rows for key in ("knn_pixels",) if key in row}
         results |= {"knn": accuracies[-1]}
         results |= {"k": config.eval.k, "temperature": config.eval.temperature}

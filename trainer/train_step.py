@@ -23,11 +23,19 @@ from trainer.run.phases import PhaseTimer
 
 
 class Rates(NamedTuple):
-    """The scheduled values of one step: learning rates of encoder and bank, and the teacher's momentum."""
+    """The scheduled values of one step.
+
+    Attributes:
+        lr: Learning rate of the encoder.
+        bank_lr: Learning rate of the bank.
+        teacher_momentum: Momentum of the teacher's moving average.
+        backbone_lr: Learning rate of the encoder's backbone; None if it is `lr`.
+    """
 
     lr: float
     bank_lr: float
     teacher_momentum: float
+    backbone_lr: float | None = None
 
 
 def network_input(images: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -138,7 +146,7 @@ class TrainStep:
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + value / self.accumulate if i else value / self.accumulate
         with self.phases("optimizer"):
-            norm = self.engine.step(rates.lr)
+            norm = self.engine.step(rates.lr, rates.backbone_lr)
             overflow = not_finite(norm)
             own_failed = not_finite(functools.reduce(torch.add, factors))
             failed = self._failed(overflow, own_failed)

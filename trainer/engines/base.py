@@ -22,7 +22,7 @@ from models.encoder import Encoder
 from models.teacher import MovingAverage
 from trainer.distributed import RankInfo
 from trainer.engines.finite import LossScale, not_finite
-from trainer.engines.optim import Optim, local, make_optimizer, shard_group
+from trainer.engines.optim import Optim, local, make_optimizer, set_learning_rates, shard_group
 from trainer.schema import Section
 
 State = dict[str, dict[str, Any]]
@@ -99,7 +99,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of the loss."""
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, backbone_lr: float | None = None) -> Tensor:
         """Update the student and clear the gradients. The caller updates the loss scale.
 
         Returns:
@@ -135,7 +135,7 @@ class TorchEngine:
         """See `Engine.backward`."""
         (loss * self.scale.value if self.scale else loss).backward()
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, backbone_lr: float | None = None) -> Tensor:
         """See `Engine.step`."""
         trained = [p for p in self.parameters if p.grad is not None]
         sharded = [p for p in trained if isinstance(p, DTensor)]
@@ -148,7 +148,7 @@ class TorchEngine:
             dist.all_reduce(sharded_squares, group=shard_group(sharded[0]))
             squares = sharded_squares + squares
         norm = squares.sqrt() / self.scale.value if self.scale else squares.sqrt()
-        update(self.optimizer, norm, self.clip, self.scale, lr)
+        update(self.optimizer, norm, self.clip, self.scale, lr, backbone_lr)
         return norm
 
     def average(self, replicated_grads: list[Tensor]) -> None:
@@ -294,23 +294,29 @@ def squared_norm(tensors: list[Tensor], device: torch.device) -> Tensor:
     return torch.stack(torch._foreach_norm(tensors)).to(device, torch.float32).square().sum()
 
 
-def update(optimizer: Any, norm: Tensor, clip: float | None, scale: LossScale | None, lr: float) -> None:
+def update(
+    optimizer: Any,
+    norm: Tensor,
+    clip: float | None,
+    scale: LossScale | None,
+    lr: float,
+    backbone_lr: float | None = None,
+) -> None:
     """Take one optimizer step unless `norm` is not finite, and clear the gradients. Nothing is read by the host.
 
     Args:
-        optimizer: One with the attributes `found_inf` and `grad_scale` of torch's fused optimizers. A group's learning
-            rate becomes `lr` times its `lr_scale`, if it has one.
+        optimizer: One with the attributes `found_inf` and `grad_scale` of torch's fused optimizers.
         norm: Norm of the complete gradient, without the loss scale, fp32 scalar.
         clip: Maximum gradient norm, or None.
         scale: The loss scale by which the gradients are still multiplied, or None.
         lr: Learning rate.
+        backbone_lr: Learning rate of the backbone; None for `lr`.
     """
     divisor = scale.value if scale else None
     if clip is not None:
         excess = ((norm + 1e-6) / clip).clamp(min=1.0)
         divisor = excess if divisor is None else excess * divisor
     optimizer.grad_scale, optimizer.found_inf = divisor, not_finite(norm).float()
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+    set_learning_rates(optimizer.param_groups, lr, backbone_lr)
     optimizer.step()
     optimizer.zero_grad()

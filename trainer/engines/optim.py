@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
-from timm.optim import param_groups_weight_decay
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -39,6 +39,19 @@ class Optim(Section):
         "save memory, each with its own batch statistics and batch keys.",
     )
     clip: float | None = Field(None, gt=0, description="Maximum gradient norm (clipping); null for no clipping.")
+    layer_decay: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Layer-wise learning-rate decay of the backbone, for a run that starts from model.weights: each "
+        "layer's rate is this times that of the layer above it.",
+    )
+    frozen_epochs: float = Field(
+        0.0,
+        ge=0,
+        description="Epochs at the start in which the backbone's learning rate is 0 and only projection head and "
+        "predictor learn; needs model.weights.",
+    )
 
     @model_validator(mode="after")
     def _final_is_lower(self) -> "Optim":
@@ -68,17 +81,55 @@ def make_optimizer(student: nn.Module, settings: Optim, fused: bool = True) -> t
         settings: Section `optim`.
         fused: Whether AdamW is one operation that can be skipped on the device, like SGD and LARS.
     """
-    groups: Iterable[dict[str, Any]]
-    if settings.decay_norm_and_bias:
-        groups = [{"params": list(student.parameters()), "weight_decay": settings.weight_decay}]
-    else:
-        groups = param_groups_weight_decay(student, settings.weight_decay)
-    groups = [part for group in groups for part in _split(group)]
+    groups = [part for group in _parameter_groups(student, settings) for part in _split(group)]
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
     if settings.name == "lars":
         return Lars(groups, lr=settings.lr, momentum=settings.momentum)
     return Sgd(groups, lr=settings.lr, momentum=settings.momentum)
+
+
+def _parameter_groups(student: nn.Module, settings: Optim) -> Iterable[dict[str, Any]]:
+    """Return the parameters by weight decay and, if the backbone learns at rates of its own, by these."""
+    decay, decay_vectors = settings.weight_decay, settings.decay_norm_and_bias
+    if settings.layer_decay < 1 or settings.frozen_epochs:
+        backbone = backbone_groups(student.get_submodule("backbone"), decay, settings.layer_decay, decay_vectors)
+        others = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
+        vectors, matrices = ([p for p in others if (p.dim() < 2) == wanted] for wanted in (True, False))
+        return [
+            *({**group, "backbone": True} for group in backbone),
+            {"params": matrices, "weight_decay": decay},
+            {"params": vectors, "weight_decay": decay if decay_vectors else 0.0},
+        ]
+    if decay_vectors:
+        return [{"params": list(student.parameters()), "weight_decay": decay}]
+    groups: Iterable[dict[str, Any]] = param_groups_weight_decay(student, decay)
+    return groups
+
+
+def backbone_groups(
+    backbone: nn.Module, weight_decay: float, layer_decay: float, decay_vectors: bool = False
+) -> list[dict[str, Any]]:
+    """Return a backbone's parameters by layer, with `lr_scale`, the factor of their learning rate.
+
+    Args:
+        backbone: The network.
+        weight_decay: Weight decay of matrices and filters.
+        layer_decay: Factor of each layer's rate to that of the layer above it; the last layer's is 1.
+        decay_vectors: Whether norms and biases have weight decay, too.
+    """
+    groups = param_groups_layer_decay(
+        backbone, weight_decay, weight_decay_exclude_1d=not decay_vectors, layer_decay=layer_decay
+    )
+    largest = max(group["lr_scale"] for group in groups)
+    return [{**group, "lr_scale": group["lr_scale"] / largest} for group in groups]
+
+
+def set_learning_rates(groups: list[dict[str, Any]], lr: float, backbone_lr: float | None = None) -> None:
+    """Set the rate of an optimizer's groups: `lr`, or `backbone_lr` if given for the backbone's, times `lr_scale`."""
+    for group in groups:
+        own = lr if backbone_lr is None or "backbone" not in group else backbone_lr
+        group["lr"] = own * group.get("lr_scale", 1.0)
 
 
 def _split(group: dict[str, Any]) -> list[dict[str, Any]]:

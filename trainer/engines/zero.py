@@ -32,7 +32,7 @@ from trainer.engines.base import (
     prepare_blocks,
 )
 from trainer.engines.finite import LossScale
-from trainer.engines.optim import FlatLayout, Lars, Optim, make_optimizer
+from trainer.engines.optim import FlatLayout, Lars, Optim, make_optimizer, set_learning_rates
 
 
 class Settings(EngineSettings):
@@ -138,10 +138,9 @@ class Zero:
             self.zero.override_loss_scale(float(self.scale.value))
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> Tensor:
+    def step(self, lr: float, backbone_lr: float | None = None) -> Tensor:
         """See `Engine.step`. DeepSpeed reads on the host whether the gradient is finite."""
-        for group in self.zero.param_groups:
-            group["lr"] = lr
+        set_learning_rates(self.zero.param_groups, lr, backbone_lr)
         self.engine.step()
         norm = math.inf if self.zero.overflow else float(self.zero._global_grad_norm)
         self._wait()

@@ -23,14 +23,13 @@ from numpy.typing import NDArray
 from pydantic import Field, field_validator
 from rich.console import Console
 from rich.table import Table
-from timm.optim import param_groups_layer_decay
 
 from data.order import steps_per_epoch
 from data.settings import PathText
 from data.sources.base import Source
 from data.sources.subset import Subset, draw_balanced, find_named, read_names
 from models.batchnorm import synchronise_bn
-from trainer.engines.optim import Sgd, cosine, scaled_lr
+from trainer.engines.optim import Sgd, backbone_groups, cosine, scaled_lr
 from trainer.evaluate.base import RESULTS, EvaluationContext, Evaluator, Results, labelled_sources
 from trainer.evaluate.probe import MOMENTUM, Classifier, CropScale, score
 from trainer.run.files import read_json, write_atomically, write_json
@@ -148,10 +147,8 @@ def parameter_groups(network: Classifier, finetune: Settings) -> list[dict[str, 
     backbone have no weight decay.
     """
     decay = finetune.weight_decay
-    backbone = param_groups_layer_decay(network.backbone, decay, layer_decay=finetune.layer_decay)
-    largest = max(group["lr_scale"] for group in backbone)
     head = {"params": list(network.head.parameters()), "weight_decay": decay, "lr_scale": finetune.head_lr}
-    return [*({**group, "lr_scale": group["lr_scale"] / largest} for group in backbone), head]
+    return [*backbone_groups(network.backbone, decay, finetune.layer_decay), head]
 
 
 def _train_seed(seed: int, epochs: int, train: Source, test: Source, context: EvaluationContext) -> Results:

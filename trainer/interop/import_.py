@@ -2,6 +2,8 @@
 
 import fnmatch
 import hashlib
+import json
+import logging
 import os
 import shutil
 import sys
@@ -17,6 +19,7 @@ from data.normalize import MEAN, STD
 from trainer.build import build_encoder
 from trainer.config import Config
 from trainer.config_file import dump, load
+from trainer.distributed import RankInfo, raise_on_all_ranks
 from trainer.interop.architecture import (
     backbone_name,
     find_architecture,
@@ -29,8 +32,11 @@ from trainer.interop.read import read_checkpoint, weight_files
 from trainer.interop.weights import differences
 from trainer.run.checkpoint import WEIGHTS
 from trainer.run.directory import IMPORTED
-from trainer.run.files import write_atomically, write_json
+from trainer.run.files import exists, write_atomically, write_json
 
+log = logging.getLogger(__name__)
+
+STEM = ("small_images", "stem_stride", "stem_padding")  # keys of section `model` that change a ResNet's first layers
 HEAD = ("0.weight", "0.bias", "2.weight", "2.bias")  # Linear, ReLU, Linear: the head of MoCo v2, AdCo and ours
 
 
@@ -139,6 +145,31 @@ def parse_arguments(texts: list[str]) -> dict[str, Any]:
             raise ValueError(f"--backbone-args: got {text!r}, need key=value or {{key: value}}")
         arguments |= parsed if is_mapping else {key: parsed}
     return arguments
+
+
+def initial_weights(config: Config, rank_info: RankInfo) -> Path:
+    """Returns the run directory that `model.weights` names. Called by all ranks.
+
+    A checkpoint of another program is first imported to `initial` in the run directory, for the configuration's
+    backbone; what an earlier start imported there is replaced.
+
+    Raises ValueError, on all ranks, if it cannot be imported.
+    """
+    path = Path(str(config.model.weights))
+    if not exists(path) or exists(path / "config.yaml") or exists(path / "checkpoints"):
+        return path
+    imported, error, model = Path(config.run.dir) / "initial", None, config.model
+    if rank_info.rank == 0:
+        try:
+            if imported.exists():
+                shutil.rmtree(imported)
+            arguments = [f"{key}={json.dumps(value)}" for key, value in model.backbone_args.items()]
+            stem = [f"model.{key}={json.dumps(getattr(model, key))}" for key in STEM]
+            log.info("%s", import_weights(path, imported, model.backbone, stem, arguments))
+        except (ValueError, OSError) as failure:
+            error = f"model.weights: {failure}"
+    raise_on_all_ranks(error)
+    return imported
 
 
 def _leave_out(tensors: Tensors, patterns: list[str]) -> tuple[Tensors, list[str]]:

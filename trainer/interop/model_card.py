@@ -73,9 +73,10 @@ def _results(results: dict[str, Any]) -> list[tuple[str, str]]:
     if "knn" in results:
         settings = f"k = {results['k']}, T = {results['temperature']}"
         rows.append((f"kNN top-1 on the validation images ({settings})", format_percent(results["knn"])))
-        rows.append(("kNN top-1 of the untrained encoder", format_percent(results["knn_untrained"])))
-        if "knn_pixels" in results:
-            rows.append(("kNN top-1 of the raw pixels", format_percent(results["knn_pixels"])))
+        baselines = {"knn_untrained": "the untrained encoder", "knn_initial": "the initial weights"}
+        for key, name in (baselines | {"knn_pixels": "the raw pixels"}).items():
+            if key in results:
+                rows.append((f"kNN top-1 of {name}", format_percent(results[key])))
     if "seconds" in results:
         machine = f"{results['ranks']} × {results['device']}"
         rows.append(("training time", f"{format_seconds(results['seconds'])}, {machine}"))

@@ -146,10 +146,10 @@ def _tag_gradients(engine: Engine, student: torch.nn.Module, ledger: MemoryLedge
     """Tag gradients whenever the optimizer is about to use them."""
     original = engine.step
 
-    def step(lr: float) -> Tensor:
+    def step(lr: float, backbone_lr: float | None = None) -> Tensor:
         ledger.tag("gradients", _shards(p.grad for p in student.parameters() if p.grad is not None))
         ledger.tag_rest("gradients", created_in="backward")
-        return original(lr)
+        return original(lr, backbone_lr)
 
     engine.step = step  # type: ignore[method-assign]
 

@@ -104,10 +104,12 @@ def render(
 
 
 def reference_levels(rows: list[Row], results: dict[str, Any]) -> list[Level]:
-    """Returns what the kNN accuracy is compared with, as far as known: untrained encoder, raw pixels, chance."""
+    """Returns what the kNN accuracy is compared with, as far as known: the encoder before, raw pixels, chance."""
     levels = []
     if is_number(results.get("knn_untrained")):
         levels.append({"label": "untrained", "name": "the untrained encoder", "value": results["knn_untrained"]})
+    if is_number(results.get("knn_initial")):
+        levels.append({"label": "before", "name": "the initial weights", "value": results["knn_initial"]})
     pixels = results.get("knn_pixels", latest("knn_pixels", rows))
     if is_number(pixels):
         levels.append({"label": "raw pixels", "name": "the raw pixels", "value": pixels})

@@ -86,15 +86,16 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
     """Update one tile of negatives.
 
     Tensors: q [N, D] with N > 0 divisible by T, log_coef fp32 [N] (binary logarithms); n [K, D], w and v fp32 or bf16
-    [K, D] are read and written, v may be None; mass and grad fp32 [K] are written. seed and
-    first are int32 that are interpreted as unsigned. skip is a uint8 scalar or None: if it is not 0, mass and grad are
-    0 and nothing else is written; it masks the stores, because a branch around the loop would cost every step. scale is
-    log2(e) / T_a. SIMILARITY, WEIGHTED and PRECISION are those of `tiles.Products`.
+    [K, D] are read and written, v may be None; mass and grad fp32 [K] are written. seed and first are int32 that are
+    interpreted as unsigned. skip is a uint8 scalar or None: if it is not 0, nothing is written. scale is log2(e) / T_a. SIMILARITY, WEIGHTED and PRECISION are those of `tiles.Products`.
     """
     W_ROUNDED: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
     V_ROUNDED: tl.constexpr = v_ptr is not None and v_ptr.dtype.element_ty == tl.bfloat16
     start = tl.program_id(0) * B
     rows_B = tl.arange(0, B)
+    if skip_ptr is not None:
+        if tl.load(skip_ptr) != 0:
+            return
     inside_B = start + rows_B < num_negatives
     inside_B1 = inside_B[:, None]
     columns_T = tl.arange(0, T)
@@ -133,12 +134,6 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
     row_bits_B1 = _hash((first.to(tl.uint32) + (start + rows_B).to(tl.uint32)) ^ seed.to(tl.uint32))[:, None]
     column_step = tl.full([], _COLUMN_STEP, tl.uint32)
 
-    written_B1 = inside_B1
-    if skip_ptr is not None:
-        taken = tl.load(skip_ptr) == 0
-        written_B1 = inside_B1 & taken
-        mass_B = tl.where(taken, mass_B, 0.0)
-
     # All threads of a program must read before any of them writes, because a thread may store other elements than it
     # loaded.
     tl.debug_barrier()
@@ -156,22 +151,19 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
         bits_BC = _hash(row_bits_B1 + ((columns_C + i * C).to(tl.uint32) * column_step)[None, :])
         if v_ptr is not None:
             stored_v_BC = _rounded(v_BC, bits_BC >> 16) if V_ROUNDED else v_BC
-            tl.store(v_ptr + i * C + offsets_BC, stored_v_BC.to(v_ptr.dtype.element_ty), mask=written_B1)
+            tl.store(v_ptr + i * C + offsets_BC, stored_v_BC.to(v_ptr.dtype.element_ty), mask=inside_B1)
         w_BC -= lr * v_BC
         if W_ROUNDED:
             w_BC = _rounded(w_BC, bits_BC)
-        tl.store(w_ptr + i * C + offsets_BC, w_BC.to(w_ptr.dtype.element_ty), mask=written_B1)
+        tl.store(w_ptr + i * C + offsets_BC, w_BC.to(w_ptr.dtype.element_ty), mask=inside_B1)
         square_B += tl.sum(w_BC * w_BC, 1)
         w_slices += (w_BC,)  # type: ignore[assignment]
     inverse_B1 = (1 / tl.sqrt(square_B))[:, None]
     for i in tl.static_range(len(w_slices)):
         n_BC = w_slices[i] * inverse_B1
-        tl.store(n_ptr + i * C + offsets_BC, n_BC.to(n_ptr.dtype.element_ty), mask=written_B1)
+        tl.store(n_ptr + i * C + offsets_BC, n_BC.to(n_ptr.dtype.element_ty), mask=inside_B1)
     tl.store(mass_ptr + start + rows_B, mass_B, mask=inside_B)
-    grad_B = tl.sqrt(grad_square_B)
-    if skip_ptr is not None:
-        grad_B = tl.where(taken, grad_B, 0.0)
-    tl.store(grad_ptr + start + rows_B, grad_B, mask=inside_B)
+    tl.store(grad_ptr + start + rows_B, tl.sqrt(grad_square_B), mask=inside_B)
 
 
 def adversary_step(
@@ -199,8 +191,8 @@ def adversary_step(
     missing = max(1, triton.cdiv(len(q_ND), tile.columns)) * tile.columns - len(q_ND)
     log_coef_N = F.pad(coef_N.float().log2(), (0, missing), value=-math.inf)
     q_ND = F.pad(q_ND, (0, 0, 0, missing)) if missing else q_ND
-    mass_K = q_ND.new_empty(num_negatives, dtype=torch.float32)
-    grad_K = torch.empty_like(mass_K)
+    # Zero, because a skipped step writes nothing.
+    mass_K, grad_K = (q_ND.new_zeros(num_negatives, dtype=torch.float32) for _ in range(2))
     adversary_kernel[(triton.cdiv(num_negatives, tile.rows),)](
         q_ND, log_coef_N, n_KD, w_KD, v_KD, mass_K, grad_K, None if skip is None else skip.view(torch.uint8),
         len(q_ND), num_negatives,

@@ -87,13 +87,15 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
 
     Tensors: q [N, D] with N > 0 divisible by T, log_coef fp32 [N] (binary logarithms); n [K, D], w and v fp32 or bf16
     [K, D] are read and written, v may be None; mass and grad fp32 [K] are written. seed and first are int32 that are
-    interpreted as unsigned. skip is a uint8 scalar or None: if it is not 0, nothing is written. scale is log2(e) / T_a. SIMILARITY, WEIGHTED and PRECISION are those of `tiles.Products`.
+    interpreted as unsigned.
+    skip is a uint8 scalar or None: if it is not 0, nothing is written. scale is log2(e) / T_a. SIMILARITY, WEIGHTED and
+    PRECISION are those of `tiles.Products`.
     """
     W_ROUNDED: tl.constexpr = w_ptr.dtype.element_ty == tl.bfloat16
     V_ROUNDED: tl.constexpr = v_ptr is not None and v_ptr.dtype.element_ty == tl.bfloat16
     start = tl.program_id(0) * B
     rows_B = tl.arange(0, B)
-    if skip_ptr is not None:
+    if skip_ptr is not None:  # noqa: SIM102 (known when it is compiled, the other when it runs)
         if tl.load(skip_ptr) != 0:
             return
     inside_B = start + rows_B < num_negatives

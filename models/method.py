@@ -195,7 +195,10 @@ class Method:
         with phase("normalize"):
             inputs = {i: normalize(views[i]) for i in used_here}
         with phase("teacher"):
-            keys = {j: self.keys(views[j] if self.shuffles else inputs[j], seed + j, normalize) for j in self.key_views}
+            if self.shuffles:
+                keys = {j: self.keys(views[j], seed + j, normalize) for j in self.key_views}
+            else:
+                keys = {j: self.keys(inputs[j], seed + j) for j in self.key_views}
         with phase("student"):
             queries_ND = student([inputs[i] for i in query_views])
         self.queries_ND = queries_ND.detach()

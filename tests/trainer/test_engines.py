@@ -37,7 +37,7 @@ ENGINES: dict[str, dict[str, Any]] = {
 # Optimizer of each network; other tests use SGD. The ViT has no bias of queries, keys and values: the bias of keys has
 # no effect, so its gradient is a rounding error, which AdamW turns into full steps.
 RECIPES: dict[str, Sections] = {
-    "resnet": {"optim": {"name": "lars", "lr": 4.0, "weight_decay": 1e-3, "decay_norm_and_bias": False}},
+    "resnet": {"optim": {"name": "lars", "lr": 3.0, "weight_decay": 1e-3, "decay_norm_and_bias": False}},
     "vit": {
         "model": {"backbone_args": {**VIT_ARGS, "qkv_bias": False}},
         "optim": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.1, "decay_norm_and_bias": False, "accumulate": 2},

@@ -101,6 +101,7 @@ def test_a_lower_accuracy_is_reported(
     tmp_path: Path, released: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     accuracies = iter([0.75, 0.5])
+    monkeypatch.setattr("trainer.evaluate.knn.evaluate_pixels", lambda *_: {})
     monkeypatch.setattr("trainer.evaluate.knn.evaluate", lambda *_: next(accuracies))
     pretrain(config_for(tmp_path / "run", released, eval={"knn_every": 0, "k": 5}))
     assert "kNN fell from 0.7500 with the initial weights to 0.5000: lower optim.lr or" in capfd.readouterr().err

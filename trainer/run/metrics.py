@@ -84,7 +84,7 @@ class MetricsLogger:
         run: Path | None = None,
     ) -> None:
         self.path = folder / "metrics.jsonl"
-        self.active = active
+        self.active, self.unwritten = active, ""
         shared = [_delete_rows_after(self.path, start) if active else []]
         dist.broadcast_object_list(shared)
         (rows,) = shared
@@ -113,6 +113,8 @@ class MetricsLogger:
         """Stop the dashboard and close the trackers."""
         if self.dashboard:
             self.dashboard.live.stop()
+        if self.unwritten:
+            self._write(json.loads(self.unwritten.splitlines()[-1])["step"])
         close_trackers(self.trackers)
 
     @property
@@ -136,10 +138,8 @@ class MetricsLogger:
         if not self.active:
             return
         row = {**row, "seconds": round(self.seconds, 3)}
-        try:
-            _append(self.path, json.dumps(row) + "\n")
-        except OSError as error:
-            log.warning("metrics of step %d not written: %s", row["step"], error)
+        self.unwritten += json.dumps(row) + "\n"
+        self._write(row["step"])
         values = {name: value for name, value in flatten(row).items() if name != "step"}
         for name, tracker in list(self.trackers.items()):
             try:
@@ -148,6 +148,14 @@ class MetricsLogger:
                 log.warning("%s gets no more rows until the next start: %s", name, error)
                 del self.trackers[name]  # TensorBoard's writer does not recover
         self._show(row)
+
+    def _write(self, step: int) -> None:
+        """Write what is not written yet. A disk that a checkpoint has filled has space again when that has failed."""
+        try:
+            _append(self.path, self.unwritten)
+            self.unwritten = ""
+        except OSError as error:
+            log.warning("metrics of step %d not written: %s", step, error)
 
     def _show(self, row: Row) -> None:
         if self.dashboard:

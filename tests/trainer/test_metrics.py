@@ -194,9 +194,7 @@ def fill_disk(folder: Path) -> bool:
 def test_a_full_disk_leaves_whole_lines(tmp_path: Path) -> None:
     (gave_up,) = run_ranks(1, fill_disk, tmp_path)
     assert gave_up
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert 3 < len(lines) < 59
-    assert steps(tmp_path) == [*range(1, len(lines)), 60]
+    assert steps(tmp_path) == list(range(1, 61)), "rows that did not fit were written when there was space"
 
 
 def test_peak_memory() -> None:

@@ -440,7 +440,8 @@ FAKE_SLURM = {
     "squeue": "echo RUNNING",
     "scontrol": 'echo "$*" >> requeued',
 }
-ASK = "kill -USR1 $(ps -o ppid= -p $PPID); sleep 0.3; exit 1"
+# Ask the job's script for a stop and fail once it has passed that on, by the file that it makes.
+ASK = "rm -f run/stop; kill -USR1 $(ps -o ppid= -p $PPID); until [ -e run/stop ]; do sleep 0.05; done; exit 1"
 
 
 def run_job(tmp_path: Path, training: str, starts: int = 3, **variables: str) -> tuple[list[int], str]:

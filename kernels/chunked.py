@@ -95,26 +95,8 @@ def adversary_step(
 ) -> AdversaryStats:
     """Take the step of `reference.adversary_step`; the gradient exists for one tile of negatives at a time."""
     check_adversary(q_ND, coef_N, n_KD, w_KD, v_KD, skip)
-    if skip is not None and skip.is_cpu:  # to read it, the host waits for nothing
-        if skip.item():
-            wide = torch.promote_types(q_ND.dtype, torch.float32)
-            return AdversaryStats(*(q_ND.new_zeros(len(w_KD), dtype=wide) for _ in range(2)))
+    if skip is not None and skip.is_cpu and not skip:  # the host may read it there, and no tile needs a copy
         skip = None
-    return update_tiles(q_ND, coef_N, n_KD, w_KD, v_KD, params, seed, first, skip)
-
-
-def update_tiles(
-    q_ND: Tensor,
-    coef_N: Tensor,
-    n_KD: Tensor,
-    w_KD: Tensor,
-    v_KD: Tensor | None,
-    params: AdversaryParams,
-    seed: int,
-    first: int,
-    skip: Tensor | None,
-) -> AdversaryStats:
-    """Take the step of `reference.adversary_step` tile by tile, without reading `skip` on the host."""
     temperature, lr, momentum, weight_decay = params
     wide = torch.promote_types(q_ND.dtype, torch.float32)
     q_ND = q_ND.to(wide)
@@ -130,7 +112,7 @@ def update_tiles(
         tile = slice(start, start + _TILE)
         n_TD, stored_w_TD = n_KD[tile], w_KD[tile]
         size = len(n_TD)
-        stored = [x_KD[tile] for x_KD in (n_KD, w_KD, v_KD) if x_KD is not None and skip is not None]
+        stored = [] if skip is None else [x_KD[tile] for x_KD in (n_KD, w_KD, v_KD) if x_KD is not None]
         before = [x_TD.clone() for x_TD in stored]
         w_TD = stored_w_TD.to(wide)  # no copy if the stored weights have this dtype: they are then updated in place
         p_TN = torch.addmm(log_coef_1N, n_TD.to(wide), scaled_ND.T, out=similarities[:size]).exp2_()

@@ -207,7 +207,7 @@ class Method:
 
     @property
     def shuffles(self) -> bool:
-        """Whether the teacher gets other images than the student."""
+        """Return whether the teacher of a rank embeds images of other ranks or BatchNorm groups."""
         return self.settings.bn == "shuffle" and (dist.get_world_size() > 1 or self.settings.bn_group is not None)
 
     @torch.no_grad()

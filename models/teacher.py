@@ -67,11 +67,14 @@ class MovingAverage:
         """
         if self._tensors is None:
             self._tensors = self._match()
-        for teacher, student in self._tensors.averaged:
-            _average(teacher, student, momentum, skip)
-        for target, source in self._tensors.strided:
-            averaged = target.lerp(source, 1 - momentum)
-            target.copy_(averaged if skip is None else torch.where(skip, target, averaged))
+        if isinstance(momentum, Tensor):
+            skip = momentum == 1 if skip is None else skip | (momentum == 1)
+        if isinstance(momentum, Tensor) or momentum < 1:
+            for teacher, student in self._tensors.averaged:
+                _average(teacher, student, momentum, skip)
+            for target, source in self._tensors.strided:
+                averaged = target.lerp(source, 1 - momentum)
+                target.copy_(averaged if skip is None else torch.where(skip, target, averaged))
         if self._tensors.copied[0]:
             torch._foreach_copy_(*self._tensors.copied)
         self.loaded()
@@ -116,23 +119,17 @@ def _match(teacher: nn.Module, student: nn.Module, local: Callable[[Tensor], Ten
     return _Tensors(list(averaged.values()), strided, copied)
 
 
-def _average(
-    teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor, skip: Tensor | None = None
-) -> None:
+def _average(teacher: list[Tensor], student: list[Tensor], momentum: float | Tensor, skip: Tensor | None) -> None:
     """Move dense tensors of one device and dtype in one launch."""
-    if not isinstance(momentum, Tensor):
-        if momentum == 1:
-            return
-        if skip is None:
-            torch._foreach_lerp_(teacher, student, 1 - momentum)
-            return
+    if skip is None:
+        assert not isinstance(momentum, Tensor)
+        torch._foreach_lerp_(teacher, student, 1 - momentum)
+        return
     # torch._foreach_lerp_ would read the momentum on the host. The moving average is a step of SGD with learning rate
     # 1 - momentum on |teacher - student|^2 / 2, whose gradient is that of weight decay 1 minus the student. Torch's
     # fused SGD takes the rate, and whether to skip the step, from the device.
     if isinstance(momentum, Tensor):
         momentum = momentum.to(teacher[0].device)
-        skip = momentum == 1 if skip is None else (momentum == 1) | skip.to(momentum.device)
-    assert skip is not None
     torch._fused_sgd_(
         teacher,
         student,

@@ -232,7 +232,8 @@ def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: floa
     results: dict[str, Any] = {}
     if accuracies:
         results |= {"knn_initial" if config.model.weights else "knn_untrained": accuracies[0]}
-        results |= {key: row[key] for row in rows for key in ("knn_pixels",) if key in row}
+        if pixels := [row["knn_pixels"] for row in rows if "knn_pixels" in row]:
+            results |= {"knn_pixels": pixels[0]}
         results |= {"knn": accuracies[-1]}
         results |= {"k": config.eval.k, "temperature": config.eval.temperature}
     if trained:

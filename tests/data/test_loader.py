@@ -275,7 +275,7 @@ def test_normalize(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_fused_normalisation_rounds_once(dtype: torch.dtype) -> None:
-    """In one operation, without a copy in float32 and without products in a low precision."""
+    """There is one operation, which makes no copy in float32 and no products in a low precision."""
     images = torch.arange(256, dtype=torch.uint8).repeat(3).view(2, 16, 8, 3)
     out = normalize_fused(images, dtype)
     assert out.dtype == dtype

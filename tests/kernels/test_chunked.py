@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import AdversaryParams, AdversaryStats, chunked, reference
+from kernels import AdversaryParams, chunked, reference
 from tests.kernels.cases import (
     ADVERSARY_TEMPERATURE,
     Case,
@@ -113,16 +113,8 @@ def test_the_step_changes_the_bank_in_place_and_nothing_else(kernels: Any) -> No
     assert torch.equal(coef_N, torch.full((17,), 1e-20, dtype=torch.float64))
 
 
-class Tiled:
-    """The step tile by tile, which a GPU without the Triton kernels takes because it does not read `skip`."""
-
-    @staticmethod
-    def adversary_step(*args: Any) -> AdversaryStats:
-        return chunked.update_tiles(*args, *(None,) * (9 - len(args)))
-
-
 @pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kernels", [reference, chunked, Tiled])
+@pytest.mark.parametrize("kernels", [reference, chunked])
 def test_a_skipped_step_changes_no_bit(kernels: Any, weights: torch.dtype) -> None:
     case = make_case(17, 17, 300, 32).to(torch.float32)
     case = case._replace(w_KD=case.w_KD.to(weights))

@@ -65,7 +65,7 @@ def global_batch(rows: bool, dtype: torch.dtype) -> Tensor:
 
 
 def run_kinds(dtype: torch.dtype) -> dict[str, tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """For each kind, a step of this rank, and of plain BatchNorm on the global batch."""
+    """Return for each kind a step of this rank and one of plain BatchNorm on the global batch."""
     rank, world_size = dist.get_rank(), dist.get_world_size()
     found = {}
     for kind, (make, rows) in KINDS.items():

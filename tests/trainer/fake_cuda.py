@@ -180,7 +180,7 @@ def _backward(loss: Tensor) -> None:
 
 
 class _Unwrapped(nn.Module):
-    """In place of DistributedDataParallel: gradients are not averaged."""
+    """A wrapper in place of DistributedDataParallel, which does not average gradients."""
 
     def __init__(self, network: nn.Module, **options: Any) -> None:
         super().__init__()

@@ -48,7 +48,7 @@ def hangs(setting: Setting) -> Iterator[Line]:
 
 
 def ended(process: int) -> bool:
-    """Whether a process has ended, even if nobody has waited for it."""
+    """Return whether a process has ended, even if nobody has waited for it."""
     try:
         return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
     except FileNotFoundError:

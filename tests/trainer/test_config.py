@@ -511,7 +511,7 @@ def test_what_may_change_on_resume(section: str, changes: dict[str, object], exp
 
 @pytest.mark.parametrize(("earlier", "now"), [(True, "blocks"), (False, "none")])
 def test_compile_was_true_or_false(tmp_path: Path, earlier: bool, now: str) -> None:
-    """In configurations and in the directories of runs of earlier versions."""
+    """Earlier versions wrote true or false, in configurations and in the directories of runs."""
     for engine in ({}, {"kind": "fsdp"}, {"kind": "deepspeed", "stage": 2}):
         path = write(tmp_path / "a.yaml", {**BASE, "engine": {**engine, "compile": earlier}})
         assert load(path).engine.compile == now

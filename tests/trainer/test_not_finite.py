@@ -23,7 +23,7 @@ def build(name: str, engine: str, **sections: dict[str, Any]) -> TrainStep:
 
 
 def step(train_step: TrainStep, number: int, bad: float | None = None) -> StepResult:
-    """Take a step, in which a picture of rank 1 has the value `bad`."""
+    """Take a step, in which an image of rank 1 has the value `bad`."""
     generator = torch.Generator().manual_seed(10 * number + dist.get_rank())
     views = [torch.randn(8, 3, SIDE, SIDE, generator=generator) for _ in range(3)]
     if bad is not None and dist.get_rank() == 1:

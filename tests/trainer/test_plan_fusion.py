@@ -1,4 +1,4 @@
-"""What a compiled encoder is predicted to launch and to move."""
+"""The planner predicts the launches and the memory traffic of a compiled encoder."""
 
 import pytest
 import torch

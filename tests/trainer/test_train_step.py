@@ -1,4 +1,4 @@
-"""What a training step leaves out: seeds that nothing needs, counters that nobody reads, and casts of weights."""
+"""A training step leaves out seeds that nothing needs, counters that nobody reads, and casts of weights."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,7 +33,7 @@ def resume(train_step: TrainStep, config: Any, folder: Path) -> TrainStep:
 
 
 def draws(step: Callable[[], object]) -> bool:
-    """Whether a step draws from torch's generator or seeds it."""
+    """Return whether a step draws from torch's generator or seeds it."""
     torch.manual_seed(5)
     before = torch.get_rng_state()
     step()
@@ -44,7 +44,7 @@ def draws(step: Callable[[], object]) -> bool:
 @pytest.mark.parametrize("network", ["resnet", "vit"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_resumed_run_continues_with_the_same_bits(network: str, precision: str, tmp_path: Path) -> None:
-    """With stochastic depth, whose random numbers follow from the step, and with kept low-precision weights."""
+    """This also holds with stochastic depth, whose random numbers follow from the step, and with kept bf16 weights."""
     model: dict[str, Any] = {}
     if network == "vit":
         model = {**VIT, "backbone_args": {**VIT_ARGS, "drop_path_rate": 0.5}}
@@ -127,7 +127,7 @@ def losses_of_both(precision: str) -> tuple[list[float], list[float]]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_bytes_and_normalised_images_train_alike_bit_for_bit(precision: str) -> None:
-    """In bf16 a convolution would round normalised images to bf16 just so."""
+    """In bf16 the first convolution would round normalised fp32 images to the same numbers."""
     for by_bytes, normalized in run_ranks(2, losses_of_both, precision):
         assert by_bytes == normalized
         assert by_bytes[0] != by_bytes[1]

@@ -316,7 +316,11 @@ def update(
     if clip is not None:
         excess = ((norm + 1e-6) / clip).clamp(min=1.0)
         divisor = excess if divisor is None else excess * divisor
-    optimizer.grad_scale, optimizer.found_inf = divisor, not_finite(norm).float()
+    found_inf = not_finite(norm).float()
+    if any(local(group["params"][0]).is_cpu for group in optimizer.param_groups):
+        # The host runs the optimizer of offloaded parameters, so it waits until these numbers have arrived.
+        found_inf, divisor = found_inf.cpu(), None if divisor is None else divisor.cpu()
+    optimizer.grad_scale, optimizer.found_inf = divisor, found_inf
     set_learning_rates(optimizer.param_groups, lr, backbone_lr)
     optimizer.step()
     optimizer.zero_grad()

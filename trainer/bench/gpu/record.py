@@ -20,7 +20,7 @@ class Setting(NamedTuple):
 
     @property
     def small(self) -> bool:
-        """Whether the part runs on a CPU, small, so that every line is executed."""
+        """Return whether the part runs on a CPU, with small sizes, so that every line is executed."""
         return self.device.type == "cpu"
 
     def pick(self, on_gpu: int, on_cpu: int) -> int:

@@ -72,8 +72,8 @@ def write_images(folder: Path, count: int, side: int) -> Path:
     (folder / "class").mkdir(parents=True)
     for i in range(count):
         fields = generator.integers(0, 256, (4, 4, 3), np.uint8)
-        picture = cv2.resize(fields, (side + i % 7, side), interpolation=cv2.INTER_CUBIC)
-        assert cv2.imwrite(str(folder / f"class/{i:04d}.jpg"), picture)
+        image = cv2.resize(fields, (side + i % 7, side), interpolation=cv2.INTER_CUBIC)
+        assert cv2.imwrite(str(folder / f"class/{i:04d}.jpg"), image)
     return folder
 
 

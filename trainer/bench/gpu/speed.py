@@ -102,30 +102,21 @@ def check_fp16_speed(setting: Setting) -> Iterator[Line]:
 
 
 def check_compile(setting: Setting) -> Iterator[Line]:
-    """Compare losses and speed of each value of engine.compile, and of a CUDA graph, with those of none."""
+    """Compare losses and speed of each value of engine.compile with those of none."""
     if setting.small:  # everything except the compiler, which would take a CPU minutes
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     images = setting.pick(32, 8)
     with distributed.process_group(setting.device.type) as rank_info:
         eager: tuple[list[float], float] | None = None
-        for name, engine in _variants():
-            losses, taken = _train(recipe(setting, images, {"engine": engine}), rank_info, setting)
+        for value in get_args(Settings.model_fields["compile"].annotation):
+            name = f"compile {value}"
+            losses, taken = _train(recipe(setting, images, {"engine": {"compile": value}}), rank_info, setting)
             free_memory(setting.device)
             eager = eager or (losses, taken)
             # Compiled code rounds to bf16 at other places.
             off = difference(losses, eager[0])
             yield at_most(f"{name}, losses", off, 5e-2, "of the first line's", details={"losses": losses})
             yield in_time(f"{name}, step of {images}", 1e3 * taken, 1e3 * eager[1], "the first line's")
-
-
-def _variants() -> list[tuple[str, dict[str, Any]]]:
-    """Return the values that the configuration accepts, first that which does nothing."""
-    fields = Settings.model_fields
-    values = get_args(fields["compile"].annotation) or (False, True)
-    variants: list[tuple[str, dict[str, Any]]] = [(f"compile {value}", {"compile": value}) for value in values]
-    if "cuda_graph" in fields:
-        variants += [(f"compile {value}, graph", {"compile": value, "cuda_graph": True}) for value in values]
-    return variants
 
 
 def _train(config: Config, rank_info: RankInfo, setting: Setting) -> tuple[list[float], float]:

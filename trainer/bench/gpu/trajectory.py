@@ -61,17 +61,17 @@ def make_config(network: str, device: str, *changes: dict[str, Any], batch_size:
 
 
 def make_views(config: Config, rank_info: RankInfo, step: int) -> list[Tensor]:
-    """Return this rank's views of a step, float32 [B, 3, S, S]: noise on pictures of 4 x 4 fields.
+    """Return this rank's views of a step, float32 [B, 3, S, S]: noise on images of 4 x 4 fields.
 
     All ranks together have the images of one rank alone, on any device.
     """
     generator = torch.Generator().manual_seed(step)
     size, batch_size = config.data.views[0].size, config.data.batch_size
     fields = torch.randn(batch_size, 3, 4, 4, generator=generator)
-    pictures = fields.repeat_interleave(size // 4, 2).repeat_interleave(size // 4, 3)
-    noise = torch.randn(len(config.data.views), *pictures.shape, generator=generator)
-    images = (pictures + 0.3 * noise).chunk(rank_info.world_size, 1)[rank_info.rank]
-    return [view.to(rank_info.device).contiguous(memory_format=torch.channels_last) for view in images]
+    images = fields.repeat_interleave(size // 4, 2).repeat_interleave(size // 4, 3)
+    noise = torch.randn(len(config.data.views), *images.shape, generator=generator)
+    views = (images + 0.3 * noise).chunk(rank_info.world_size, 1)[rank_info.rank]
+    return [view.to(rank_info.device).contiguous(memory_format=torch.channels_last) for view in views]
 
 
 def train(config: Config, rank_info: RankInfo, steps: int, nudge: float = 0.0) -> list[float]:

@@ -1,14 +1,9 @@
-"""Training that sends a signal to itself after some steps: one that a test sends could come after the run's end.
-
-Usage: python -m tests.trainer.signal_at STEPS SIGNAL VERB [ARGUMENTS OF THE VERB]
-"""
+"""Training that sends a signal to itself after some steps: one that a test sends could come after the run's end."""
 
 import itertools
 import os
 import signal
-import sys
 
-from trainer.__main__ import main
 from trainer.ops.stop import StopHandler
 
 
@@ -23,9 +18,3 @@ def signal_at(steps: int, number: signal.Signals) -> None:
         return should_stop(handler)
 
     StopHandler.should_stop = wrapped  # type: ignore[assignment,method-assign]
-
-
-if __name__ == "__main__":
-    signal_at(int(sys.argv[1]), signal.Signals[sys.argv[2]])
-    del sys.argv[1:3]
-    main()

@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from data.tools import write_shards
+from tests.processes import Program, start_ranks, trainer
+from tests.trainer.signal_at import signal_at
 from tests.trainer.small import PYTHON, RESNET, VIT, VIT_ARGS, small_config, write_images
 from trainer.config import Config
 from trainer.config_file import dump
@@ -47,13 +49,28 @@ def checksums(folder: Path) -> dict[str, str]:
     }
 
 
-def command(config: Config, ranks: int = 1, signal_at: tuple[int, str] | None = None) -> list[str]:
-    """Return the command of a run; `signal_at`: steps after which rank 0 sends itself a signal, and its name."""
+def write_config(config: Config) -> str:
     path = Path(config.run.dir).with_suffix(".yaml")
     path.write_text(dump(config))
+    return str(path)
+
+
+def command(config: Config, ranks: int = 1) -> list[str]:
+    """Return the command of a run."""
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    program = ["trainer"] if signal_at is None else ["tests.trainer.signal_at", *map(str, signal_at)]
-    return [PYTHON, *launcher, "-m", *program, "pretrain", str(path)]
+    return [PYTHON, *launcher, "-m", "trainer", "pretrain", write_config(config)]
+
+
+def pretrain_with_signal(config: str, steps: int, name: str) -> None:
+    """Pre-train; after that many steps rank 0 sends itself a signal."""
+    signal_at(steps, signal.Signals[name])
+    trainer("pretrain", config)
+
+
+def pretrain_with_limit(config: str, size: int) -> None:
+    """Pre-train with files of at most `size` bytes."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+    trainer("pretrain", config)
 
 
 def test_a_run_leaves_what_a_user_looks_for(tmp_path: Path, images: Path) -> None:
@@ -199,10 +216,10 @@ def test_shuffled_batchnorm_trains_on_two_ranks_and_goes_on_with_one(
 ) -> None:
     """Under any engine; and then with none."""
     config = small_config(tmp_path / "run", images, engine=engine)
-    process = subprocess.Popen(command(config, ranks=2), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    wait_for_step(tmp_path / "run", 9, process)
-    process.send_signal(signal.SIGINT)
-    process.wait(timeout=300)
+    ranks = start_ranks(2, trainer, "pretrain", write_config(config))
+    wait_for_step(tmp_path / "run", 9, ranks)
+    ranks[0].send_signal(signal.SIGINT)
+    assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].errors
     pretrain(small_config(tmp_path / "run", images))
     rows = rows_of(tmp_path / "run")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 19))
@@ -219,11 +236,11 @@ def test_the_loss_curve_goes_on_over_other_numbers_of_ranks(tmp_path: Path, imag
     pretrain(whole)
     stops = []
     for ranks in (4, 2):
-        line = command(elastic, ranks, signal_at=(5, "SIGTERM"))
-        output = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300).stdout
+        programs = start_ranks(ranks, pretrain_with_signal, write_config(elastic), 5, "SIGTERM")
+        assert [rank.wait() for rank in programs] == [75] * ranks
         stops.append(json.loads((tmp_path / "elastic/stopped.json").read_text())["step"])
-        assert f"{ranks} ranks on cpu" in output
-    subprocess.run(command(elastic, 3), check=True, capture_output=True, timeout=300)
+        assert f"{ranks} ranks on cpu" in programs[0].errors
+    assert [rank.wait() for rank in start_ranks(3, trainer, "pretrain", write_config(elastic))] == [0] * 3
     assert stops == [6, 12], "one step after the signal"
     rows = [[row for row in rows_of(tmp_path / name) if "loss" in row] for name in ("whole", "elastic")]
     for alone, together in zip(*rows, strict=True):
@@ -232,14 +249,14 @@ def test_the_loss_curve_goes_on_over_other_numbers_of_ranks(tmp_path: Path, imag
             assert together[key] == pytest.approx(alone[key], rel=1e-5), (alone["step"], key)
 
 
-def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
-    for _ in range(1200):
+def wait_for_step(folder: Path, step: int, ranks: list[Program]) -> None:
+    for _ in range(6000):
         path = folder / "metrics.jsonl"
         if path.exists() and path.read_text().count('"loss"') >= step:
             return
-        assert process.poll() is None, process.communicate()[0]
+        assert ranks[0].process.is_alive(), ranks[0].errors
         time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached in a minute")
+    raise AssertionError(f"step {step} was not reached in five minutes")
 
 
 BF16 = {"size": 30, "precision": "bf16", "weights": "bf16", "velocity": "bf16"}
@@ -259,8 +276,8 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, images: Path, sections
     whole = small_config(tmp_path / "whole", images, **sections)
     killed = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "killed")})})
     pretrain(whole)
-    process = subprocess.run(command(killed, signal_at=(10, "SIGKILL")), capture_output=True, text=True)
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    program = Program(pretrain_with_signal, write_config(killed), 10, "SIGKILL")
+    assert program.wait() == -signal.SIGKILL, program.errors
     pretrain(killed)
     assert rows_of(tmp_path / "killed") == rows_of(tmp_path / "whole")
     assert checksums(tmp_path / "killed") == checksums(tmp_path / "whole")
@@ -270,11 +287,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, images: Path) -> None
     whole = small_config(tmp_path / "whole", images)
     stopped = whole.model_copy(update={"run": whole.run.model_copy(update={"dir": str(tmp_path / "stopped")})})
     pretrain(whole)
-    line = command(stopped, signal_at=(5, "SIGTERM"))
-    process = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.returncode == 75, process.stdout
+    program = Program(pretrain_with_signal, write_config(stopped), 5, "SIGTERM")
+    assert program.wait() == 75, program.errors
     assert json.loads((tmp_path / "stopped/stopped.json").read_text())["step"] == 6
-    last_line = process.stdout.splitlines()[-1]
+    last_line = program.errors.splitlines()[-1]
     assert last_line == "stopped after step 6 (SIGTERM): the same command resumes the run"
     assert (tmp_path / "stopped/checkpoints/step-00000006").is_dir()
     pretrain(stopped)
@@ -309,10 +325,10 @@ def test_too_many_unreadable_images_stop_the_run_on_all_ranks(tmp_path: Path) ->
     for i in range(0, 24, 2):
         (images / f"class-1/{i:03d}.png").write_bytes(b"")
     config = small_config(tmp_path / "run", images)
-    done = subprocess.run(command(config, ranks=2), capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 1
-    refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(set(refusals)) == 1, "every rank refuses in the same words; torchrun may end the second one first"
+    ranks = start_ranks(2, trainer, "pretrain", write_config(config))
+    assert [rank.wait() for rank in ranks] == [1, 1]
+    refusals = [line for rank in ranks for line in rank.errors.splitlines() if line.startswith("error: ")]
+    assert len(set(refusals)) == 1, "every rank refuses in the same words; the first one may end the second one"
     assert re.fullmatch(
         r"error: 1[12] of \d+ images cannot be read, more than data\.max_unreadable=0\.01 allows; "
         r"they are listed in .*/run/unreadable-\*\.txt",
@@ -358,14 +374,10 @@ def test_a_truncated_checkpoint_is_skipped_for_the_one_before(
 
 def test_a_full_disk_does_not_stop_training_but_fails_the_run(tmp_path: Path, images: Path) -> None:
     """A limit on the size of a file stands for the full disk: metrics fit, checkpoints do not."""
-
-    def limit() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))
-
     config = small_config(tmp_path / "run", images, run={"dir": str(tmp_path / "run"), "epochs": 1, "device": "cpu"})
-    done = subprocess.run(command(config), preexec_fn=limit, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 1, done.stderr
-    assert re.search(r"^error: checkpoint of step 6 not saved in .*File too large", done.stderr, re.M)
+    program = Program(pretrain_with_limit, write_config(config), 60_000)
+    assert program.wait() == 1, program.errors
+    assert re.search(r"^error: checkpoint of step 6 not saved in .*File too large", program.errors, re.M)
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
     assert [row["step"] for row in rows_of(tmp_path / "run") if "loss" in row] == list(range(1, 7))
     assert not (tmp_path / "run/results.json").exists(), "the weights of the last step are not saved"

@@ -1,13 +1,13 @@
 """The benchmark of throughput on a small run: what it measures and writes; times are not asserted."""
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.trainer.small import PYTHON, small_config, write_images
+from tests.processes import start_ranks, trainer
+from tests.trainer.small import small_config, write_images
 from trainer.bench import throughput
 from trainer.config_file import dump
 from trainer.plan.flops import step_flops
@@ -34,12 +34,11 @@ def test_each_mode_measures_its_part(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_two_ranks_without_any_data(tmp_path: Path) -> None:
     config = small_config(tmp_path / "run", Path("/no/such/folder"))
     (tmp_path / "run.yaml").write_text(dump(config))
-    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "trainer"]
     options = ["--mode", "synthetic", "--steps", "3", "--warmup", "1", "--out", str(tmp_path / "two.json")]
-    command = [*launcher, "bench", "throughput", str(tmp_path / "run.yaml"), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("images/s a rank") == 1
+    ranks = start_ranks(2, trainer, "bench", "throughput", tmp_path / "run.yaml", *options)
+    assert [rank.wait() for rank in ranks] == [0, 0], ranks[0].errors
+    assert ranks[0].output.count("images/s a rank") == 1
+    assert ranks[1].output == ""
     result = json.loads((tmp_path / "two.json").read_text())
     assert (result["ranks"], result["nodes"]) == (2, 1)
     figures = result["modes"]["synthetic"]

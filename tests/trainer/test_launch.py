@@ -13,8 +13,8 @@ import torch.distributed as dist
 from torch import nn
 
 from models.batchnorm import synchronise_bn
+from tests.processes import start_ranks
 from tests.ranks import run_ranks
-from tests.trainer.small import PYTHON
 from trainer import distributed
 from trainer.distributed import files_needed, process_group, raise_file_limit
 from trainer.ops.doctor import run_checks
@@ -153,25 +153,16 @@ def test_a_hard_limit_that_is_too_low_is_reported(limit: int, enough: bool, monk
     assert check.state == ("ok" if enough else "missing")
 
 
-PROGRAM = """
-import resource, sys
-resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), 4096))
-import torch.distributed as dist
-from trainer.distributed import process_group
-with process_group("cpu"):
-    for _ in range(20):
-        dist.new_group(backend="gloo")
-    dist.barrier()
-"""
+def make_groups(limit: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, 4096))
+    with process_group("cpu"):
+        for _ in range(20):
+            dist.new_group(backend="gloo")
+        dist.barrier()
 
 
 def test_more_connections_than_the_soft_limit_allows() -> None:
-    with socket.create_server(("", 0)) as probe:
-        port = probe.getsockname()[1]
-    environment = {**os.environ, **TWO, "MASTER_PORT": str(port)}
-    line = [PYTHON, "-c", PROGRAM, "64"]
-    ranks = [subprocess.Popen(line, env={**environment, "RANK": str(rank)}) for rank in range(2)]
-    assert [rank.wait(120) for rank in ranks] == [0, 0]
+    assert [rank.wait(120) for rank in start_ranks(2, make_groups, 64)] == [0, 0]
 
 
 # slurm/node.sh

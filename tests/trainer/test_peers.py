@@ -6,39 +6,44 @@ On a GPU a rank that waits in a kernel of NCCL notices nothing of the others; he
 import json
 import os
 import signal
-import socket
-import subprocess
+import threading
+import time
 from pathlib import Path
 
 import pytest
-
-from tests.trainer.small import PYTHON
-
-PROGRAM = """
-import os, signal, sys, threading, time
-from pathlib import Path
 import torch
 import torch.distributed as dist
+
+from tests.processes import start_ranks
 from trainer.distributed import process_group
 from trainer.ops import peers
 from trainer.ops.ending import Stopped, end_process
 from trainer.ops.stop import interruptible
 from trainer.run import checkpoint
 
-def run(fails, waits, folder):
+
+def run(fails: str, waits: str, folder: Path) -> None:
+    try:
+        run_rank(fails, waits, folder)
+    except BaseException as error:
+        end_process(error)
+        raise
+
+
+def run_rank(fails: str, waits: str, folder: Path) -> None:
     with process_group("cpu") as rank_info:
-        saver = checkpoint.Saver(Path(folder), keep=1)
+        saver = checkpoint.Saver(folder, keep=1)
         dist.barrier()
         if waits == "interruptible":
             peers._NOTICE_SECONDS = 4
             if fails == "killed" and rank_info.rank == 1:
                 os.kill(os.getpid(), signal.SIGKILL)
-            with interruptible(Path(folder)):
+            with interruptible(folder):
                 if rank_info.rank == 0:
                     os.kill(os.getpid(), signal.SIGTERM)
                 time.sleep(600)
         if rank_info.rank == 1:
-            pending = dist.all_reduce(torch.ones(1), async_op=True)  # destroying the group would wait for it
+            pending = dist.all_reduce(torch.ones(1), async_op=True)  # destroying the group would wait for it  # noqa: F841
             if fails == "checkpoint":  # of which the other rank does not write its part
                 checkpoint._END_SECONDS = 1
                 with saver:
@@ -46,32 +51,16 @@ def run(fails, waits, folder):
                     raise ValueError("no images")
             if fails == "thread":
                 threading.Thread(target=time.sleep, args=(600,)).start()  # keeps an interpreter alive
-            raise {"stop": Stopped("asked to stop")}.get(fails, ValueError("no images"))
+            raise Stopped("asked to stop") if fails == "stop" else ValueError("no images")
         if waits == "sleep":
             time.sleep(600)
         dist.all_gather_object([None] * 2, None)
 
-try:
-    run(*sys.argv[1:])
-except BaseException as error:
-    end_process(error)
-    raise
-"""
-
 
 def run_ranks(folder: Path, fails: str, waits: str) -> tuple[list[int], list[str]]:
     """Return the exit code and the standard error of two ranks, without torchrun."""
-    with socket.create_server(("", 0)) as probe:
-        port = probe.getsockname()[1]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    line = [PYTHON, "-c", PROGRAM, fails, waits, str(folder)]
-    ranks = [
-        subprocess.Popen(line, env=environment | {"RANK": str(rank)}, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
-    errors = [rank.communicate(timeout=120)[1] for rank in ranks]
-    return [rank.returncode for rank in ranks], errors
+    ranks = start_ranks(2, run, fails, waits, folder)
+    return [rank.wait(120) for rank in ranks], [rank.errors for rank in ranks]
 
 
 @pytest.mark.parametrize(

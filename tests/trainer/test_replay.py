@@ -1,16 +1,16 @@
 """A step that is not finite: the message, the saved files, and that a replay finds the same."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from tests.processes import start_ranks, trainer
 from tests.ranks import run_ranks
 from tests.trainer.engines import SIDE, build_train_step, make_config, make_rank_info, train
-from tests.trainer.small import PYTHON, small_config, write_images
+from tests.trainer.small import small_config, write_images
 from trainer.config_file import dump
 from trainer.engines.finite import NotFinite
 from trainer.ops import replay
@@ -53,12 +53,11 @@ def test_on_two_ranks(tmp_path: Path) -> None:
     # Synchronised BatchNorm spreads the value to all ranks.
     assert told[0] == told[1]
     assert "rank 1 had images 100, 101, 102, 103, 104, 105, 106, 107" in told[0]
-    launcher = [PYTHON, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launcher, "-m", "trainer", "replay", str(tmp_path)]
-    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
-    assert "rank 1, images 100, 101" in again.stdout
-    assert f"not finite: {SIDE} values of view 2" in again.stdout
+    again = start_ranks(2, trainer, "replay", tmp_path)
+    assert [rank.wait() for rank in again] == [0, 0], again[0].errors
+    assert "rank 1, images 100, 101" in again[0].output
+    assert f"not finite: {SIDE} values of view 2" in again[0].output
+    assert again[1].output == ""
     with pytest.raises(ValueError, match=r"step 2 ran on 2 ranks, got 1"):
         replay.replay(tmp_path)
 

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from tests.processes import Program, trainer
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import NARROW, write_run
-from tests.trainer.small import PYTHON, write_images
+from tests.trainer.small import write_images
 from trainer.__main__ import main
 from trainer.distributed import process_group
 from trainer.ops import stop
@@ -160,13 +160,12 @@ def test_a_signal_before_training(tmp_path: Path, verb: str) -> None:
     """The process waits for its configuration, which is a pipe."""
     pipe = tmp_path / "config.yaml"
     os.mkfifo(pipe)
-    line = [PYTHON, "-m", "trainer", verb, str(pipe if verb == "pretrain" else tmp_path)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("TORCHELASTIC")}
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
+    program = Program(trainer, verb, pipe if verb == "pretrain" else tmp_path)
     with pipe.open("w"):  # waits until the process reads
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
-    assert (process.returncode, errors.startswith("stopped (SIGTERM)"), errors.count("\n")) == (75, True, 1), errors
+        program.send_signal(signal.SIGTERM)
+        code = program.wait(60)
+    errors = program.errors
+    assert (code, errors.startswith("stopped (SIGTERM)"), errors.count("\n")) == (75, True, 1), errors
 
 
 IMAGES_THAT_STOP = """

@@ -1,6 +1,7 @@
 """The configuration's section `data`: the data sets, how batches are made, and what happens to each view."""
 
 import os
+import re
 from typing import Annotated, Literal
 
 import torch
@@ -16,6 +17,7 @@ from data.views import Augment, View
 RESUMABLE: JsonDict = {"resumable": True}
 # The type of settings that are a path or a pattern of paths.
 PathText = Annotated[str, AfterValidator(absolute)]
+RESERVED_NAMES = ("pixels", "untrained", "initial")  # what the results compare `knn` with
 
 
 class DecoderSettings(BaseModel):
@@ -61,6 +63,12 @@ class DataSettings(BaseModel):
     val: PathText | None = Field(
         None,
         description="Labelled test images for evaluations, in any format of `train`; null for none.",
+        json_schema_extra=RESUMABLE,
+    )
+    more_val: dict[str, PathText] | None = Field(
+        None,
+        description="Further labelled test images by name, in classes of `train`: `{sketch: /data/sketch}` logs "
+        "`knn_sketch` with each kNN evaluation of `val`; null for none.",
         json_schema_extra=RESUMABLE,
     )
     accept_changed: bool = Field(
@@ -115,6 +123,18 @@ class DataSettings(BaseModel):
         Augment(), description="Distribution of the augmentations of all views; a view may differ (data.views)."
     )
 
+    @field_validator("more_val")
+    @classmethod
+    def _check_more_val(cls, paths: dict[str, str] | None, info: ValidationInfo) -> dict[str, str] | None:
+        for name in paths or {}:  # the messages continue the name of the setting
+            if not re.fullmatch("[A-Za-z0-9_]+", name):
+                raise ValueError(f"{name}: need a name of letters, digits and _")
+            if name in RESERVED_NAMES:
+                raise ValueError(f"{name}: knn_{name} has another meaning in the results, need another name")
+            if info.data.get("val", "") is None:
+                raise ValueError(f"{name}: need data.val as well, whose accuracy is knn")
+        return paths
+
     @field_validator("views")  # min_length would count only the views without errors
     @classmethod
     def _check_views(cls, views: tuple[View, ...]) -> tuple[View, ...]:
@@ -131,6 +151,12 @@ class DataSettings(BaseModel):
                 f"need at least {-(-batch_size // size)} blocks of {size} images to mix batches of {batch_size} images"
             )
         return window
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """The data sets by their settings: `train`, and where they are set `val` and each `more_val.NAME`."""
+        more = {f"more_val.{name}": path for name, path in (self.more_val or {}).items()}
+        return {"train": self.train, **({"val": self.val} if self.val else {}), **more}
 
     @property
     def blocks(self) -> Blocks | None:

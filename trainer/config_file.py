@@ -18,7 +18,7 @@ from data.paths import expand_user
 from data.references import is_reference
 from trainer.config import Config, settings_class
 from trainer.external import CODE, short_name
-from trainer.schema import Key, default_variant, is_optional, is_text, nested_models, walk_keys
+from trainer.schema import Key, default_variant, entry_types, is_optional, is_text, nested_models, walk_keys
 from trainer.yaml_file import dump_yaml, parse_yaml, read_yaml
 
 
@@ -130,8 +130,10 @@ def _override(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
 def _parse_value(name: str, value: str, keys: list[Key]) -> Any:
     """Return the value of a setting as the command line gives it: a text as it is, anything else as YAML."""
     fields = [key.field for key in keys if key.name == name]
-    if fields and all(is_text(field.annotation) for field in fields):
-        optional = all(is_optional(field.annotation) for field in fields)
+    types = [field.annotation for field in fields]
+    types += [kind for key in keys if name.startswith(f"{key.name}.") for kind in entry_types(key.field.annotation)]
+    if types and all(map(is_text, types)):
+        optional = all(map(is_optional, types))
         return None if optional and value in ("", "null") else value
     try:
         return parse_yaml(value)

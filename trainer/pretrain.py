@@ -13,7 +13,6 @@ from data.batch import Batch
 from data.loader import train_batches
 from data.order import steps_per_epoch
 from data.random import NETWORK, hash_counters
-from data.sources.base import Source
 from models.health import HealthCheck
 from trainer import distributed
 from trainer.build import full_student, initialise_negatives
@@ -34,8 +33,8 @@ from trainer.run import checkpoint
 from trainer.run.directory import claim
 from trainer.run.files import exists
 from trainer.run.metrics import set_up_logging
-from trainer.run.results import Row, read_rows, write_results
-from trainer.run.sources import check_batch, check_shared_memory, open_sources
+from trainer.run.results import Row, more_knn, read_rows, write_results
+from trainer.run.sources import Sources, check_batch, check_shared_memory, open_sources
 from trainer.train_step import Rates, TrainStep
 
 log = logging.getLogger(__name__)
@@ -61,11 +60,12 @@ def pretrain(config: Config) -> None:
 
 def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: float) -> None:
     with interruptible(folder, by_file=False):
-        training, validation = open_sources(config.data, folder, record=True)
+        sources = open_sources(config.data, folder, record=True)
+        training = sources.train
         check_batch(config, training)
         check_shared_memory(config, training, rank_info)
         settings = _loop_settings(
-            config, folder, len(training), has_validation=validation is not None, start=process_start
+            config, folder, len(training), has_validation=sources.val is not None, start=process_start
         )
         saved = checkpoint.newest(folder / "checkpoints")
         # The weights to start from are read only once: later starts continue from the checkpoints.
@@ -80,7 +80,7 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: 
             initialise_negatives(train_step.method, config, rank_info, training, initial)
         if rank_info.rank == 0:
             _log_start(config, rank_info, train_step, settings, saved)
-        task = Pretraining(config, rank_info, train_step, training, validation, settings.steps)
+        task = Pretraining(config, rank_info, train_step, sources, settings.steps)
         rank, world_size, device = rank_info.rank, rank_info.world_size, rank_info.device
         batches = train_batches(training, config.data, config.run.seed, rank, world_size, start, settings.steps, device)
     seconds = train(task, batches, start, settings, rank_info)
@@ -102,13 +102,12 @@ class Pretraining:
         config: Config,
         rank_info: RankInfo,
         train_step: TrainStep,
-        training: Source,
-        validation: Source | None,
+        sources: Sources,
         steps: int,
     ) -> None:
         """Takes over a `train_step` that is initialised or loaded; `steps` is the length of the schedules."""
         self.config, self.rank_info, self.train_step, self.steps = config, rank_info, train_step, steps
-        self.training, self.validation = training, validation
+        self.sources = sources
         self.phases, self.flops = train_step.phases, step_flops(config)
         self.rates = rates_at(config, 0, steps)
         self.health = HealthCheck()
@@ -140,19 +139,20 @@ class Pretraining:
         return self.train_step.state(step)
 
     def evaluate(self, step: int) -> Row:
-        """Return the kNN accuracy on the validation images, and on rank 0 the spread of their features.
+        """Return the kNN accuracy on each set of validation images, and on rank 0 the spread of the features of `val`.
 
-        The first evaluation has the accuracy of the pixels as well.
+        The first evaluation has the accuracy of the pixels of `val` as well.
         """
-        assert self.validation is not None
+        train, val, more_val = self.sources
+        assert val is not None
         self.train_step.method.average_buffers()
         student = full_student(self.train_step.method, self.train_step.engine, self.config, self.rank_info)
         device = self.rank_info.device
-        row: Row = {"knn": knn.evaluate(student.backbone, self.training, self.validation, device, self.config)}
+        row: Row = {**knn.evaluate(student.backbone, train, knn.name_tests(val, more_val), device, self.config)}
         if step == 0:
-            row |= knn.evaluate_pixels(self.training, self.validation, device, self.config)
+            row |= knn.evaluate_pixels(train, val, device, self.config)
         if self.rank_info.rank == 0:
-            row |= measure_spread(student, self.validation, device, self.config)
+            row |= measure_spread(student, val, device, self.config)
         return row
 
     def _seed(self, step: int) -> int:
@@ -227,14 +227,15 @@ def _log_start(
 
 def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: float) -> dict[str, Any]:
     """Return what the finished run reached, from its log. Rows lost to a full disk are not included."""
-    accuracies = [row["knn"] for row in rows if "knn" in row]
+    evaluated = [row for row in rows if "knn" in row]
     trained = [row for row in rows if "loss" in row]
     results: dict[str, Any] = {}
-    if accuracies:
-        results |= {"knn_initial" if config.model.weights else "knn_untrained": accuracies[0]}
+    if evaluated:
+        results |= {"knn_initial" if config.model.weights else "knn_untrained": evaluated[0]["knn"]}
         if pixels := [row["knn_pixels"] for row in rows if "knn_pixels" in row]:
             results |= {"knn_pixels": pixels[0]}
-        results |= {"knn": accuracies[-1]}
+        results |= {"knn": evaluated[-1]["knn"]}
+        results |= {f"knn_{name}": value for name, value in more_knn(evaluated[-1]).items()}
         results |= {"k": config.eval.k, "temperature": config.eval.temperature}
     if trained:
         images = np.diff([0, *(row["images"] for row in trained)])

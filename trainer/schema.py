@@ -68,6 +68,14 @@ def is_text(annotation: Any) -> bool:
     return annotation in (str, Path)
 
 
+def entry_types(annotation: Any) -> list[Any]:
+    """Return the types of the values of a mapping, or of the mappings in a union; [] for other types."""
+    arguments = get_args(annotation)
+    if get_origin(annotation) is dict:
+        return [arguments[1]]
+    return [found for argument in arguments for found in entry_types(argument)]
+
+
 def is_optional(annotation: Any) -> bool:
     """Return whether null is a value of a type."""
     return NoneType in get_args(annotation)

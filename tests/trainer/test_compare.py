@@ -44,6 +44,19 @@ def folders(tmp_path: Path) -> list[Path]:
     ]
 
 
+def test_accuracies_on_named_validation_images(tmp_path: Path, folders: list[Path]) -> None:
+    with_more = write_run(tmp_path / "more", [0.1, 0.5, 0.7, 0.6])
+    log = with_more / "metrics.jsonl"
+    rows = [json.loads(line) for line in log.read_text().splitlines()]
+    rows = [row | ({"knn_sketch": row["knn"] / 2, "knn_pixels": 0.4} if "knn" in row else {}) for row in rows]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runs = [read(folder, folders) for folder in (folders[0], with_more)]
+    columns, table = tabulate(runs)
+    assert [row[columns.index("kNN sketch")] for row in table] == ["", "30.0 %"]
+    assert "kNN pixels" not in columns
+    assert [chart["title"] for chart in charts(runs)][3] == "kNN sketch against epochs"
+
+
 def test_the_table(folders: list[Path]) -> None:
     columns, rows = tabulate([read(folder, folders) for folder in folders])
     table = [dict(zip(columns, row, strict=True)) for row in rows]

@@ -196,6 +196,35 @@ def test_a_text_on_the_command_line_is_taken_as_it_is(tmp_path: Path, text: str)
     assert config.monitor.wandb == (None if text == "null" else text)
 
 
+def test_named_validation_images(tmp_path: Path) -> None:
+    data = {"train": "t", "val": "v", "more_val": {"sketch": "s"}}
+    path = write(tmp_path / "a.yaml", {**BASE, "data": data})
+    more_val = load(path, ["data.more_val.x_2=/a #1: b"]).data.more_val
+    assert more_val == {"sketch": str(Path.cwd() / "s"), "x_2": "/a #1: b"}
+    assert load(path, ["data.more_val=null"]).data.paths == {
+        "train": str(Path.cwd() / "t"),
+        "val": str(Path.cwd() / "v"),
+    }
+    for override, words in (
+        ("data.more_val.my-set=/a", "data.more_val.my-set: need a name of letters, digits and _"),
+        ("data.more_val.=/a", "data.more_val.: need a name"),
+        (
+            "data.more_val.pixels=/a",
+            "data.more_val.pixels: knn_pixels has another meaning in the results, need another name",
+        ),
+        ("data.more_val.a.b=/a", "data.more_val.a: need a text, got {'b': '/a'}"),
+        ("data.more_val=/a", "data.more_val: "),
+        ("data.val=", "data.more_val.sketch: need data.val as well"),
+    ):
+        assert words in refusal(path, override)
+    text = "run: {dir: r, epochs: 1}\ndata:\n  train: t\n  val: v\n  more_val: {a: b, a: c}\n"
+    (tmp_path / "b.yaml").write_text(text)
+    with pytest.raises(ValueError, match="line 5: the key 'a' is in line 5 already"):
+        load(tmp_path / "b.yaml")
+    with pytest.raises(ValueError, match=r"data\.more_val\.a is given twice"):
+        load(path, ["data.more_val.a=b", "data.more_val.a=c"])
+
+
 def test_an_optional_text_is_null_for_an_empty_value_and_for_null(tmp_path: Path) -> None:
     path = write(tmp_path / "a.yaml", {**BASE, "model": {"weights": "runs/a"}, "monitor": {"wandb": "p"}})
     for value in ("", "null"):

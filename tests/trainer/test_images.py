@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +30,7 @@ from trainer.run.sources import open_sources
 pytestmark = pytest.mark.usefixtures("small_group")
 
 
-def start(run: Path, images: Path, val: Path | None = None, **data: int) -> None:
+def start(run: Path, images: Path, val: Path | None = None, **data: Any) -> None:
     """Open the images as a start of the run does, and leave the run as one that has trained."""
     open_sources(make_config(run, images, val, **data).data, run, record=True)
     (run / "metrics.jsonl").touch()
@@ -95,6 +96,19 @@ def test_validation_images(tmp_path: Path) -> None:
     start(run, images)  # and go without them
     remove_image(val)
     assert "data.val: " in refusal(run, images, val)
+
+
+def test_further_validation_images(tmp_path: Path) -> None:
+    images, val, run = write_folder(tmp_path / "images"), write_folder(tmp_path / "val", per_class=1), tmp_path / "run"
+    more: dict[str, Any] = {"more_val": {"a": str(val)}}
+    start(run, images, images)
+    start(run, images, images, **more)  # a run may get them later
+    start(run, images, images)
+    remove_image(val)
+    with pytest.raises(
+        ValueError, match=r"\Adata\.more_val\.a: .*val has changed since .*; accept|\Adata\.more_val\.a: .*"
+    ):
+        open_sources(make_config(run, images, images, **more).data, run)
 
 
 def test_a_moved_folder_is_accepted(tmp_path: Path) -> None:

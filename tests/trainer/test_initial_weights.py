@@ -100,7 +100,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path, released: Path) 
 def test_a_lower_accuracy_is_reported(
     tmp_path: Path, released: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    accuracies = iter([0.75, 0.5])
+    accuracies = iter([{"knn": 0.75}, {"knn": 0.5}])
     monkeypatch.setattr("trainer.evaluate.knn.evaluate_pixels", lambda *_: {})
     monkeypatch.setattr("trainer.evaluate.knn.evaluate", lambda *_: next(accuracies))
     pretrain(config_for(tmp_path / "run", released, eval={"knn_every": 0, "k": 5}))

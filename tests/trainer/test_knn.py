@@ -127,8 +127,13 @@ def colours(few: int = 7) -> tuple[Colours, Colours]:
     return train, Colours(["blue", "red", "green"], shown[:few], said[:few])
 
 
-def evaluate_colours(few: int = 7) -> float:
-    return knn.evaluate(MEAN_COLOUR, *colours(few), torch.device("cpu"), CONFIG)
+def evaluate_colours(few: int = 7) -> dict[str, float]:
+    train, test = colours(few)
+    tests = {
+        "wrong labels": test,
+        "right labels": Colours(["green", "red"], ["red", "green", "red"], ["red", "green", "red"]),
+    }
+    return knn.evaluate(MEAN_COLOUR, train, {**tests}, torch.device("cpu"), CONFIG)
 
 
 def evaluate_pixels() -> dict[str, float]:
@@ -137,7 +142,8 @@ def evaluate_pixels() -> dict[str, float]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_image_counts_once_under_its_own_class(world_size: int) -> None:
-    assert run_ranks(world_size, evaluate_colours) == pytest.approx([5 / 7] * world_size)
+    expected = {"wrong labels": pytest.approx(5 / 7), "right labels": 1.0}
+    assert run_ranks(world_size, evaluate_colours) == [expected] * world_size
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -175,6 +181,21 @@ def test_other_settings_than_the_runs_have_their_own_directory(tmp_path: Path) -
     assert [(result["k"], result["temperature"]) for result in (own, other)] == [(5, 0.1), (3, 0.07)]
     assert read_evaluations(run) == {"knn": own, "knn-k3-t0.07": other}
     assert 0 < own["knn_pixels"] <= 1
+
+
+@pytest.mark.usefixtures("small_group")
+def test_further_test_images_have_names(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", write_images(tmp_path / "images", each=8))
+    two = write_images(tmp_path / "two", classes=2, each=5)
+    plain = evaluate_here(knn.EVALUATOR, run, [])
+    results = evaluate_here(knn.EVALUATOR, run, [f"data.more_val.two={two}"], "more")
+    assert 0 < results["knn_two"] <= 1
+    assert next(iter(results)) == "knn", "the primary metric"
+    assert {key: value for key, value in results.items() if key != "knn_two"} == plain
+    with pytest.raises(
+        ValueError, match=r"data.more_val.two: .*two has changed|holds another evaluation: more_val.two"
+    ):
+        evaluate_here(knn.EVALUATOR, run, [f"data.more_val.two={write_images(tmp_path / 'x', each=5)}"], "more")
 
 
 @pytest.mark.usefixtures("small_group")

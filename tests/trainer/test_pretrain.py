@@ -74,7 +74,8 @@ def pretrain_with_limit(config: str, size: int) -> None:
 
 
 def test_a_run_leaves_what_a_user_looks_for(tmp_path: Path, images: Path) -> None:
-    config = small_config(tmp_path / "run", images)
+    two = write_images(tmp_path / "two", classes=2, each=4)
+    config = small_config(tmp_path / "run", images, data={"more_val": {"two": str(two)}})
     pretrain(config)
     rows = rows_of(tmp_path / "run")
     training, evaluations = ([row for row in rows if key in row] for key in ("loss", "knn"))
@@ -90,6 +91,8 @@ def test_a_run_leaves_what_a_user_looks_for(tmp_path: Path, images: Path) -> Non
     assert results["knn_pixels"] == evaluations[0]["knn_pixels"]
     assert not any("knn_pixels" in row for row in rows[1:]), "measured once"
     assert results["knn"] == evaluations[-1]["knn"]
+    assert all("knn_two" in row for row in evaluations)
+    assert results["knn_two"] == evaluations[-1]["knn_two"]
     steps = [path.name for path in sorted((tmp_path / "run/checkpoints").iterdir())]
     assert steps == [f"step-{n:08d}" for n in (4, 8, 12, 16, 18)]
     assert list((tmp_path / "run/tensorboard").iterdir())

@@ -239,6 +239,8 @@ def test_an_unfinished_run_shows_its_latest_accuracy(tmp_path: Path) -> None:
     assert "so far, at step 400" in html
     (knn,) = drawn_charts(html)
     assert [(level["label"], level["value"]) for level in knn["levels"]] == [("raw pixels", 0.8342)]
+    (knn,) = drawn_charts(render(tmp_path, {}, [first | {"knn_sketch": 0.5}], {}, [], []))
+    assert [(line["label"], line["y"]) for line in knn["lines"]] == [("kNN", [0.7]), ("sketch", [0.5])]
 
 
 def test_rows_without_epochs_are_drawn_over_steps(tmp_path: Path) -> None:

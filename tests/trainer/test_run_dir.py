@@ -4,6 +4,7 @@ import fcntl
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ def rank_info() -> Iterator[RankInfo]:
 
 
 def make_config(
-    folder: Path, train: Path | str = "pictures", val: Path | None = None, seed: int = 0, **data: int
+    folder: Path, train: Path | str = "pictures", val: Path | None = None, seed: int = 0, **data: Any
 ) -> Config:
     sets = {"train": str(train), "val": str(val) if val else None, "batch_size": 4}
     return Config.model_validate({"run": {"dir": str(folder), "epochs": 2, "seed": seed}, "data": sets | data})
@@ -137,10 +138,10 @@ def test_a_full_disk_is_an_error_on_all_ranks(tmp_path: Path) -> None:
 def test_open_sources(tmp_path: Path, rank_info: RankInfo) -> None:
     pictures, run = write_folder(tmp_path / "pictures"), tmp_path / "run"
     some = write_folder(tmp_path / "some", classes=2, per_class=1)
-    train, val = open_sources(make_config(run, pictures, some).data, run)
+    train, val, more_val = open_sources(make_config(run, pictures, some).data, run)
     assert (len(train), train.classes) == (24, ["c0", "c1", "c2"])
     assert val is not None
-    assert (len(val), val.classes) == (2, ["c0", "c1"])
+    assert (len(val), val.classes, more_val) == (2, ["c0", "c1"], {})
     assert {path.name for path in run.iterdir()} == {"index-train.npz", "index-val.npz"}
     assert open_sources(make_config(run, pictures).data, run)[1] is None
 
@@ -155,6 +156,11 @@ def test_images_that_cannot_be_used(tmp_path: Path, rank_info: RankInfo) -> None
         (make_config(run, tmp_path / "empty"), run, r"data: .*empty has no images"),
         (make_config(run, pictures, tmp_path / "empty"), run, r"data: .*empty has no images"),
         (make_config(run, pictures, more), run, r"data\.val: .*more has classes that .*pictures does not have: c3"),
+        (
+            make_config(run, pictures, pictures, more_val={"a": str(more)}),
+            run,
+            r"data\.more_val\.a: .*more has classes that .*pictures does not have: c3",
+        ),
         (make_config(run, pictures), tmp_path / "file", "data: .*(Not a directory|File exists)"),
     ):
         with pytest.raises(ValueError, match=words):

@@ -72,8 +72,10 @@ class Evaluator(NamedTuple):
     open_sources: Callable[[EvaluationContext], dict[str, Source]] = _no_sources
 
 
-def labelled_sources(context: EvaluationContext) -> dict[str, Source]:
+def labelled_sources(context: EvaluationContext, more: bool = False) -> dict[str, Source]:
     """Open the training images and the validation images, `train` and `val`. Collective.
+
+    With `more`, those of `data.more_val` as well, NAME as `more_val.NAME`.
 
     Raises:
         ValueError: On all ranks, if there are no validation images or the training images have a single class.
@@ -81,9 +83,11 @@ def labelled_sources(context: EvaluationContext) -> dict[str, Source]:
     from trainer.run.sources import open_sources
 
     data = context.config.data
-    train, test = open_sources(data, context.index_folder)
+    if not more:
+        data = data.model_copy(update={"more_val": None})
+    train, test, more_val = open_sources(data, context.index_folder)
     if test is None:
         raise ValueError("an evaluation needs labelled validation images: give data.val=…")
     if len(train.classes) < 2:
         raise ValueError(f"an evaluation needs at least two classes; {data.train} has one, {train.classes[0]}")
-    return {"train": train, "val": test}
+    return {"train": train, "val": test, **{f"more_val.{name}": source for name, source in more_val.items()}}

@@ -9,6 +9,7 @@ classified well by their pixels.
 Shape suffixes: N features of a rank, M queries of all ranks in a chunk, C classes, D dimensions, R ranks, k neighbours.
 """
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -66,15 +67,21 @@ def _settings(config: "Config") -> dict[str, object]:
 
 
 def _evaluate(context: EvaluationContext) -> Results:
-    train, test = context.sources["train"], context.sources["val"]
+    sources, device, config = context.sources, context.rank_info.device, context.config
+    train, val = sources["train"], sources["val"]
+    more_val = {name.removeprefix("more_val."): source for name, source in sources.items() if "." in name}
     with context.interruptible():
-        value = evaluate(context.encoder.backbone, train, test, context.rank_info.device, context.config)
-        pixels = evaluate_pixels(train, test, context.rank_info.device, context.config)
-    settings = context.config.eval
-    return {"knn": value, **pixels, "protocol": "weighted kNN", "k": settings.k, "temperature": settings.temperature}
+        values = evaluate(context.encoder.backbone, train, name_tests(val, more_val), device, config)
+        pixels = evaluate_pixels(train, val, device, config)
+    return {**values, **pixels, "protocol": "weighted kNN", "k": config.eval.k, "temperature": config.eval.temperature}
 
 
-EVALUATOR = Evaluator(_folder_name, _settings, _evaluate, labelled_sources)
+EVALUATOR = Evaluator(_folder_name, _settings, _evaluate, partial(labelled_sources, more=True))
+
+
+def name_tests(val: Source, more_val: dict[str, Source]) -> dict[str, Source]:
+    """Return the sets of test images by the names of their kNN accuracies."""
+    return {"knn": val, **{f"knn_{name}": source for name, source in more_val.items()}}
 
 
 def evaluate_pixels(train: Source, test: Source, device: torch.device, config: "Config") -> Results:
@@ -83,26 +90,34 @@ def evaluate_pixels(train: Source, test: Source, device: torch.device, config: "
     The pixels are those that the backbone gets: normalised, of the same views.
     """
     size = 4 * 3 * image_size(config) ** 2 * (len(train) + len(test))
-    return {"knn_pixels": evaluate(nn.Flatten(), train, test, device, config)} if size <= MAX_PIXEL_BYTES else {}
+    return evaluate(nn.Flatten(), train, {"knn_pixels": test}, device, config) if size <= MAX_PIXEL_BYTES else {}
 
 
-def evaluate(network: nn.Module, train: Source, test: Source, device: torch.device, config: "Config") -> float:
-    """Return the kNN accuracy of a network's features on all test images. Collective.
+def evaluate(
+    network: nn.Module, train: Source, tests: dict[str, Source], device: torch.device, config: "Config"
+) -> dict[str, float]:
+    """Return the kNN accuracy of a network's features on each set of test images, by its name in `tests`. Collective.
 
     `network` maps images [B, 3, S, S] to features [B, D]: a backbone, or `nn.Flatten()` for the pixels. Raises
     ValueError if a data set has fewer images than there are ranks.
     """
-    rank, world_size = dist.get_rank(), dist.get_world_size()
-    for source in (train, test):
+    rank, world_size, settings = dist.get_rank(), dist.get_world_size(), config.eval
+    for source in (train, *tests.values()):
         if len(source) < world_size:
             raise ValueError(f"kNN: {len(source)} images are too few for {world_size} ranks")
-    train_features, test_features = (
-        embed(network, source, np.arange(rank, len(source), world_size), device, config) for source in (train, test)
-    )
-    # The two data sets may list their classes in different orders.
-    labels_C = torch.tensor([train.classes.index(name) for name in test.classes], device=device)
-    test_features = test_features._replace(labels_N=labels_C[test_features.labels_N])
-    return accuracy(train_features, test_features, len(train.classes), config.eval.k, config.eval.temperature)
+
+    def features_of(source: Source) -> Features:
+        return embed(network, source, np.arange(rank, len(source), world_size), device, config)
+
+    train_features = features_of(train)
+    accuracies = {}
+    for name, test in tests.items():
+        test_features = features_of(test)
+        # The two data sets may list their classes in different orders.
+        labels_C = torch.tensor([train.classes.index(name) for name in test.classes], device=device)
+        test_features = test_features._replace(labels_N=labels_C[test_features.labels_N])
+        accuracies[name] = accuracy(train_features, test_features, len(train.classes), settings.k, settings.temperature)
+    return accuracies
 
 
 def accuracy(train: Features, test: Features, classes: int, k: int, temperature: float) -> float:

@@ -91,7 +91,7 @@ def evaluate(
     if not re.fullmatch(r"\w[\w.+-]*", name):
         raise ValueError(f"--name: got {name!r}, need a name of letters, digits, - and . for a directory in {run}")
     with lock_directory(run / name, rank_info, _check_directory) as folder:
-        same_images = (config.data.train, config.data.val) == (trained.data.train, trained.data.val)
+        same_images = config.data.paths == trained.data.paths
         context = EvaluationContext(encoder, config, rank_info, folder, run if same_images else folder, started, {})
         with interruptible(folder, by_file=False):
             sources = evaluator.open_sources(context)
@@ -125,14 +125,9 @@ def _default_name(name: str, run: Path, choice: CheckpointChoice, step: int) -> 
 
 def _check_directory(folder: Path) -> None:
     """Raise ValueError if the directory has something else than an evaluation."""
-    known = {
-        "lock",
-        "stop",
-        "stopped.json",
-        "index-train.npz",
-        "index-val.npz",
-    }  # of a start that found no usable images
-    if not (folder / "settings.json").exists() and any(path.name not in known for path in folder.iterdir()):
+    # What a start that found no usable images leaves.
+    known = re.compile(r"lock|stop|stopped\.json|index-(train|val|more_val\.\w+)\.npz")
+    if not (folder / "settings.json").exists() and any(not known.fullmatch(path.name) for path in folder.iterdir()):
         raise ValueError(f"{folder} is not the directory of an evaluation. Choose another --name")
 
 

@@ -15,7 +15,7 @@ from trainer.report.format import format_percent, format_seconds, latest
 from trainer.report.page import render
 from trainer.run.directory import IMPORTED
 from trainer.run.files import read_json
-from trainer.run.results import read_rows
+from trainer.run.results import more_knn, read_rows
 
 
 def model_card(run: Path, config: Config, network: str, step: int, backbone: nn.Module, size: int, licence: str) -> str:
@@ -73,6 +73,7 @@ def _results(results: dict[str, Any]) -> list[tuple[str, str]]:
     if "knn" in results:
         settings = f"k = {results['k']}, T = {results['temperature']}"
         rows.append((f"kNN top-1 on the validation images ({settings})", format_percent(results["knn"])))
+        rows += [(f"kNN top-1 on {name}", format_percent(value)) for name, value in more_knn(results).items()]
         baselines = {"knn_untrained": "the untrained encoder", "knn_initial": "the initial weights"}
         for key, name in (baselines | {"knn_pixels": "the raw pixels"}).items():
             if key in results:

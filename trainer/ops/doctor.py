@@ -184,16 +184,16 @@ def _check_shared_memory(config: Config, train: Source) -> Check:
 
 def _check_config(config: Config) -> list[Check]:
     checks = []
-    for name, path in (("data.train", config.data.train), ("data.val", config.data.val)):
-        if path is None:
-            continue
+    for name, path in config.data.paths.items():
         try:
             source = open_source(path)
-            checks.append(Check(name, "ok", f"{len(source)} images in {len(source.classes)} classes at {path}"))
-            if name == "data.train":
+            checks.append(
+                Check(f"data.{name}", "ok", f"{len(source)} images in {len(source.classes)} classes at {path}")
+            )
+            if name == "train":
                 checks.append(_check_shared_memory(config, source))
         except (ValueError, OSError) as error:
-            checks.append(Check(name, "missing", str(error)))
+            checks.append(Check(f"data.{name}", "missing", str(error)))
     if config.run.device == "cuda" and not torch.cuda.is_available():
         checks.append(Check("run.device", "missing", "cuda, but torch sees no GPU"))
     if config.run.precision == "bf16" and torch.cuda.is_available() and not torch.cuda.is_bf16_supported():

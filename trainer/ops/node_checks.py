@@ -87,12 +87,11 @@ def find_problems(config: Config | None) -> list[str]:
     if config is None:
         return problems
     problems += [f"{key}: {problem}" for key, problem in missing_extras(config).items()]
-    for key, path in (("data.train", config.data.train), ("data.val", config.data.val)):
+    for name, path in config.data.paths.items():
         try:
-            if path is not None:
-                _read_one(Path(path))
+            _read_one(Path(path))
         except (ValueError, OSError) as error:
-            problems.append(f"{key}: {error}")
+            problems.append(f"data.{name}: {error}")
     disk = check_disk(Path(config.run.dir))
     return problems if disk.state == "ok" else [*problems, f"run.dir: {disk.detail}"]
 

@@ -1,14 +1,14 @@
 """The charts of the reports: which metrics are drawn together, and the data that the script of the pages draws."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from operator import itemgetter
 from typing import Any
 
 import numpy as np
 
 from trainer.report.format import is_number
-from trainer.run.results import POSITION_KEYS, Row
+from trainer.run.results import POSITION_KEYS, Row, more_knn
 
 LEVEL_KEYS = {"knn_pixels"}  # metrics that are drawn as horizontal lines
 MAX_POINTS = 1000  # per line: a screen cannot show more, and they would make the page larger
@@ -141,9 +141,13 @@ def draw_charts(rows: list[Row], levels: dict[str, list[Level]]) -> list[Drawing
     """
     position = "epoch" if all(is_number(row.get("epoch")) for row in rows) else "step"
     known = {line.key for chart in CHARTS for line in chart.lines} | POSITION_KEYS | LEVEL_KEYS
+    more = dict.fromkeys(name for row in rows for name in more_knn(row))
+    known |= {f"knn_{name}" for name in more}
     others = sorted({key for row in rows for key, value in row.items() if is_number(value)} - known)
     drawings: list[Drawing] = []
-    for chart in [*CHARTS, *(Chart(OTHER, key.replace("_", " "), "", (Line(key, key),)) for key in others)]:
+    lines_more = tuple(Line(f"knn_{name}", name) for name in more)
+    with_more = [replace(x, lines=x.lines + lines_more) if x.lines[0].key == "knn" else x for x in CHARTS]
+    for chart in [*with_more, *(Chart(OTHER, key.replace("_", " "), "", (Line(key, key),)) for key in others)]:
         lines = [
             {"label": line.label, "axis": line.axis, "color": number, **points}
             for number, line in enumerate(chart.lines, start=1)

@@ -18,7 +18,7 @@ from trainer.report.format import format_evaluation, format_percent, format_seco
 from trainer.report.page import render_page
 from trainer.run.directory import read_config
 from trainer.run.files import read_json, write_atomically
-from trainer.run.results import Row, evaluation_rows, group_by_step, read_evaluations, read_rows
+from trainer.run.results import Row, evaluation_rows, group_by_step, more_knn, read_evaluations, read_rows
 
 POSITIONS = {"epoch": "epochs", "images": "images seen", "hours": "hours"}  # x axes and their titles
 # Settings of where a run is stored and how it is logged and saved, which do not change what it learns.
@@ -99,16 +99,20 @@ def read(folder: Path, folders: list[Path]) -> Run:
 def tabulate(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
     """Returns the table's column names, and one row of texts per run."""
     names = sorted({name for run in runs for name in run.evaluations})
-    rows = [_describe(run, names) for run in runs]
+    rows = [_describe(run, names, _more_knn(runs)) for run in runs]
     return [column for column, _ in rows[0]], [[text for _, text in row] for row in rows]
 
 
-def _describe(run: Run, evaluated: list[str]) -> list[tuple[str, str]]:
+def _describe(run: Run, evaluated: list[str], more: list[str]) -> list[tuple[str, str]]:
     """Returns column names and texts of a run's row; a text is '' if the run has no such value."""
 
     def number(key: str, form: str) -> str:
         value = latest(key, run.rows)
         return form.format(value) if is_number(value) else ""
+
+    def percent(key: str) -> str:
+        value = latest(key, run.rows)
+        return format_percent(value) if is_number(value) else ""
 
     seconds, knn = latest("seconds", run.rows), run.accuracies("knn")
     best = max(knn, key=itemgetter("knn"), default=None)
@@ -121,10 +125,16 @@ def _describe(run: Run, evaluated: list[str]) -> list[tuple[str, str]]:
         ("kNN before", format_percent(knn[0]["knn"]) if knn and knn[0]["step"] == 0 else ""),
         ("kNN best", f"{format_percent(best['knn'])} (epoch {best['epoch']:.4g})" if best else ""),
         ("kNN last", format_percent(knn[-1]["knn"]) if knn else ""),
+        *((f"kNN {name}", percent(f"knn_{name}")) for name in more),
         *((name, format_evaluation(run.evaluations[name]) if name in run.evaluations else "") for name in evaluated),
         ("feature std", number("feature_std", "{:.2f}")),
         ("effective rank", number("effective_rank", "{:.1f}")),
     ]
+
+
+def _more_knn(runs: list[Run]) -> list[str]:
+    """Returns the names of the further validation images on which runs have a kNN accuracy."""
+    return sorted({name for run in runs for row in run.rows for name in more_knn(row)})
 
 
 def differences(runs: list[Run]) -> dict[str, list[str]]:
@@ -139,7 +149,8 @@ def charts(runs: list[Run]) -> list[Drawing]:
     """Draws kNN, and each evaluation of several steps, against each position, with a line per run that has it."""
     names = sorted({name for run in runs for row in run.evaluated for name in row.keys() & run.evaluations})
     drawings = []
-    for metric, label in {**{name: name for name in ["knn", *names]}, "knn": "kNN"}.items():
+    labels = {"knn": "kNN", **{f"knn_{name}": f"kNN {name}" for name in _more_knn(runs)}}
+    for metric, label in {**labels, **{name: name for name in names if name != "knn"}}.items():
         for position, title in POSITIONS.items():
             lines = []
             for number, run in enumerate(runs, start=1):

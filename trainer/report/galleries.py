@@ -50,7 +50,7 @@ def draw_galleries(run: Path, config: Config, rank_info: RankInfo) -> tuple[list
     """
     weights, _ = find_weights(run)
     method = build_method(config, rank_info, read_encoder(weights, config))
-    train, val = open_sources(config.data, run)
+    train, val, _ = open_sources(config.data.model_copy(update={"more_val": None}), run)
     chosen = _spread(len(train), MAX_IMAGES)
     neighbours = find_neighbours(method.student, config, rank_info, train, val, chosen) if val else []
     negatives: list[Gallery] = []

@@ -5,7 +5,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trainer.run.results import Row
+from trainer.run.results import Row, more_knn
 
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_LENGTH = 40
@@ -44,7 +44,8 @@ class Dashboard:
         table = Table.grid(padding=(0, 2))
         table.add_row("loss", f"{row['loss']:.3f}  {curve(self.losses)}")
         if self.knn:
-            table.add_row("kNN", f"{self.knn['knn']:.4f} after epoch {self.knn['epoch']:g}")
+            more = "".join(f", {name} {value:.4f}" for name, value in more_knn(self.knn).items())
+            table.add_row("kNN", f"{self.knn['knn']:.4f}{more} after epoch {self.knn['epoch']:g}")
         speed = [f"{row['images_per_second']:,.0f} images/s"]
         if "mfu" in row:
             speed.append(f"{row['mfu']:.0%} of the GPU's FLOPs")

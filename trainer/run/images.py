@@ -1,6 +1,7 @@
 """The record of a run's images, images.json: a later start on other images is refused, wherever the images are.
 
-{"train": {"images": 240, "classes": 3, "labels": HASH, "names": HASH, …}, "val": …, "accepted": [{"when": …, …}]}
+{"train": {"images": 240, "classes": 3, "labels": HASH, "names": HASH, …}, "val": …, "more_val.NAME": …,
+ "accepted": [{"when": …, …}]}
 
 The hashes are of the lists of the images, which are in memory, so nothing is read: 14 million names take a second.
 """
@@ -60,7 +61,7 @@ def check_images(folder: Path, data: DataSettings, name: str, found: Fingerprint
     Args:
         folder: The run directory; one without a record accepts any images.
         data: The section `data` of the configuration.
-        name: The setting of the images, train or val.
+        name: The setting of the images, a key of `data.paths`.
         found: The images that it names now.
 
     Raises:
@@ -69,7 +70,7 @@ def check_images(folder: Path, data: DataSettings, name: str, found: Fingerprint
     before = read_json(folder / RECORD).get(name)
     if before and has_started(folder) and not data.accept_changed and (changed := difference(before, found)):
         raise ValueError(
-            f"data.{name}: {getattr(data, name)} has changed since {folder} was started: it had {changed}. Restore the "
+            f"data.{name}: {data.paths[name]} has changed since {folder} was started: it had {changed}. Restore the "
             f"images, or accept these with data.accept_changed=true"
         )
 
@@ -78,7 +79,7 @@ def record_images(folder: Path, data: DataSettings, found: dict[str, Fingerprint
     """Write the record of a run's images, with those that were accepted in place of others."""
     record = read_json(folder / RECORD) if has_started(folder) else {}
     accepted = [
-        {"when": time.strftime("%Y-%m-%d %H:%M:%S"), "set": name, "before": record[name], "folder": getattr(data, name)}
+        {"when": time.strftime("%Y-%m-%d %H:%M:%S"), "set": name, "before": record[name], "folder": data.paths[name]}
         for name, now in found.items()
         if name in record and record[name] != now
     ]

@@ -20,7 +20,7 @@ from trainer.config import MonitorSettings
 from trainer.config_file import flatten
 from trainer.run.console import Dashboard
 from trainer.run.files import write_atomically
-from trainer.run.results import Row, read_rows
+from trainer.run.results import Row, more_knn, read_rows
 from trainer.run.trackers import Tracker, close_trackers, open_trackers
 
 log = logging.getLogger(__name__)
@@ -162,7 +162,8 @@ class MetricsLogger:
             self.dashboard.show(row)
         if "knn" in row:
             pixels = f" (raw pixels: {row['knn_pixels']:.4f})" if "knn_pixels" in row else ""
-            self.print(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}{pixels}")
+            more = "".join(f", {name} {value:.4f}" for name, value in more_knn(row).items())
+            self.print(f"epoch {row['epoch']:g}: kNN {row['knn']:.4f}{pixels}{more}")
         elif not self.dashboard:
             pretext = f"pretext {row['pretext_top1']:.3f}  " if "pretext_top1" in row else ""
             status = f"loss {row['loss']:.3f}  {pretext}{row['images_per_second']:,.0f} img/s"

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from data.settings import RESERVED_NAMES
 from trainer.distributed import raise_on_all_ranks
 from trainer.run.files import read_json, write_json
 
@@ -29,6 +30,12 @@ def read_rows(path: Path) -> list[Row]:
         except json.JSONDecodeError:
             log.warning("%s: skipped a line that is not JSON: %.60s", path, text)
     return rows
+
+
+def more_knn(row: Row) -> dict[str, float]:
+    """Return the kNN accuracies on the test images of `data.more_val`, by their name there."""
+    named = {key.removeprefix("knn_"): value for key, value in row.items() if key.startswith("knn_")}
+    return {name: value for name, value in named.items() if name not in RESERVED_NAMES}
 
 
 def write_results(path: Path, results: Row | None) -> None:

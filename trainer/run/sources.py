@@ -3,6 +3,7 @@
 import os
 import socket
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,13 +21,21 @@ from trainer.run.images import Fingerprint, check_images, describe, difference, 
 SPOT_CHECKS = 256  # images whose files each node looks for
 
 
+class Sources(NamedTuple):
+    """The images of a run: those of `data.train`, of `data.val` if it is set, and of `data.more_val` by name."""
+
+    train: Source
+    val: Source | None
+    more_val: dict[str, Source]
+
+
 def open_training(config: Config, folder: Path) -> Source:
     """Open the training images only, and check the batch size against them. Called by all ranks.
 
     Raises:
         ValueError: On all ranks; see `open_sources` and `check_batch`.
     """
-    train, _ = open_sources(config.data.model_copy(update={"val": None}), folder)
+    train = open_sources(config.data.model_copy(update={"val": None, "more_val": None}), folder).train
     check_batch(config, train)
     return train
 
@@ -54,16 +63,13 @@ def shared_memory_bytes(config: Config, train: Source, device: torch.device, wor
     return needed + shared_memory.evaluation_bytes(image_size(config), batch_size, workers)
 
 
-def open_sources(data: DataSettings, folder: Path, *, record: bool = False) -> tuple[Source, Source | None]:
-    """Open the training images and, if `data.val` is set, the validation images. Called by all ranks.
+def open_sources(data: DataSettings, folder: Path, *, record: bool = False) -> Sources:
+    """Open the training images and the validation images that are set. Called by all ranks.
 
     Args:
         data: The section `data` of the configuration.
         folder: Run directory, where the indices of the images are stored, and the record of those that the run uses.
         record: Write that record.
-
-    Returns:
-        The training source, and the validation source or None.
 
     Raises:
         ValueError: On all ranks, if a rank cannot open the images or finds other images than rank 0 or than the run has
@@ -80,22 +86,24 @@ def open_sources(data: DataSettings, folder: Path, *, record: bool = False) -> t
         error = None
         try:
             if (dist.get_rank() == 0) == turn:
-                for name, path in (("train", data.train), ("val", data.val)):
-                    if path:
-                        index = folder / f"index-{name}.npz"
-                        sources[name] = open_source(path, index, lambda source, name=name: check(name, source))  # type: ignore[misc]
+                for name, path in data.paths.items():
+                    index = folder / f"index-{name}.npz"
+                    sources[name] = open_source(path, index, lambda source, name=name: check(name, source))  # type: ignore[misc]
         except (ValueError, OSError) as cause:
             error = str(cause) if str(cause).startswith("data.") else f"data: {cause}"
         raise_on_all_ranks(error)
-    train, val = sources["train"], sources.get("val")
-    if val and (unknown := sorted(set(val.classes) - set(train.classes))):
-        error = f"data.val: {data.val} has classes that {data.train} does not have: {', '.join(unknown[:3])}"
+    train = sources["train"]
+    for name, source in sources.items():
+        if unknown := sorted(set(source.classes) - set(train.classes)):
+            listed = ", ".join(unknown[:3])
+            error = f"data.{name}: {data.paths[name]} has classes that {data.train} does not have: {listed}"
     raise_on_all_ranks(error)
     for name, source in sources.items():
         raise_on_all_ranks(_compare_with_rank_0(f"data.{name}", source, found[name], data.max_unreadable))
     if record:
         raise_on_all_ranks(_record(folder, data, found) if dist.get_rank() == 0 else None)
-    return train, val
+    more_val = {name: sources[f"more_val.{name}"] for name in data.more_val or {}}
+    return Sources(train, sources.get("val"), more_val)
 
 
 def _compare_with_rank_0(name: str, source: Source, found: Fingerprint, max_unreadable: float) -> str | None:

@@ -137,19 +137,75 @@ class GroupBatchNorm(_BatchNormLike):
 
     def normalize(self, x: Tensor) -> Tensor:
         """See `_BatchNormLike.normalize`."""
-        assert self.running_mean is not None
-        assert self.running_var is not None
         assert self.momentum is not None
-        parts = x.tensor_split(-(-len(x) // self.group))
-        means_GC, variances_GC = (s.repeat(len(parts), 1) for s in (self.running_mean, self.running_var))
-        normalised = [
-            F.batch_norm(part, mean_C, variance_C, self.weight, self.bias, True, self.momentum, self.eps)
-            for part, mean_C, variance_C in zip(parts, means_GC, variances_GC, strict=True)
+        groups = -(-len(x) // self.group)
+        small, larger = divmod(len(x), groups)
+        sizes = [small + (i < larger) for i in range(groups)]
+        # Moving averages with these momenta, one after the other, give each group the same weight, together `momentum`.
+        momenta = [self.momentum / (groups - left * self.momentum) for left in reversed(range(groups))]
+        y: Tensor = _NormalizeGroups.apply(
+            x.contiguous(memory_format=_memory_format(x)),
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            sizes,
+            momenta,
+            self.eps,
+        )
+        return y
+
+
+class _NormalizeGroups(torch.autograd.Function):
+    """Normalises groups of images by torch's BatchNorm kernels, which write into one output.
+
+    By operators that autograd knows, each direction would copy all groups, and the backward pass would add up as many
+    tensors of the size of the input as there are groups.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight_C: Tensor | None,
+        bias_C: Tensor | None,
+        running_mean_C: Tensor,
+        running_var_C: Tensor,
+        sizes: list[int],
+        momenta: list[float],
+        eps: float,
+    ) -> Tensor:
+        y = torch.empty_like(x)
+        means_GC, scales_GC = running_mean_C.new_empty(2, len(sizes), x.shape[1])
+        for own, out, mean_C, scale_C, momentum in zip(
+            x.split(sizes), y.split(sizes), means_GC, scales_GC, momenta, strict=True
+        ):
+            torch.native_batch_norm(
+                own, weight_C, bias_C, running_mean_C, running_var_C, True, momentum, eps,
+                out=(out, mean_C, scale_C),
+            )  # fmt: skip
+        ctx.save_for_backward(x, weight_C, means_GC, scales_GC)
+        ctx.sizes, ctx.eps = sizes, eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight_C, means_GC, scales_GC = ctx.saved_tensors
+        dy = dy.contiguous(memory_format=_memory_format(x))
+        wanted = [ctx.needs_input_grad[0], weight_C is not None, weight_C is not None]
+        gradients = [
+            torch.ops.aten.native_batch_norm_backward(
+                own_dy, own, weight_C, None, None, mean_C, scale_C, True, ctx.eps, wanted
+            )
+            for own_dy, own, mean_C, scale_C in zip(
+                dy.split(ctx.sizes), x.split(ctx.sizes), means_GC, scales_GC, strict=True
+            )
         ]
-        with torch.no_grad():
-            self.running_mean.copy_(means_GC.mean(0))
-            self.running_var.copy_(variances_GC.mean(0))
-        return torch.cat(normalised)
+        dx, d_weight_C, d_bias_C = zip(*gradients, strict=True)
+        affine: tuple[Tensor | None, ...] = (None, None)
+        if weight_C is not None:
+            affine = torch.stack([*d_weight_C, *d_bias_C]).view(2, len(ctx.sizes), -1).sum(1).unbind()
+        return (torch.cat(dx) if wanted[0] else None, *affine, *[None] * 5)
 
 
 class SyncBatchNorm(_BatchNormLike):

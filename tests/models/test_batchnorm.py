@@ -1,6 +1,7 @@
 """BatchNorm over groups of a rank's images, and over the batches of all ranks."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
@@ -9,10 +10,11 @@ import torch.distributed as dist
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from models.batchnorm import SyncBatchNorm, group_bn, synchronise_bn
+from models.batchnorm import SyncBatchNorm, group_bn, stop_counting, synchronise_bn
 from models.teacher import make_teacher
 from tests.ranks import run_ranks
 from trainer.plan.collectives import CollectiveTrace
+from trainer.plan.trace import OperatorEvent, StepTrace
 
 CPU = torch.device("cpu")
 
@@ -242,6 +244,46 @@ def test_groups_on_one_rank_are_the_batches_of_several(momentum: float, rows: bo
     torch.testing.assert_close(whole[0], expected)  # a group of all images is plain BatchNorm
     if momentum:
         assert not torch.allclose(one["0.running_var"], expected["0.running_var"])
+
+
+def float64_reference(x: Tensor, sizes: list[int], network: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
+    """The output of plain BatchNorm of each group, and the mean of their running statistics."""
+    copies = [copy.deepcopy(network).requires_grad_(False) for _ in sizes]
+    y = torch.cat([one(part) for one, part in zip(copies, x.split(sizes), strict=True)])
+    statistics = [(one[0].running_mean, one[0].running_var) for one in copies]  # type: ignore[index]
+    mean, variance = (torch.stack(values).mean(0) for values in zip(*statistics, strict=True))
+    return y, mean, variance
+
+
+@pytest.mark.parametrize("momentum", [0.3, 1.0])
+@pytest.mark.parametrize("rows", [False, True])
+def test_groups_of_different_sizes_have_equal_weight_in_running_statistics(rows: bool, momentum: float) -> None:
+    network = make_network(momentum, rows).double()
+    x = torch.arange(8.0).view(8, *[1] * (1 if rows else 3)) * make_images(rows).double()
+    y, mean, variance = float64_reference(x, [3, 3, 2], network)
+    grouped = group_bn(copy.deepcopy(network), 3)
+    torch.testing.assert_close(grouped(x), y, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(grouped[0].running_mean, mean, rtol=1e-13, atol=0)  # type: ignore[index]
+    torch.testing.assert_close(grouped[0].running_var, variance, rtol=1e-13, atol=0)  # type: ignore[index]
+
+
+def test_groups_copy_no_activations_but_the_gradient_and_compile() -> None:
+    """Each direction is one kernel of BatchNorm for each group; the gradient's groups are joined by one copy."""
+    network = group_bn(nn.Sequential(nn.BatchNorm2d(3)), 2)
+    stop_counting(network)
+    x, dy = make_images().requires_grad_(), torch.ones(8, 3, 6, 6)
+    with StepTrace(ranks_per_node=1) as trace:
+        network(x).backward(dy)
+    events = [event for event in trace.events if isinstance(event, OperatorEvent)]
+    expected = {"native_batch_norm": 4, "native_batch_norm_backward": 4, "cat": 1, "stack": 1, "sum": 1}
+    assert Counter(event.name for event in events) == expected
+    image_bytes, channel_bytes = x[0].numel() * 4, 3 * 4
+    # Reads two images twice, and weight, bias and running statistics; writes two images, their mean and their scale.
+    assert events[0].bytes == 3 * 2 * image_bytes + (4 + 2) * channel_bytes
+    eager = run_network(group_bn(make_network(), 3), x.detach(), first_row=0)
+    compiled = torch.compile(group_bn(make_network(), 3), backend="aot_eager", fullgraph=True)
+    again = run_network(compiled, x.detach(), first_row=0)  # type: ignore[arg-type]
+    torch.testing.assert_close({name.replace("_orig_mod.", ""): value for name, value in again.items()}, eager)
 
 
 def test_grouped_batchnorm_keeps_the_memory_format_and_refuses_other_kinds() -> None:

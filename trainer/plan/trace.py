@@ -115,7 +115,8 @@ class StepTrace(CollectiveTrace):
         )
         updated = {id(x) for x in written}
         made = [x for x in outputs if id(x) not in updated]
-        reads = [] if func._opname in _FILLS else inputs
+        only_written = {id(x) for x in _tensors([arguments.get(a.name) for a in func._schema.arguments if a.is_out])}
+        reads = [] if func._opname in _FILLS else [x for x in inputs if id(x) not in only_written]
         reads_again = [arguments[name] for name in _READ_TWICE.get(func._opname, ())]
         bytes = sum(map(_bytes, [*reads, *reads_again, *written, *made]))
         floats = (str(x.dtype).removeprefix("torch.") for x in inputs if x.is_floating_point())

@@ -89,7 +89,7 @@ def adversary_step(
     w_KD: Tensor,
     v_KD: Tensor | None,
     params: AdversaryParams,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     first: int = 0,
     skip: Tensor | None = None,
 ) -> AdversaryStats:
@@ -133,7 +133,7 @@ def adversary_step(
             if v_KD.dtype == torch.bfloat16:
                 assert bits_TD is not None
                 v_KD[tile] = round_to_bf16(v_TD.float(), bits_TD >> 16)
-        w_TD.sub_(v_TD, alpha=lr)
+        w_TD.sub_(torch.mul(v_TD, lr, out=products[:size]))
         if w_KD.dtype == torch.bfloat16:
             assert bits_TD is not None
             w_TD = stored_w_TD.copy_(round_to_bf16(w_TD.float(), bits_TD)).to(wide)

@@ -35,10 +35,13 @@ class Score(NamedTuple):
 
 
 class AdversaryParams(NamedTuple):
-    """The constants of the adversary's step: T_a, learning rate, momentum and weight decay (AdCo, eq. 7)."""
+    """The adversary's step: T_a, learning rate, momentum and weight decay (AdCo, eq. 7).
+
+    The learning rate is a number, or a floating scalar on the device, which the host does not read.
+    """
 
     temperature: float
-    lr: float
+    lr: float | Tensor
     momentum: float
     weight_decay: float
 
@@ -65,6 +68,13 @@ class Hardest(NamedTuple):
 
     similarity_Nm: Tensor
     column_Nm: Tensor
+
+
+def as_scalar(x: float | Tensor, device: torch.device) -> Tensor:
+    """Return a number as a scalar on the device, fp64 or int64, without a copy from the host; a tensor as it is."""
+    if isinstance(x, Tensor):
+        return x
+    return torch.full((), x, dtype=torch.int64 if isinstance(x, int) else torch.float64, device=device)
 
 
 def check_temperature(temperature: float, columns: int) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunked, reference
+from kernels.contract import AdversaryParams, AdversaryStats, as_scalar
 from kernels.triton import tiles
 
 P = ParamSpec("P")
@@ -40,7 +41,20 @@ def triton_kernels() -> Implementation:
     return Implementation(score.score, adversary.adversary_step, hardest.hardest)
 
 
+def chunked_adversary_step(*args: Any) -> tuple[Tensor, ...]:
+    """Run `chunked.adversary_step` with the arguments of the operator."""
+    return tuple(chunked.adversary_step(*_adversary_arguments(args)))
+
+
+def _adversary_arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments of the specification: an operator takes no tensor within `AdversaryParams`."""
+    (temperature, *others), lr = args[5:7]
+    return *args[:5], AdversaryParams(temperature, lr, *others), *args[7:]
+
+
 def _run_chunked(name: str, *args: Any) -> tuple[Tensor, ...]:
+    if name == "adversary_step":
+        return chunked_adversary_step(*args)
     return tuple(getattr(chunked, name)(*args))
 
 
@@ -48,6 +62,8 @@ def _run_triton(name: str, *args: Any) -> tuple[Tensor, ...]:
     if reason := tiles.unsupported(args[0]):
         _warn_once(reason)
         return _run_chunked(name, *args)
+    if name == "adversary_step":
+        args = _adversary_arguments(args)
     return tuple(getattr(triton_kernels(), name)(*args))
 
 
@@ -111,13 +127,32 @@ score = _register(
     " -> (Tensor, Tensor, Tensor, Tensor)",
     _fake_score,
 )
-adversary_step = _register(
+_adversary_operator = _register(
     reference.adversary_step,
-    "(Tensor q_ND, Tensor coef_N, Tensor(a!) n_KD, Tensor(b!) w_KD, Tensor(c!)? v_KD, float[] params,"
-    " SymInt seed=0, SymInt first=0, Tensor? skip=None) -> (Tensor, Tensor)",
+    "(Tensor q_ND, Tensor coef_N, Tensor(a!) n_KD, Tensor(b!) w_KD, Tensor(c!)? v_KD, float[] constants, Tensor lr,"
+    " Tensor seed, SymInt first=0, Tensor? skip=None) -> (Tensor, Tensor)",
     _fake_adversary_step,
     mutates_args=("n_KD", "w_KD", "v_KD"),
 )
+
+
+@functools.wraps(reference.adversary_step)
+def adversary_step(  # noqa: D103 (that of the specification)
+    q_ND: Tensor,
+    coef_N: Tensor,
+    n_KD: Tensor,
+    w_KD: Tensor,
+    v_KD: Tensor | None,
+    params: AdversaryParams,
+    seed: int | Tensor = 0,
+    first: int = 0,
+    skip: Tensor | None = None,
+) -> AdversaryStats:
+    constants = [params.temperature, params.momentum, params.weight_decay]
+    lr, seed = as_scalar(params.lr, q_ND.device), as_scalar(seed, q_ND.device)
+    return _adversary_operator(q_ND, coef_N, n_KD, w_KD, v_KD, constants, lr, seed, first, skip)  # type: ignore[arg-type, call-arg]
+
+
 hardest = _register(
     reference.hardest,
     "(Tensor q_ND, Tensor c_CD, Tensor? own_N, SymInt m, float? below=None) -> (Tensor, Tensor)",

@@ -61,7 +61,7 @@ def adversary_step(
     w_KD: Tensor,
     v_KD: Tensor | None,
     params: AdversaryParams,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     first: int = 0,
     skip: Tensor | None = None,
 ) -> AdversaryStats:
@@ -79,8 +79,8 @@ def adversary_step(
         n_KD: Unit negatives, of the queries' dtype.
         w_KD: Weights, fp32 (fp64 for fp64 queries) or bf16. bf16 is rounded at random (`kernels.rounding`).
         v_KD: Velocity, with the same choice of dtypes; None for none, which counts as momentum 0.
-        params: The step's constants.
-        seed: Seed of the random rounding.
+        params: Temperature, learning rate, momentum and weight decay.
+        seed: Seed of the random rounding; a number, or an int64 scalar on the queries' device.
         first: Index of the first row in the whole bank, which the random rounding depends on.
         skip: bool scalar on the queries' device. Where true, W, v and n keep their values to the bit, whatever the
             queries and coefficients are, and the statistics are zero. None takes the step.
@@ -145,7 +145,7 @@ def _without_own(s_NC: Tensor, own_N: Tensor | None) -> Tensor:
     return s_NC.masked_fill(own_N[:, None] == columns_C, float("-inf"))
 
 
-def _write(out_KD: Tensor, x_KD: Tensor, seed: int, first: int, shift: int) -> None:
+def _write(out_KD: Tensor, x_KD: Tensor, seed: int | Tensor, first: int, shift: int) -> None:
     """Copy x into `out`; into a bf16 tensor with random rounding, by the random bits from bit `shift` on."""
     if out_KD.dtype == torch.bfloat16:
         bits_KD = random_bits(seed, first, len(x_KD), x_KD.shape[1], x_KD.device)

@@ -16,15 +16,18 @@ _MULTIPLIERS = (0x7FEB352D, 0x846CA68B - 2**32)  # as signed numbers: torch has 
 COLUMN_STEP = 0x9E3779B9  # 2^32 divided by the golden ratio: spreads the column indices over all bits
 
 
-def random_bits(seed: int, first: int, rows: int, dim: int, device: torch.device) -> Tensor:
+def random_bits(seed: int | Tensor, first: int, rows: int, dim: int, device: torch.device) -> Tensor:
     """Return 32 random bits, int32 [rows, dim], for each element of the rows from index `first` on."""
     return row_bits(seed, torch.arange(first, first + rows, device=device), dim)
 
 
-def row_bits(seed: int, row_K: Tensor, dim: int) -> Tensor:
-    """Return 32 random bits, int32 [K, dim], for each element of the rows with these indices in the whole bank."""
+def row_bits(seed: int | Tensor, row_K: Tensor, dim: int) -> Tensor:
+    """Return 32 random bits, int32 [K, dim], for each element of the rows with these indices in the whole bank.
+
+    The seed is a number, or an int64 scalar on the device, which the host does not read.
+    """
     column_D = (torch.arange(dim, device=row_K.device) * COLUMN_STEP).to(torch.int32)
-    return _hash(_hash(row_K.to(torch.int32)[:, None] ^ _signed(seed32(seed))) + column_D)
+    return _hash(_hash(row_K.to(torch.int32)[:, None] ^ seed32(torch.as_tensor(seed)).to(torch.int32)) + column_D)
 
 
 def round_to_bf16(x_KD: Tensor, bits_KD: Tensor) -> Tensor:
@@ -33,13 +36,9 @@ def round_to_bf16(x_KD: Tensor, bits_KD: Tensor) -> Tensor:
     return exact_KD.to(torch.bfloat16)
 
 
-def seed32(seed: int) -> int:
-    """Fold all bits of `seed` into an unsigned 32-bit number."""
+def seed32(seed: Tensor) -> Tensor:
+    """Fold all bits of int64 numbers into unsigned 32-bit numbers."""
     return (seed ^ seed >> 32) & 0xFFFFFFFF
-
-
-def _signed(x: int) -> int:
-    return x - 2**32 if x >= 2**31 else x
 
 
 def _hash(x: Tensor) -> Tensor:

@@ -163,7 +163,7 @@ class CooperativeBank(Bank):
         return CooperativeUpdate(q_AD, coef_A * scale, weight_A * scale, row_A)
 
     def _step(  # type: ignore[override]
-        self, update: CooperativeUpdate, lr: float, seed: int, skip: Tensor | None
+        self, update: CooperativeUpdate, lr: float | Tensor, seed: int | Tensor, skip: Tensor | None
     ) -> None:
         """Take AdCo's step, and add to each positive its difference to CaCo's step."""
         temperature = self.settings.temperature
@@ -183,7 +183,7 @@ class CooperativeBank(Bank):
         index_A, g_AD = index_A[chosen_A], g_AD[chosen_A]
 
         super()._step(BankUpdate(update.q_AD, update.coef_A), lr, seed, skip)
-        seed ^= 1 << 31  # the rows are rounded a second time, by other random bits
+        seed = seed ^ 1 << 31  # the rows are rounded a second time, by other random bits
         if self.v_KD is not None:
             self._write(self.v_KD, index_A, self.v_KD[index_A] - g_AD, seed, 16, skip)
         self._write(self.w_KD, index_A, self.w_KD[index_A] + lr * g_AD, seed, 0, skip)
@@ -191,7 +191,15 @@ class CooperativeBank(Bank):
         unit_AD = (w_AD / torch.linalg.vector_norm(w_AD, dim=1, keepdim=True)).to(self.n_KD.dtype)
         self.n_KD[index_A] = unit_AD if skip is None else torch.where(skip, self.n_KD[index_A], unit_AD)
 
-    def _write(self, x_KD: Tensor, index_A: Tensor, row_AD: Tensor, seed: int, shift: int, skip: Tensor | None) -> None:
+    def _write(
+        self,
+        x_KD: Tensor,
+        index_A: Tensor,
+        row_AD: Tensor,
+        seed: int | Tensor,
+        shift: int,
+        skip: Tensor | None,
+    ) -> None:
         """Write rows of this shard unless `skip`, in bf16 with random rounding by the random bits from `shift` on."""
         if x_KD.dtype == torch.bfloat16:
             row_AD = round_to_bf16(row_AD.float(), row_bits(seed, index_A + self.first, self.dim) >> shift)

@@ -10,8 +10,10 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +23,7 @@ import kernels
 from models.encoder import Encoder
 from models.health import embedding_spread
 from models.negatives.base import BankSettings, Negatives
-from models.shuffle import plan_shuffle, shuffle, unshuffle
+from models.shuffle import draw_order, make_shuffle, shuffle, unshuffle
 from models.teacher import make_teacher
 
 Phase = Callable[[str], AbstractContextManager[object]]  # surrounds a phase of a step, given its name
@@ -153,7 +155,11 @@ class Method:
         raise NotImplementedError
 
     def update_negatives(
-        self, updates: Sequence[Sequence[Any]], lr: float, seed: int, skip: Tensor | None = None
+        self,
+        updates: Sequence[Sequence[Any]],
+        lr: float | Tensor,
+        seed: int | Tensor,
+        skip: Tensor | None = None,
     ) -> None:
         """Update the negatives, after the student's step and before the teacher's; see `Negatives.update`."""
         if self.negatives:
@@ -177,7 +183,7 @@ class Method:
         self,
         student: Callable[[list[Tensor]], Tensor],
         views: list[Tensor],
-        seed: int,
+        orders: Sequence[Tensor] = (),
         phase: Phase = record_function,
         normalize: Normalize = as_it_is,
     ) -> StepOutput:
@@ -186,7 +192,7 @@ class Method:
         Args:
             student: Computes the queries: `self.student` or a wrapper that averages gradients over ranks.
             views: V image tensors, uint8 [B, S_v, S_v, 3] or normalised [B, 3, S_v, S_v].
-            seed: Seed of the BatchNorm shuffle, the same on all ranks.
+            orders: The BatchNorm shuffle of each key view, those of `draw_orders` on the device of the views.
             phase: Surrounds the phases normalize, teacher, student and score, to time them.
             normalize: Makes the networks' input. Images that are exchanged travel as bytes and are normalised then.
         """
@@ -196,9 +202,12 @@ class Method:
             inputs = {i: normalize(views[i]) for i in used_here}
         with phase("teacher"):
             if self.shuffles:
-                keys = {j: self.keys(views[j], seed + j, normalize) for j in self.key_views}
+                keys = {
+                    j: self.keys(views[j], order_B, normalize)
+                    for j, order_B in zip(self.key_views, orders, strict=True)
+                }
             else:
-                keys = {j: self.keys(inputs[j], seed + j) for j in self.key_views}
+                keys = {j: self.keys(inputs[j]) for j in self.key_views}
         with phase("student"):
             queries_ND = student([inputs[i] for i in query_views])
         self.queries_ND = queries_ND.detach()
@@ -210,15 +219,33 @@ class Method:
         """Return whether the teacher of a rank embeds images of other ranks or BatchNorm groups."""
         return self.settings.bn == "shuffle" and (dist.get_world_size() > 1 or self.settings.bn_group is not None)
 
-    @torch.no_grad()
-    def keys(self, images: Tensor, seed: int, normalize: Normalize = as_it_is) -> Tensor:
-        """Embed images, as `forward_step` takes them, with the teacher: unit rows [B, D]."""
-        assert self.teacher is not None
+    def draw_orders(self, batch: int, seed: int) -> list[NDArray[np.int64]]:
+        """Draw the BatchNorm shuffle of each key view of a micro-batch, see `models.shuffle`; none if nothing shuffles.
+
+        Args:
+            batch: Images of a micro-batch of this rank.
+            seed: Seed of the micro-batch, the same on all ranks.
+        """
         if not self.shuffles:
+            return []
+        rank, world_size = dist.get_rank(), dist.get_world_size()
+        return [draw_order(batch, rank, world_size, seed + j, self._groups(batch)) for j in self.key_views]
+
+    @torch.no_grad()
+    def keys(self, images: Tensor, order_B: Tensor | None = None, normalize: Normalize = as_it_is) -> Tensor:
+        """Embed images, as `forward_step` takes them, with the teacher: unit rows [B, D].
+
+        `order_B` is one of `draw_orders`, on the device; None without a shuffle.
+        """
+        assert self.teacher is not None
+        if order_B is None:
             return self.teacher([normalize(images)])
-        groups = -(-len(images) // (self.settings.bn_group or len(images)))
-        route = plan_shuffle(len(images), dist.get_rank(), dist.get_world_size(), seed, groups)
+        route = make_shuffle(order_B, dist.get_rank(), dist.get_world_size(), self._groups(len(images)))
         return unshuffle(self.teacher([normalize(shuffle(images, route))]), route)
+
+    def _groups(self, batch: int) -> int:
+        """Return into how many groups BatchNorm divides a batch."""
+        return -(-batch // (self.settings.bn_group or batch))
 
     @torch.no_grad()
     def average_buffers(self) -> None:

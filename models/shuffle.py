@@ -26,10 +26,10 @@ from torch.distributed import ProcessGroup
 
 
 class Shuffle(NamedTuple):
-    """The exchange of one rank's images of a global batch, made by `plan_shuffle`; all on the host.
+    """The exchange of one rank's images of a global batch, made by `make_shuffle`.
 
     Attributes:
-        send_B: int64 indices of this rank's images in the order of sending.
+        send_B: int64 indices of this rank's images in the order of sending, which alone differs from step to step.
         sends: Number of images that go to each rank.
         receives: Number of images that come from each rank.
         order_B: int64 indices of the received images in the order of use; None for the order of receiving.
@@ -41,8 +41,8 @@ class Shuffle(NamedTuple):
     order_B: Tensor | None
 
 
-def plan_shuffle(local_batch: int, rank: int, world_size: int, seed: int, groups: int = 1) -> Shuffle:
-    """Draw a rank's part of a stratified permutation of the global batch.
+def draw_order(local_batch: int, rank: int, world_size: int, seed: int, groups: int = 1) -> NDArray[np.int64]:
+    """Draw a rank's part of a stratified permutation of the global batch: `Shuffle.send_B`.
 
     Groups of a rank that have BatchNorm statistics of their own are treated as ranks with fewer images: several groups
     on one rank exchange what as many ranks exchange.
@@ -54,23 +54,29 @@ def plan_shuffle(local_batch: int, rank: int, world_size: int, seed: int, groups
         seed: Seed of the step, the same on all ranks.
         groups: Groups of consecutive images of each rank. Groups of different sizes count as one group.
     """
-    if local_batch % groups:
-        groups = 1
+    layout = _layout(local_batch, groups, rank, world_size)
+    groups = layout.groups
     size = local_batch // groups
-    layout = _layout(size, groups, rank, world_size)
     drawn_B = np.concatenate(
         [
             group * size + np.random.default_rng((seed, rank * groups + group)).permutation(size)
             for group in range(groups)
         ]
     )
-    send_B, order_B = torch.from_numpy(drawn_B[layout.take_B]), layout.order_B
-    return Shuffle(send_B, layout.sends, layout.receives, None if order_B is None else torch.from_numpy(order_B))
+    return drawn_B[layout.take_B]
+
+
+def make_shuffle(send_B: Tensor, rank: int, world_size: int, groups: int = 1) -> Shuffle:
+    """Make the exchange from an order of `draw_order`, on the device of the images. Arguments are those of it."""
+    arrangement = len(send_B), groups, rank, world_size
+    layout = _layout(*arrangement)
+    return Shuffle(send_B, layout.sends, layout.receives, _order(send_B.device, *arrangement))
 
 
 class _Layout(NamedTuple):
     """The part of an exchange that is the same in all steps; `take_B` sorts this rank's drawn images by destination."""
 
+    groups: int
     take_B: NDArray[np.int64]
     sends: list[int]
     receives: list[int]
@@ -78,9 +84,18 @@ class _Layout(NamedTuple):
 
 
 @functools.lru_cache(maxsize=16)
-def _layout(size: int, groups: int, rank: int, world_size: int) -> _Layout:
-    """Lay out the exchange between all groups of `size` images, `groups` on each rank, for one rank."""
-    total = world_size * groups
+def _order(device: torch.device, local_batch: int, groups: int, rank: int, world_size: int) -> Tensor | None:
+    """Return `_Layout.order_B` on a device; cached, because the host waits for this copy."""
+    order_B = _layout(local_batch, groups, rank, world_size).order_B
+    return None if order_B is None else torch.from_numpy(order_B).to(device)
+
+
+@functools.lru_cache(maxsize=16)
+def _layout(local_batch: int, groups: int, rank: int, world_size: int) -> _Layout:
+    """Lay out the exchange between all groups, `groups` on each of the ranks, for one rank."""
+    if local_batch % groups:
+        groups = 1
+    size, total = local_batch // groups, world_size * groups
     extra = np.zeros(total, np.int64)  # what remains goes to groups at these distances
     extra[np.arange(size % total) * total // max(size % total, 1)] = 1
 
@@ -94,6 +109,7 @@ def _layout(size: int, groups: int, rank: int, world_size: int) -> _Layout:
     receives_RVV = count(every.reshape(world_size, 1, groups), own[:, None])
     group_B = np.repeat(np.broadcast_to(np.arange(groups)[:, None], receives_RVV.shape).ravel(), receives_RVV.ravel())
     return _Layout(
+        groups=groups,
         take_B=np.argsort(target_B, kind="stable"),
         sends=np.bincount(target_B // groups, minlength=world_size).tolist(),
         receives=receives_RVV.sum((1, 2)).tolist(),
@@ -112,11 +128,11 @@ def shuffle(images: Tensor, route: Shuffle, group: ProcessGroup | None = None) -
     """
     size = images[0].numel()
     rows_BN = images.as_strided((len(images), size), (size, 1))
-    sent_BN = rows_BN[_to(route.send_B, images)]
+    sent_BN = rows_BN[route.send_B]
     received_BN = torch.empty_like(sent_BN)
     dist.all_to_all_single(received_BN, sent_BN, route.receives, route.sends, group=group)
     if route.order_B is not None:
-        received_BN = received_BN[_to(route.order_B, images)]
+        received_BN = received_BN[route.order_B]
     return received_BN.as_strided(images.shape, images.stride())
 
 
@@ -124,12 +140,7 @@ def unshuffle(x_BD: Tensor, route: Shuffle, group: ProcessGroup | None = None) -
     """Send rows computed from shuffled images back to the images' ranks, in the original order."""
     x_BD = x_BD.contiguous()
     if route.order_B is not None:
-        x_BD = torch.empty_like(x_BD).index_copy_(0, _to(route.order_B, x_BD), x_BD)
+        x_BD = torch.empty_like(x_BD).index_copy_(0, route.order_B, x_BD)
     returned_BD = torch.empty_like(x_BD)
     dist.all_to_all_single(returned_BD, x_BD, route.sends, route.receives, group=group)
-    return torch.empty_like(returned_BD).index_copy_(0, _to(route.send_B, x_BD), returned_BD)
-
-
-def _to(index_B: Tensor, like: Tensor) -> Tensor:
-    """Copy indices to a tensor's device. The host would wait for all earlier work of the device if this blocked."""
-    return index_B.to(like.device, non_blocking=True)
+    return torch.empty_like(returned_BD).index_copy_(0, route.send_B, returned_BD)

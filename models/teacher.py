@@ -61,7 +61,7 @@ class MovingAverage:
         """Average once.
 
         Args:
-            momentum: Weight of the teacher's old values; a number, or an fp32 scalar on the device, which the host does
+            momentum: Weight of the teacher's old values; a number, or an fp64 scalar on the device, which the host does
                 not read. At 1 the averaged tensors stay as they are, bit for bit, even if the student is not finite.
             skip: bool scalar on the device; where true, the same as momentum 1. None for false.
         """
@@ -73,7 +73,7 @@ class MovingAverage:
             for teacher, student in self._tensors.averaged:
                 _average(teacher, student, momentum, skip)
             for target, source in self._tensors.strided:
-                averaged = target.lerp(source, 1 - momentum)
+                averaged = target.lerp(source, _rate(momentum, target))
                 target.copy_(averaged if skip is None else torch.where(skip, target, averaged))
         if self._tensors.copied[0]:
             torch._foreach_copy_(*self._tensors.copied)
@@ -136,13 +136,18 @@ def _average(teacher: list[Tensor], student: list[Tensor], momentum: float | Ten
         [],
         weight_decay=1.0,
         momentum=0.0,
-        lr=1 - momentum,
+        lr=_rate(momentum, teacher[0]),
         dampening=0.0,
         nesterov=False,
         maximize=True,
         is_first_step=False,
         found_inf=skip.to(teacher[0].device, torch.float32),
     )
+
+
+def _rate(momentum: float | Tensor, like: Tensor) -> float | Tensor:
+    """Return 1 - momentum; on the device in the type of the teacher, after a subtraction in that of the momentum."""
+    return (1 - momentum).to(like) if isinstance(momentum, Tensor) else 1 - momentum
 
 
 def _keep_casts(network: nn.Module, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:

@@ -1,7 +1,9 @@
 """One training step: the student's gradient step, the update of the negatives, and the teacher's moving average."""
 
 import functools
+import logging
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,11 +17,15 @@ from models.encoder import Encoder
 from models.method import Method
 from trainer.build import autocast_dtype, build_method
 from trainer.config import Config
+from trainer.cuda_graph import DeviceInputs, StepGraph, reason_against
 from trainer.distributed import RankInfo
+from trainer.engines import ddp
 from trainer.engines.base import Engine, EngineInputs
 from trainer.engines.finite import FiniteCheck, RunningStatistics, StepResult, not_finite
 from trainer.run import checkpoint
 from trainer.run.phases import PhaseTimer
+
+log = logging.getLogger(__name__)
 
 
 class Rates(NamedTuple):
@@ -97,13 +103,17 @@ class TrainStep:
         self.num_parameters = sum(p.numel() for p in self.method.student.parameters())  # before an engine shards them
         self.accumulate, self.precision = config.optim.accumulate, autocast_dtype(config, rank_info.device)
         networks = self.method.student, self.method.teacher
-        self.engine: Engine = config.engine.build(
-            EngineInputs(*networks, config.optim, config.data.batch_size, rank_info, self.precision)
-        )
         self.rank_info, self.phases = rank_info, PhaseTimer(rank_info.device)
+        self.graph = self._make_graph(config)
+        with self.graph.on_stream() if self.graph else nullcontext():
+            self.engine: Engine = config.engine.build(
+                EngineInputs(*networks, config.optim, config.data.batch_size, rank_info, self.precision)
+            )
         self.normalize = functools.partial(network_input, device=rank_info.device, dtype=self.precision)
         self.seeds = StepSeeds(rank_info.device, always=is_reference(config.model.backbone))
         self.statistics = RunningStatistics(*networks)
+        self.inputs = DeviceInputs(rank_info.device)
+        self.metric_names: list[str] = []
         # NaN after a failed step, until `load`: as a factor of the loss it makes all later steps fail, too.
         self.intact = torch.ones((), device=rank_info.device)
 
@@ -123,18 +133,37 @@ class TrainStep:
             Metrics, and whether the step failed.
         """
         self.seeds.seed(seed + self.rank_info.rank)
+        batch = len(views[0]) // self.accumulate
+        orders = [order_B for i in range(self.accumulate) for order_B in self.method.draw_orders(batch, seed + i)]
+        inputs, backbone_lr = self.inputs, rates.backbone_lr
+        inputs.fill(seed, rates.lr, backbone_lr or 0.0, rates.bank_lr, rates.teacher_momentum, orders)
+        compute = functools.partial(self._compute, lr=rates.lr, backbone_lr=backbone_lr)
+        if self.engine.rates_on_device:
+            own_lr = None if backbone_lr is None else inputs.backbone_lr
+            compute = functools.partial(self._compute, lr=inputs.lr, backbone_lr=own_lr)
+        values = self.graph(compute, views) if self.graph else compute(views)
+        return StepResult(dict(zip(self.metric_names, values[3:].unbind(), strict=True)), FiniteCheck(values[:3]))
+
+    def _compute(self, views: list[Tensor], lr: float | Tensor, backbone_lr: float | Tensor | None) -> Tensor:
+        """Compute the step on the device, from `inputs` and memory that the device has already.
+
+        Returns:
+            The values of `FiniteCheck`, and the metrics, whose names are in `metric_names`.
+        """
         self.statistics.save()
+        shuffles = len(self.inputs.orders) // self.accumulate
         factors: list[Tensor] = []
         updates: list[Sequence[Any]] = []
         metrics: dict[str, Tensor] = {}
         micro_batches = zip(*(view.chunk(self.accumulate) for view in views), strict=True)
         for i, micro_batch in enumerate(micro_batches):
+            orders = self.inputs.orders[i * shuffles : (i + 1) * shuffles]
             with self.engine.micro_batch(last=i == self.accumulate - 1):
                 with torch.autocast(
                     self.rank_info.device.type, self.precision, enabled=self.precision != torch.float32
                 ):
                     output = self.method.forward_step(
-                        self.engine.student, list(micro_batch), seed + i, self.phases, self.normalize
+                        self.engine.student, list(micro_batch), orders, self.phases, self.normalize
                     )
                 loss = output.loss.detach()
                 with self.phases("backward"):
@@ -146,22 +175,22 @@ class TrainStep:
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + value / self.accumulate if i else value / self.accumulate
         with self.phases("optimizer"):
-            norm = self.engine.step(rates.lr, rates.backbone_lr)
+            norm = self.engine.step(lr, backbone_lr)
             overflow = not_finite(norm)
             own_failed = not_finite(functools.reduce(torch.add, factors))
             failed = self._failed(overflow, own_failed)
-            self.intact = torch.where(failed, torch.nan, 1.0)
+            self.intact.copy_(torch.where(failed, torch.nan, 1.0))
             self.statistics.restore(failed)
             metrics["grad_norm"] = torch.where(overflow, 0.0, norm)
             if scale := self.engine.scale:
                 metrics["loss_scale"], metrics["skipped"] = scale.value.clone(), overflow.float()
                 scale.update(overflow, failed)
-            check = FiniteCheck(norm, failed, own_failed)
         with self.phases("adversary"):  # uses the queries of this step, so it comes before the teacher's update
-            self.method.update_negatives(updates, rates.bank_lr, seed, failed)
+            self.method.update_negatives(updates, self.inputs.bank_lr, self.inputs.seed, failed)
         with self.phases("ema"):
-            self.engine.update_teacher(rates.teacher_momentum, failed)
-        return StepResult(metrics, check)
+            self.engine.update_teacher(self.inputs.teacher_momentum, failed)
+        self.metric_names = list(metrics)
+        return torch.stack([norm, failed.to(norm), own_failed.to(norm), *metrics.values()])
 
     def state(self, step: int) -> dict[str, Any]:
         """Return all tensors that a run continues from after `step` steps, under names that no engine changes."""
@@ -173,8 +202,24 @@ class TrainStep:
         checkpoint.load(path, state)
         self.engine.load(state)
         self.method.loaded()
-        self.intact = torch.ones_like(self.intact)
+        self.intact.fill_(1.0)
+        if self.graph:
+            self.graph.reset()
         return int(state["step"])
+
+    def _make_graph(self, config: Config) -> StepGraph | None:
+        """Return the graph that the configuration asks for; None, with a line in the log, if it is impossible."""
+        if not (isinstance(config.engine, ddp.Settings) and config.engine.cuda_graph):
+            return None
+        if reason := reason_against(config, self.rank_info.device):
+            if self.rank_info.rank == 0:
+                log.warning("engine.cuda_graph: %s; training goes on without a graph", reason)
+            return None
+        return StepGraph(self.rank_info.device, self.phases, self._discard)
+
+    def _discard(self) -> None:
+        assert isinstance(self.engine, ddp.DDP)
+        self.engine.discard()
 
     def _failed(self, overflow: Tensor, own_failed: Tensor) -> Tensor:
         """Return whether the step failed, bool scalar, equal on all ranks.

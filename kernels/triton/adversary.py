@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.contract import AdversaryParams, AdversaryStats, check_adversary
-from kernels.rounding import COLUMN_STEP, seed32
+from kernels.contract import AdversaryParams, AdversaryStats, as_scalar, check_adversary
+from kernels.rounding import COLUMN_STEP
 from kernels.triton.tiles import architecture, check, products, tiles
 
 _LOG2_E = math.log2(math.e)
@@ -57,7 +57,7 @@ def _rounded(x, bits):  # type: ignore[no-untyped-def]
     return (x & 0xFFFF0000).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["seed", "first"])
+@triton.jit(do_not_specialize=["first"])
 def adversary_kernel(  # type: ignore[no-untyped-def]
     q_ptr,
     log_coef_ptr,
@@ -67,13 +67,13 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
     mass_ptr,
     grad_ptr,
     skip_ptr,
+    lr_ptr,
+    seed_ptr,
     num_queries,
     num_negatives,
-    seed,
     first,
     scale,
     temperature,
-    lr,
     momentum,
     weight_decay,
     D: tl.constexpr,
@@ -86,8 +86,8 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
     """Update one tile of negatives.
 
     Tensors: q [N, D] with N > 0 divisible by T, log_coef fp32 [N] (binary logarithms); n [K, D], w and v fp32 or bf16
-    [K, D] are read and written, v may be None; mass and grad fp32 [K] are written. seed and first are int32 that are
-    interpreted as unsigned.
+    [K, D] are read and written, v may be None; mass and grad fp32 [K] are written. lr is a floating and seed an int64
+    scalar. first is an int32 that is interpreted as unsigned.
     skip is a uint8 scalar or None: if it is not 0, nothing is written. scale is log2(e) / T_a. SIMILARITY, WEIGHTED and
     PRECISION are those of `tiles.Products`.
     """
@@ -133,7 +133,10 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
         square_B += tl.sum(w_BC * w_BC, 1)
     along_B1 = (along_B / square_B)[:, None]
     inverse_B1 = (1 / (temperature * tl.sqrt(square_B)))[:, None]
-    row_bits_B1 = _hash((first.to(tl.uint32) + (start + rows_B).to(tl.uint32)) ^ seed.to(tl.uint32))[:, None]
+    lr = tl.load(lr_ptr).to(tl.float32)
+    seed = tl.load(seed_ptr)
+    seed = (seed ^ (seed >> 32)).to(tl.uint32)  # as `kernels.rounding.seed32` folds it
+    row_bits_B1 = _hash((first.to(tl.uint32) + (start + rows_B).to(tl.uint32)) ^ seed)[:, None]
     column_step = tl.full([], _COLUMN_STEP, tl.uint32)
 
     # All threads of a program must read before any of them writes, because a thread may store other elements than it
@@ -175,7 +178,7 @@ def adversary_step(
     w_KD: Tensor,
     v_KD: Tensor | None,
     params: AdversaryParams,
-    seed: int = 0,
+    seed: int | Tensor = 0,
     first: int = 0,
     skip: Tensor | None = None,
 ) -> AdversaryStats:
@@ -197,8 +200,9 @@ def adversary_step(
     mass_K, grad_K = (q_ND.new_zeros(num_negatives, dtype=torch.float32) for _ in range(2))
     adversary_kernel[(triton.cdiv(num_negatives, tile.rows),)](
         q_ND, log_coef_N, n_KD, w_KD, v_KD, mass_K, grad_K, None if skip is None else skip.view(torch.uint8),
+        as_scalar(params.lr, q_ND.device), as_scalar(seed, q_ND.device),
         len(q_ND), num_negatives,
-        _signed(seed32(seed)), _signed(first), _LOG2_E / params[0], *params,
+        _signed(first), _LOG2_E / params.temperature, params.temperature, params.momentum, params.weight_decay,
         D=dim, B=tile.rows, T=tile.columns, SIMILARITY=similarity, WEIGHTED=weighted, PRECISION=precision,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

@@ -81,7 +81,13 @@ class Bank(Negatives):
             self.v_KD.zero_()
         self.loaded()
 
-    def update(self, updates: Sequence[Sequence[BankUpdate]], lr: float, seed: int, skip: Tensor | None = None) -> None:
+    def update(
+        self,
+        updates: Sequence[Sequence[BankUpdate]],
+        lr: float | Tensor,
+        seed: int | Tensor,
+        skip: Tensor | None = None,
+    ) -> None:
         """Take one step of gradient ascent on the mean loss of the micro-batches, see `Negatives.update`.
 
         Replicas of a shard gather each other's queries and take the same step, so traffic does not depend on K.
@@ -97,7 +103,7 @@ class Bank(Negatives):
             gather(torch.cat([x.coef_N / len(updates) for x in flat]), replicas),
         )
 
-    def _step(self, update: BankUpdate, lr: float, seed: int, skip: Tensor | None) -> None:
+    def _step(self, update: BankUpdate, lr: float | Tensor, seed: int | Tensor, skip: Tensor | None) -> None:
         """Take one step of gradient ascent on the loss of `update`."""
         self.stats = kernels.adversary_step(
             *update,

@@ -117,13 +117,20 @@ class Negatives:
                 c * chunk_size on. A chunk must depend on its index only, so that every number of ranks gets the same.
         """
 
-    def update(self, updates: Sequence[Sequence[Any]], lr: float, seed: int, skip: Tensor | None = None) -> None:
+    def update(
+        self,
+        updates: Sequence[Sequence[Any]],
+        lr: float | Tensor,
+        seed: int | Tensor,
+        skip: Tensor | None = None,
+    ) -> None:
         """Change the negatives after the student's step. Called by all ranks.
 
         Args:
             updates: `StepOutput.negatives_update` of each micro-batch.
-            lr: Learning rate of learned negatives.
-            seed: Seed of random rounding, different at each step and the same on all ranks.
+            lr: Learning rate of learned negatives; a number, or a floating scalar on the device, as in training.
+            seed: Seed of random rounding, different at each step and the same on all ranks; a number, or an int64
+                scalar on the device. The host must not read these two scalars.
             skip: bool scalar on the device, equal on all ranks: where true, nothing changes, whatever `updates` has.
         """
         raise NotImplementedError

@@ -43,7 +43,11 @@ class Queue(Negatives):
 
     @torch.no_grad()
     def update(
-        self, updates: Sequence[Sequence[Tensor]], lr: float = 0.0, seed: int = 0, skip: Tensor | None = None
+        self,
+        updates: Sequence[Sequence[Tensor]],
+        lr: float | Tensor = 0.0,
+        seed: int | Tensor = 0,
+        skip: Tensor | None = None,
     ) -> None:
         """Replace the oldest rows by this step's keys.
 

@@ -146,11 +146,11 @@ def test_operators_pass_opcheck(weights: torch.dtype) -> None:
         torch.ops.adco.score.default, (case.q_ND, case.k_MD, case.own_N, case.n_KD, 0.12, 0.02), test_utils=tests
     )
     torch.library.opcheck(torch.ops.adco.hardest.default, (case.q_ND, case.n_KD, case.own_N, 2, 0.5), test_utils=tests)
-    w_KD, coef_N = case.w_KD.to(weights), torch.ones(5)
+    w_KD, coef_N, lr = case.w_KD.to(weights), torch.ones(5), torch.tensor(3.0)
     for v_KD, skip in ((case.v_KD, False), (None, True)):
         torch.library.opcheck(
             torch.ops.adco.adversary_step.default,
-            (case.q_ND, coef_N, case.n_KD, w_KD, v_KD, [0.02, 3.0, 0.9, 1e-4], 0, 0, torch.tensor(skip)),
+            (case.q_ND, coef_N, case.n_KD, w_KD, v_KD, [0.02, 0.9, 1e-4], lr, torch.tensor(0), 0, torch.tensor(skip)),
             test_utils=tests,
         )
 

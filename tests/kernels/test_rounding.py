@@ -17,7 +17,8 @@ def test_bits_depend_on_the_index_of_the_row_only() -> None:
     whole = random_bits(seed=7, first=0, rows=50, dim=33, device=CPU)
     assert torch.equal(random_bits(seed=7, first=20, rows=30, dim=33, device=CPU), whole[20:])
     assert not torch.equal(random_bits(seed=8, first=0, rows=50, dim=33, device=CPU), whole)
-    assert seed32(7) != seed32(7 + 2**40)
+    assert len(set(seed32(torch.tensor([7, 7 + 2**40, 2**62 + 7])).tolist())) == 3
+    assert torch.equal(random_bits(torch.tensor(2**40 + 7), 0, 5, 3, CPU), random_bits(2**40 + 7, 0, 5, 3, CPU))
 
 
 def test_bits_are_even_and_independent() -> None:

@@ -192,11 +192,11 @@ def test_as_torch_operators() -> None:
     checks = ("test_schema", "test_faketensor")
     arguments = (*case[:4], TEMPERATURE, ADVERSARY_TEMPERATURE)
     torch.library.opcheck(torch.ops.adco.score.default, arguments, test_utils=checks)
-    q_ND, coef_N = case.q_ND, torch.full((17,), 1e-20)
+    q_ND, coef_N, lr = case.q_ND, torch.full((17,), 1e-20), torch.tensor(3.0)
     for w_KD, v_KD in ((case.w_KD, case.v_KD), (case.w_KD.bfloat16(), None)):
         torch.library.opcheck(
             torch.ops.adco.adversary_step.default,
-            (q_ND, coef_N, case.n_KD, w_KD, v_KD, [ADVERSARY_TEMPERATURE, 3.0, 0.9, 1e-4], 1, 2),
+            (q_ND, coef_N, case.n_KD, w_KD, v_KD, [ADVERSARY_TEMPERATURE, 0.9, 1e-4], lr, torch.tensor(1), 2),
             test_utils=checks,
         )
 

@@ -13,12 +13,17 @@ from models.batchnorm import group_bn
 from models.encoder import Encoder
 from models.negatives.bank import Bank
 from models.negatives.base import BankSettings, make_mesh
-from models.shuffle import plan_shuffle, shuffle, unshuffle
+from models.shuffle import Shuffle, draw_order, make_shuffle, shuffle, unshuffle
 from tests.ranks import run_ranks
 from trainer.plan.collectives import CollectiveTrace
 
 SEED = 7
 CPU = torch.device("cpu")
+
+
+def plan_shuffle(local_batch: int, rank: int, world_size: int, seed: int, groups: int = 1) -> Shuffle:
+    send_B = torch.from_numpy(draw_order(local_batch, rank, world_size, seed, groups))
+    return make_shuffle(send_B, rank, world_size, groups)
 
 
 def there_and_back(local_batch: int, kind: str) -> tuple[Tensor, Tensor, Tensor, list[int]]:
@@ -113,10 +118,12 @@ def shuffled_keys(group: int | None, by_bytes: bool = False) -> tuple[Tensor, Te
     images = torch.randint(256, (8, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
     images = images.chunk(world_size)[rank]
     normalized = normalize(images, CPU)
+    order_B = torch.from_numpy(method.draw_orders(len(images), 5)[0])
     with CollectiveTrace() as trace:
-        keys = (
-            method.keys(images, 5, partial(normalize, device=CPU)) if by_bytes else method.keys(normalized, 5)
-        )  # fmt: skip
+        if by_bytes:
+            keys = method.keys(images, order_B, partial(normalize, device=CPU))
+        else:
+            keys = method.keys(normalized, order_B)
     calls = [(call.operator, call.dtype) for call in trace.collectives]
     return keys, method.teacher([normalized]), calls  # type: ignore[misc]
 

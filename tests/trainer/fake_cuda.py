@@ -31,7 +31,6 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import trainer.build
-from models import method
 from models.encoder import Encoder
 from tests.trainer.engines import make_config
 from trainer.config import Config
@@ -215,14 +214,13 @@ def _replace_what_needs_a_gpu() -> None:
         Encoder: {"to": lambda self, *_, **__: self},  # Module.to takes no fake tensors
         dist: {"new_group": lambda **_: dist.group.WORLD},
         ddp: {"DistributedDataParallel": _Unwrapped},
-        Tensor: {"backward": _backward},
+        Tensor: {"backward": _backward, "pin_memory": lambda self: self},
         torch.cuda: {"Event": _Event, "is_bf16_supported": lambda **_: True},
         torch.cuda.amp.common: {"amp_definitely_not_available": lambda: False},
     }
     for owner, replaced in names.items():
         for name, value in replaced.items():
             setattr(owner, name, value)
-    vars(method)["plan_shuffle"] = functools.partial(_with_values, method.plan_shuffle)
 
 
 def _build_encoder(build: Callable[..., Encoder], config: Config) -> Encoder:

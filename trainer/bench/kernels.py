@@ -155,7 +155,9 @@ def kernel_score(case: NegativesCase, implementation: Any) -> Score:
     return score
 
 
-def kernel_adversary(case: NegativesCase, implementation: Any, coef_N: Tensor, lr: float = PARAMS.lr) -> AdversaryStats:
+def kernel_adversary(
+    case: NegativesCase, implementation: Any, coef_N: Tensor, lr: float | Tensor = PARAMS.lr
+) -> AdversaryStats:
     """Call `adversary_step` of an implementation."""
     params = PARAMS._replace(lr=lr)
     stats: AdversaryStats = implementation.adversary_step(case.q_ND, coef_N, case.n_KD, case.w_KD, case.v_KD, params)

@@ -177,6 +177,7 @@ def _arguments(job: Job, tile: Tiles) -> tuple[Any, dict[str, str], dict[str, An
     values |= {"RAGGED_KEYS": False, "RAGGED_NEGATIVES": False}
     types = dict.fromkeys(("q_ptr", "k_ptr", "n_ptr", "c_ptr"), job.dtype)
     types |= {"own_ptr": "int64", "kept_ptr": "int64", "w_ptr": job.weights or "float32", "skip_ptr": "uint8"}
+    types |= {"lr_ptr": "float64", "seed_ptr": "int64"}
     if job.velocity is None:
         values["v_ptr"] = None
     else:
@@ -192,8 +193,9 @@ def _arguments(job: Job, tile: Tiles) -> tuple[Any, dict[str, str], dict[str, An
 def _triton_type(argument: str, dtype: str) -> str:
     """Return Triton's type of an argument: a pointer to elements of `dtype`, an integer or a float."""
     if argument.endswith("_ptr"):
-        return "*" + {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int64": "i64", "uint8": "u8"}[dtype]
-    return "i32" if argument.startswith("num_") or argument in ("tiles_per_split", "seed", "first") else "fp32"
+        floats = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+        return "*" + {**floats, "int64": "i64", "uint8": "u8"}[dtype]
+    return "i32" if argument.startswith("num_") or argument in ("tiles_per_split", "first") else "fp32"
 
 
 def _read(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:

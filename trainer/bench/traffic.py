@@ -167,7 +167,7 @@ def _take_published_step(q_ND: Tensor, k_BD: Tensor, w_KD: Tensor, v_KD: Tensor,
     if group.size() > 1:
         dist.all_reduce(g_KD, group=group)
     v_KD.mul_(PARAMS.momentum).add_(g_KD, alpha=1 / group.size()).add_(w_KD, alpha=PARAMS.weight_decay)
-    w_KD.add_(v_KD, alpha=-PARAMS.lr)
+    w_KD.sub_(v_KD * PARAMS.lr)
 
 
 def _in_processes(cases: list[Case], ranks: int) -> list[list[Count]]:

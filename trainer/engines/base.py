@@ -86,9 +86,11 @@ class Engine(Protocol):
 
     Attributes:
         scale: The loss scale in fp16, else None.
+        rates_on_device: Whether `step` takes its learning rates as fp32 scalars on the device, or as numbers.
     """
 
     scale: LossScale | None
+    rates_on_device: bool
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Return the context for forward and backward of a micro-batch; the `last` one averages gradients."""
@@ -99,7 +101,7 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradients of the loss."""
 
-    def step(self, lr: float, backbone_lr: float | None = None) -> Tensor:
+    def step(self, lr: float | Tensor, backbone_lr: float | Tensor | None = None) -> Tensor:
         """Update the student and clear the gradients. The caller updates the loss scale.
 
         Returns:
@@ -123,6 +125,8 @@ class Engine(Protocol):
 class TorchEngine:
     """The common part of DDP and FSDP: a torch optimizer over parameters that are replicated or DTensors."""
 
+    rates_on_device = False
+
     def __init__(self, inputs: EngineInputs, teacher_dtype: torch.dtype = torch.float32) -> None:
         self.network, self.teacher = inputs.student, inputs.teacher
         self.moving_average = MovingAverage(self.teacher, self.network, local, teacher_dtype) if self.teacher else None
@@ -135,7 +139,7 @@ class TorchEngine:
         """See `Engine.backward`."""
         (loss * self.scale.value if self.scale else loss).backward()
 
-    def step(self, lr: float, backbone_lr: float | None = None) -> Tensor:
+    def step(self, lr: float | Tensor, backbone_lr: float | Tensor | None = None) -> Tensor:
         """See `Engine.step`."""
         trained = [p for p in self.parameters if p.grad is not None]
         sharded = [p for p in trained if isinstance(p, DTensor)]
@@ -299,8 +303,8 @@ def update(
     norm: Tensor,
     clip: float | None,
     scale: LossScale | None,
-    lr: float,
-    backbone_lr: float | None = None,
+    lr: float | Tensor,
+    backbone_lr: float | Tensor | None = None,
 ) -> None:
     """Take one optimizer step unless `norm` is not finite, and clear the gradients. Nothing is read by the host.
 
@@ -309,7 +313,7 @@ def update(
         norm: Norm of the complete gradient, without the loss scale, fp32 scalar.
         clip: Maximum gradient norm, or None.
         scale: The loss scale by which the gradients are still multiplied, or None.
-        lr: Learning rate.
+        lr: Learning rate, a number or an fp32 scalar on the device.
         backbone_lr: Learning rate of the backbone; None for `lr`.
     """
     divisor = scale.value if scale else None

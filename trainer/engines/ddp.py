@@ -19,6 +19,11 @@ class Settings(EngineSettings):
     compress: Literal["none", "bf16"] = Field(
         "none", description="Type in which gradients are sent: none keeps fp32, bf16 halves the traffic."
     )
+    cuda_graph: bool = Field(
+        False,
+        description="Capture the training step as one CUDA graph and replay it, so that Python no longer limits small "
+        "batches. Where that is impossible, the log says why and training goes on without it.",
+    )
 
     def build(self, inputs: EngineInputs) -> "DDP":
         """See `EngineSettings.build`."""
@@ -28,22 +33,34 @@ class Settings(EngineSettings):
 class DDP(TorchEngine):
     """See `trainer.engines.base.Engine`. A single rank runs the network without a wrapper."""
 
+    rates_on_device = True
+
     def __init__(self, settings: Settings, inputs: EngineInputs) -> None:
         student, rank_info = inputs.student, inputs.rank_info
         prepare_blocks(student, inputs.teacher, settings)
         super().__init__(inputs, teacher_dtype=inputs.precision)
         self.wrapped: DistributedDataParallel | None = None
         if rank_info.world_size > 1:
-            self.wrapped = DistributedDataParallel(
-                student,
-                device_ids=[rank_info.device.index] if rank_info.device.type == "cuda" else None,
-                **DDP_LOCAL_BUFFERS,  # BatchNorm's running statistics are averaged when they are needed
-                gradient_as_bucket_view=True,
-                # A static graph cannot alternate between syncing and not syncing.
-                static_graph=inputs.optim.accumulate == 1,
-            )
-            if settings.compress == "bf16":
-                self.wrapped.register_comm_hook(None, bf16_compress_hook)
+            self.settings, self.accumulate = settings, inputs.optim.accumulate
+            self.wrapped = self._wrap()
+
+    def _wrap(self) -> DistributedDataParallel:
+        wrapped = DistributedDataParallel(
+            self.network,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            **DDP_LOCAL_BUFFERS,  # BatchNorm's running statistics are averaged when they are needed
+            gradient_as_bucket_view=True,
+            static_graph=self.accumulate == 1,  # which cannot alternate between syncing and not syncing
+        )
+        if self.settings.compress == "bf16":
+            wrapped.register_comm_hook(None, bf16_compress_hook)
+        return wrapped
+
+    def discard(self) -> None:
+        """Forget a backward pass that an error has interrupted. Called by all ranks."""
+        self.optimizer.zero_grad()
+        if self.wrapped is not None:  # its reducer would wait for the rest of the gradients
+            self.wrapped = self._wrap()
 
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """See `Engine.micro_batch`."""

@@ -42,13 +42,11 @@ class FiniteCheck:
     """The verdict on a step, on its way from the device to the host.
 
     Args:
-        norm: Norm of the gradient over all ranks.
-        failed: Whether the step failed, equal on all ranks.
-        own_failed: Whether the loss of this rank is not finite.
+        values: [3] on the device: norm of the gradient over all ranks; whether the step failed, equal on all ranks;
+            whether the loss of this rank is not finite.
     """
 
-    def __init__(self, norm: Tensor, failed: Tensor, own_failed: Tensor) -> None:
-        values = torch.stack([norm.float(), failed.float(), own_failed.float()])
+    def __init__(self, values: Tensor) -> None:
         self.device, self.copied = values.device, None
         self.values = values.to("cpu", non_blocking=True)  # into pinned memory
         if values.is_cuda:

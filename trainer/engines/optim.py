@@ -79,11 +79,11 @@ def make_optimizer(student: nn.Module, settings: Optim, fused: bool = True) -> t
     Args:
         student: The network.
         settings: Section `optim`.
-        fused: Whether AdamW is one operation that can be skipped on the device, like SGD and LARS.
+        fused: Whether AdamW is one operation that can be skipped on the device and captured, like SGD and LARS.
     """
     groups = [part for group in _parameter_groups(student, settings) for part in _split(group)]
     if settings.name == "adamw":
-        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused)
+        return torch.optim.AdamW(groups, lr=settings.lr, fused=fused, capturable=fused)
     if settings.name == "lars":
         return Lars(groups, lr=settings.lr, momentum=settings.momentum)
     return Sgd(groups, lr=settings.lr, momentum=settings.momentum)
@@ -125,11 +125,14 @@ def backbone_groups(
     return [{**group, "lr_scale": group["lr_scale"] / largest} for group in groups]
 
 
-def set_learning_rates(groups: list[dict[str, Any]], lr: float, backbone_lr: float | None = None) -> None:
+def set_learning_rates(
+    groups: list[dict[str, Any]], lr: float | Tensor, backbone_lr: float | Tensor | None = None
+) -> None:
     """Set the rate of an optimizer's groups: `lr`, or `backbone_lr` if given for the backbone's, times `lr_scale`."""
     for group in groups:
         own = lr if backbone_lr is None or "backbone" not in group else backbone_lr
-        group["lr"] = own * group.get("lr_scale", 1.0)
+        scale = group.get("lr_scale", 1.0)
+        group["lr"] = own if scale == 1 else own * scale
 
 
 def _split(group: dict[str, Any]) -> list[dict[str, Any]]:

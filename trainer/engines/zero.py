@@ -85,6 +85,8 @@ class ParamShard(NamedTuple):
 class Zero:
     """See `trainer.engines.base.Engine`."""
 
+    rates_on_device = False
+
     def __init__(self, settings: Settings, inputs: EngineInputs) -> None:
         student, teacher, optim, batch_size, rank_info, precision = inputs
         deepspeed = _import_deepspeed(rank_info)
@@ -138,7 +140,7 @@ class Zero:
             self.zero.override_loss_scale(float(self.scale.value))
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float, backbone_lr: float | None = None) -> Tensor:
+    def step(self, lr: float | Tensor, backbone_lr: float | Tensor | None = None) -> Tensor:
         """See `Engine.step`. DeepSpeed reads on the host whether the gradient is finite."""
         set_learning_rates(self.zero.param_groups, lr, backbone_lr)
         self.engine.step()

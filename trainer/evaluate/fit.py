@@ -122,7 +122,7 @@ class ClassifierTraining:
             if self.scale:  # which a smaller scale may cure
                 self.scale.update(failed)
                 failed = torch.zeros_like(failed)
-            check = FiniteCheck(norm, failed, torch.zeros_like(failed))
+            check = FiniteCheck(torch.stack([norm, failed.float(), torch.zeros_like(norm)]))
         metrics = {"loss": loss.detach(), "top1": (logits_BC.argmax(1) == labels_B).float().mean()}
         return StepResult(metrics, check)
 

@@ -41,10 +41,11 @@ def replaced(config: Config, changes: dict[str, dict[str, Any]]) -> Config:
 def case_config(config: Config, engine: str, placement: str, batch_size: int, gpu: str) -> Config:
     """Return the configuration of a case, with the choices of `auto` made for the GPU.
 
-    Settings of the configuration's own engine are kept. Compilation is off, as a dry run cannot compile; ZeRO overlaps
-    its communication on a GPU.
+    Settings of the configuration's own engine are kept. Compilation and CUDA graph are off, as a dry run has neither;
+    ZeRO overlaps its communication on a GPU.
     """
     own = config.engine.model_dump() if engine == engine_name(config.engine) else {}
+    own.pop("cuda_graph", None)
     shared = {"activation_checkpointing": config.engine.activation_checkpointing, "compile": "none"}
     values = replaced(config, {"data": {"batch_size": batch_size}, "bank": {"placement": placement}}).model_dump()
     values["engine"] = settings = {**own, **ENGINES[engine], **shared}

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.normalize import normalize, normalize_fused
-from kernels import chunked
+from kernels import chunked, ops
 from kernels.triton.tiles import DIMS, best_splits, tiles
 from trainer.build import build_encoder
 from trainer.config import Config
@@ -146,7 +146,7 @@ def _tag_gradients(engine: Engine, student: torch.nn.Module, ledger: MemoryLedge
     """Tag gradients whenever the optimizer is about to use them."""
     original = engine.step
 
-    def step(lr: float, backbone_lr: float | None = None) -> Tensor:
+    def step(lr: float | Tensor, backbone_lr: float | Tensor | None = None) -> Tensor:
         ledger.tag("gradients", _shards(p.grad for p in student.parameters() if p.grad is not None))
         ledger.tag_rest("gradients", created_in="backward")
         return original(lr, backbone_lr)
@@ -203,7 +203,7 @@ def _kernels(triton: bool) -> dict[str, Callable[..., Any]]:
         return {"adco::score": _triton_score, "adco::adversary_step": _triton_adversary_step}
     return {
         "adco::score": lambda *args: tuple(chunked.score(*args)),
-        "adco::adversary_step": lambda *args: tuple(chunked.adversary_step(*args)),
+        "adco::adversary_step": ops.chunked_adversary_step,
     }
 
 

@@ -37,12 +37,15 @@ class PhaseTimer:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self.is_muted = False
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
         """Measure the time of the `with` block."""
         with record_function(name):
-            if self.device.type == "cuda":
+            if self.is_muted:
+                yield
+            elif self.device.type == "cuda":
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 start.record()
                 yield
@@ -52,6 +55,15 @@ class PhaseTimer:
                 began = time.perf_counter()
                 yield
                 self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    @contextmanager
+    def muted(self) -> Iterator[None]:
+        """Measure nothing in the `with` block: an event that a CUDA graph captures has no time."""
+        self.is_muted = True
+        try:
+            yield
+        finally:
+            self.is_muted = False
 
     def pop(self) -> dict[str, float]:
         """Return this rank's seconds by phase since the last call, in the order in which the phases first ran."""

@@ -12,19 +12,21 @@ from torch.profiler import ProfilerActivity, profile
 
 from trainer import distributed
 from trainer.bench import throughput
-from trainer.bench.gpu.record import Line, Setting, at_most, fast_enough, in_time, known_gpu, skipped
+from trainer.bench.gpu.record import Line, Setting, at_most, fast_enough, holds, in_time, known_gpu, skipped
 from trainer.bench.gpu.trajectory import difference, make_config
 from trainer.bench.harness import seconds, synchronize
 from trainer.bench.synthetic import build_step, frozen_rates, random_views
 from trainer.config import Config
+from trainer.cuda_graph import WARM_UP
 from trainer.distributed import RankInfo
-from trainer.engines.ddp import Settings
+from trainer.engines.base import EngineSettings
 from trainer.plan.cases import case_config
 from trainer.plan.dry_run import DryRun, dry_run
 from trainer.plan.hardware import GPUS, Cluster, Gpu
 from trainer.plan.predict import step_time
 from trainer.plan.trace import OperatorEvent
 from trainer.pretrain import rates_at
+from trainer.train_step import TrainStep
 
 MEMORY_SHARE = 0.15  # that the planner may be wrong by in either direction
 SPEED_SHARE = 0.7  # of the predicted speed is fast enough: the planner's shares of peak rates are fitted to one GPU
@@ -95,32 +97,48 @@ def check_fp16_speed(setting: Setting) -> Iterator[Line]:
     with distributed.process_group(setting.device.type) as rank_info:
         taken = {}
         for precision in ("bf16", "fp16"):
-            _, taken[precision] = _train(recipe(setting, images, {"run": {"precision": precision}}), rank_info, setting)
+            *_, taken[precision] = _train(
+                recipe(setting, images, {"run": {"precision": precision}}), rank_info, setting
+            )
             free_memory(setting.device)
     note = "bf16's, and a fifth more"
     yield in_time(f"{images} images, fp16", 1e3 * taken["fp16"], 1.2e3 * taken["bf16"], note)
 
 
 def check_compile(setting: Setting) -> Iterator[Line]:
-    """Compare losses and speed of each value of engine.compile with those of none."""
+    """Compare losses and speed of each engine.compile with those of none, and a CUDA graph's with eager ones."""
     if setting.small:  # everything except the compiler, which would take a CPU minutes
         torch.compile = functools.partial(torch.compile, backend="aot_eager")
     images = setting.pick(32, 8)
     with distributed.process_group(setting.device.type) as rank_info:
-        eager: tuple[list[float], float] | None = None
-        for value in get_args(Settings.model_fields["compile"].annotation):
-            name = f"compile {value}"
-            losses, taken = _train(recipe(setting, images, {"engine": {"compile": value}}), rank_info, setting)
+
+        def train(**engine: Any) -> tuple[TrainStep, list[float], float]:
             free_memory(setting.device)
-            eager = eager or (losses, taken)
+            return _train(recipe(setting, images, {"engine": engine}), rank_info, setting)
+
+        first: tuple[list[float], float] | None = None
+        for value in get_args(EngineSettings.model_fields["compile"].annotation):
+            name = f"compile {value}"
+            _, losses, taken = train(compile=value)
+            first = first or (losses, taken)
             # Compiled code rounds to bf16 at other places.
-            off = difference(losses, eager[0])
+            off = difference(losses[:3], first[0][:3])
             yield at_most(f"{name}, losses", off, 5e-2, "of the first line's", details={"losses": losses})
-            yield in_time(f"{name}, step of {images}", 1e3 * taken, 1e3 * eager[1], "the first line's")
+            yield in_time(f"{name}, step of {images}", 1e3 * taken, 1e3 * first[1], "the first line's")
+            if setting.small:
+                yield skipped(f"{name}, graph", "not on a CPU")
+                continue
+            train_step, replayed, taken = train(compile=value, cuda_graph=True)
+            captured = train_step.graph is not None and train_step.graph.replay is not None
+            yield holds(f"{name}, graph, captured", captured, "otherwise the log above says why")
+            off = difference(replayed, losses)
+            note = f"of {name}, steps {WARM_UP + 1} to {len(losses)} as replays"
+            yield at_most(f"{name}, graph, losses", off, 1e-2, note, details={"losses": replayed})
+            yield in_time(f"{name}, graph, step of {images}", 1e3 * taken, 1e3 * first[1], "the first line's")
 
 
-def _train(config: Config, rank_info: RankInfo, setting: Setting) -> tuple[list[float], float]:
-    """Return the losses of the first steps, and the seconds of a later one.
+def _train(config: Config, rank_info: RankInfo, setting: Setting) -> tuple[TrainStep, list[float], float]:
+    """Return the training, the losses of its first steps, and the seconds of a later one.
 
     The host launches the timed steps without waiting for the device, as in training.
     """
@@ -130,11 +148,11 @@ def _train(config: Config, rank_info: RankInfo, setting: Setting) -> tuple[list[
     def take(steps: int) -> list[Tensor]:
         return [train_step.step(views, step, rates).metrics["loss"].detach() for step in range(steps)]
 
-    losses = torch.stack(take(3)).tolist()
+    losses = torch.stack(take(setting.pick(WARM_UP + 4, 3))).tolist()
     rates = frozen_rates(config)
-    take(setting.pick(7, 1))
+    take(setting.pick(3, 1))
     steps = setting.pick(20, 2)
-    return losses, seconds(lambda: take(steps), rank_info.device) / steps
+    return train_step, losses, seconds(lambda: take(steps), rank_info.device) / steps
 
 
 def check_profile(setting: Setting) -> Iterator[Line]:

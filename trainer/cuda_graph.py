@@ -44,7 +44,7 @@ class DeviceInputs:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.values = torch.empty(0, dtype=torch.int64, device=device)
+        self._allocate([])
 
     def fill(
         self,
@@ -55,18 +55,23 @@ class DeviceInputs:
         teacher_momentum: float,
         orders: Sequence[NDArray[np.int64]],
     ) -> None:
-        """Set all values. The memory stays the same unless the number of orders or their lengths change."""
+        """Set all values. Their memory stays the same unless the number of orders or their lengths change."""
         rates, slow_rates = np.array([lr, backbone_lr], np.float32), np.array([bank_lr, teacher_momentum])
         host = torch.from_numpy(np.concatenate([[seed], rates.view(np.int64), slow_rates.view(np.int64), *orders]))
         if self.device.type == "cuda":
             host = host.pin_memory()  # new memory: that of the step before may not be copied yet
-        if len(host) != len(self.values):
-            self.values = torch.empty_like(host, device=self.device)
+        lengths = [len(order_B) for order_B in orders]
+        if lengths != self.lengths:
+            self._allocate(lengths)
         self.values.copy_(host, non_blocking=True)
+
+    def _allocate(self, lengths: list[int]) -> None:
+        self.lengths = lengths
+        self.values = torch.empty(4 + sum(lengths), dtype=torch.int64, device=self.device)
         self.seed = self.values[0]
         self.lr, self.backbone_lr = self.values[1:2].view(torch.float32).unbind()
         self.bank_lr, self.teacher_momentum = self.values[2:4].view(torch.float64).unbind()
-        self.orders = self.values[4:].split([len(order_B) for order_B in orders])
+        self.orders = self.values[4:].split(lengths)
 
 
 def reason_against(config: Config, device: torch.device) -> str | None:

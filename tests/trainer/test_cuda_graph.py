@@ -181,7 +181,7 @@ def test_a_step_that_cannot_be_captured_goes_on_eagerly(caplog: pytest.LogCaptur
 
     def reads(*args: Any) -> Any:
         output = loss(*args)
-        calls.append(float(output.loss) if len(calls) >= WARM_UP else 0.0)
+        calls.append(float(output.loss.detach()) if len(calls) >= WARM_UP else 0.0)
         return output
 
     replayed.method.loss = reads  # type: ignore[assignment, method-assign]

@@ -22,7 +22,9 @@ from trainer.plan.planner import make_plan
 from trainer.plan.predict import (
     BANDWIDTH,
     CUDA_CORES,
+    KERNEL_SECONDS,
     LAUNCH_SECONDS,
+    REPLAYED_LAUNCH_SECONDS,
     TENSOR_CORES,
     operator_seconds,
     phase_time,
@@ -133,17 +135,31 @@ def test_step_of_several_phases() -> None:
     gather = call("score", "all_gather", engine=False)
     events: list[Event] = [op("student", flops=1e12), op("student", bytes=MS), gather]
     events += [op("ema")] * 100
+    tiny = [op("ema")] * 400
     step = step_time(events, CLUSTER, ranks=8, images=64)
     compute = 1e12 / (312e12 * TENSOR_CORES)
     student, score, ema = step.phases
     assert student.seconds == pytest.approx(compute + 1e-3)
-    assert ema.seconds == pytest.approx(100 * LAUNCH_SECONDS)
+    assert ema.seconds == pytest.approx(100 * KERNEL_SECONDS)
+    assert step.host == pytest.approx(102 * LAUNCH_SECONDS)
     assert score.seconds == pytest.approx(1e-3 * SENT)
     work = student.work + ema.work
     assert step.waiting == pytest.approx(0.01 * (2 * 2.0794415) ** 0.5 * work)  # ln 8
     assert step.seconds == pytest.approx(work + 1e-3 * SENT + step.waiting)
     assert step.bottleneck == "compute"
-    assert step_time([*events, *[op("ema")] * 900], CLUSTER, 8, 64).bottleneck == "host"
+    late = step_time([*events, *tiny, *tiny], CLUSTER, 8, 64)  # the host launches ahead, until the whole step is late
+    assert late.bottleneck == "host"
+    assert late.idle == pytest.approx(902 * LAUNCH_SECONDS - student.seconds - score.seconds - 900 * KERNEL_SECONDS)
+    assert late.seconds == pytest.approx(902 * LAUNCH_SECONDS + late.waiting)
+    assert step_time([*events, *tiny], CLUSTER, 8, 64).idle == 0
+    replayed = step_time(
+        [event._replace(replayed=True) for event in [*events, *tiny, *tiny] if isinstance(event, OperatorEvent)],
+        CLUSTER,
+        1,
+        64,
+    )
+    assert replayed.idle == 0
+    assert replayed.host == pytest.approx(902 * REPLAYED_LAUNCH_SECONDS)
     assert step_time([*events, op("ema", bytes=9 * MS)], CLUSTER, 8, 64).bottleneck == "memory"
     assert step_time([*events, *[gather] * 9], CLUSTER, 8, 64).bottleneck == "network"
     starved = step_time(events, CLUSTER, 8, 64, data_rate=640.0)
@@ -152,6 +168,8 @@ def test_step_of_several_phases() -> None:
     factors = calibration_factors(step, {"student": 2 * student.seconds, "score": 1.0, "data": 1.0})
     assert factors == {"student": pytest.approx(2.0)}
     assert step_time(events, CLUSTER, 8, 64, factors).phases[0].seconds == pytest.approx(2 * student.seconds)
+    whole = calibration_factors(step, {"normalize": 1.0, "graph": 3 * work + step.network})
+    assert whole == dict.fromkeys(("student", "ema"), pytest.approx(3.0)) | {"score": pytest.approx(3.0)}
     with pytest.raises(ValueError, match=r"backward took 1 ms, less than the .* predicted for its collectives alone"):
         calibration_factors(step_time([call("backward", "all_reduce"), op()], CLUSTER, 8, 64), {"backward": 1e-3})
 

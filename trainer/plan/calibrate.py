@@ -63,17 +63,23 @@ def read_calibration(path: Path, config: Config, gpu: Gpu, predict: Callable[[in
 def calibration_factors(step: StepTime, measured: dict[str, float]) -> dict[str, float]:
     """Return measured over predicted time of the operators of each phase; `measured` is in seconds by phase.
 
+    All phases of a step that was replayed as a CUDA graph are measured as one, `graph`, and have the same factor.
+
     Raises:
         ValueError: A phase took less time than is predicted for its collectives alone.
     """
-    factors = {}
-    for phase in step.phases:
-        if phase.phase in measured and phase.work:
-            operators = measured[phase.phase] - phase.network
-            if operators <= 0:
-                raise ValueError(
-                    f"plan: --calibrate: {phase.phase} took {1e3 * measured[phase.phase]:.3g} ms, less than the "
-                    f"{1e3 * phase.network:.3g} ms predicted for its collectives alone; need a file of fewer ranks"
-                )
-            factors[phase.phase] = operators / phase.work
+    groups = {phase.phase: [phase] for phase in step.phases if phase.phase in measured}
+    if "graph" in measured:
+        groups = {"graph": step.phases}
+    factors: dict[str, float] = {}
+    for name, phases in groups.items():
+        work, network = sum(phase.work for phase in phases), sum(phase.network for phase in phases)
+        if not work:
+            continue
+        if measured[name] <= network:
+            raise ValueError(
+                f"plan: --calibrate: {name} took {1e3 * measured[name]:.3g} ms, less than the "
+                f"{1e3 * network:.3g} ms predicted for its collectives alone; need a file of fewer ranks"
+            )
+        factors |= {phase.phase: (measured[name] - network) / work for phase in phases}
     return factors

@@ -12,6 +12,7 @@ from rich.progress import track
 from data.order import steps_per_epoch
 from data.processes import fork_server
 from trainer.config import Config
+from trainer.engines import ddp
 from trainer.plan.calibrate import Calibration, read_calibration
 from trainer.plan.cases import ENGINES, PlanCase, case_config, check_ranks, engine_name, replaced
 from trainer.plan.dry_run import DryRun, RankMemory, dry_run
@@ -19,7 +20,7 @@ from trainer.plan.fusion import fuse
 from trainer.plan.hardware import Cluster, make_cluster
 from trainer.plan.predict import StepTime, step_time
 from trainer.plan.request import PlanRequest
-from trainer.plan.trace import Event
+from trainer.plan.trace import Event, OperatorEvent
 
 SPEED_TOLERANCE = 0.02  # another engine or placement must be faster than the configuration's by more than this
 BATCH_TOLERANCE = 0.05  # the smallest batch is recommended whose speed is within this of the best
@@ -150,7 +151,7 @@ def _calibrate(config: Config, request: PlanRequest, cluster: Cluster, dry_runs:
         case = PlanCase(engine_name(config.engine), config.bank.placement, nodes, images)
         (own_run,) = dry_runs.run([case], gpus_per_node)
         measured_on = cluster._replace(gpus_per_node=gpus_per_node)
-        events = _as_compiled(own_run.events, config, case.engine)
+        events = _as_launched(own_run.events, config, case.engine)
         return step_time(events, measured_on, nodes * gpus_per_node, images * gpus_per_node)
 
     batch_size = config.data.batch_size
@@ -174,7 +175,7 @@ class _Planner(NamedTuple):
         for case, run in zip(cases, self.dry_runs.run(cases, per_node), strict=True):
             gpus = case.nodes * per_node
             step = step_time(
-                _as_compiled(run.events, self.config, case.engine),
+                _as_launched(run.events, self.config, case.engine),
                 self.cluster,
                 gpus,
                 case.images * per_node,
@@ -229,10 +230,18 @@ class _Planner(NamedTuple):
         return [case._replace(images=size) for size in sizes if least <= size <= most]
 
 
-def _as_compiled(events: list[Event], config: Config, engine: str) -> list[Event]:
-    """Return the events of an engine's step with the encoders compiled, if the configuration asks for it and it can."""
-    can = engine in ("ddp", "zero1", "zero2") and config.run.device != "cpu"
-    return fuse(events) if config.engine.compile == "encoder" and can else events
+def _as_launched(events: list[Event], config: Config, engine: str) -> list[Event]:
+    """Return the events of an engine's step with the encoders compiled and the step replayed, where asked for.
+
+    The configuration's `engine.compile` is that of all engines, its `engine.cuda_graph` that of DDP.
+    """
+    if config.run.device == "cpu":
+        return events
+    if config.engine.compile == "encoder" and engine in ("ddp", "zero1", "zero2"):
+        events = fuse(events)
+    if isinstance(config.engine, ddp.Settings) and config.engine.cuda_graph and engine == "ddp":
+        events = [event._replace(replayed=True) if isinstance(event, OperatorEvent) else event for event in events]
+    return events
 
 
 def _fastest(rows: list[PlanRow]) -> PlanRow:

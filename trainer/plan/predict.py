@@ -1,6 +1,8 @@
 """Predicts how long a step takes: a roofline for operators, an alpha-beta model for collectives, and their overlap.
 
-    step = sum over phases of max(GPU, host) + collectives that are not overlapped + waiting for the slowest rank
+    step = max(operators and collectives that are not overlapped, launching) + waiting for the slowest rank
+
+The host never waits for the device within a step, so it launches ahead: only the whole step's sums are compared.
 
 docs/plan.md lists the assumptions and compares the predictions with published measurements.
 """
@@ -16,8 +18,10 @@ from trainer.plan.trace import Event, OperatorEvent
 # Shares of the peak rates that operators reach. TENSOR_CORES is fitted to ResNet-50's 2,470 images/s on one A100
 # (docs/plan.md); the other two are for products without tensor cores and for the memory.
 TENSOR_CORES, CUDA_CORES, BANDWIDTH = 0.44, 0.9, 0.8
-LAUNCH_SECONDS = 20e-6  # of Python and torch per operator; the GPU waits where its work takes less
+KERNEL_SECONDS = 2e-6  # the least time of an operator on a GPU, with its start
+LAUNCH_SECONDS = 20e-6  # of Python and torch per operator
 COMPILED_LAUNCH_SECONDS = 6e-6  # per kernel of a compiled graph
+REPLAYED_LAUNCH_SECONDS = 0.2e-6  # per operator of a CUDA graph: the driver's
 LOOP_SECONDS = 0.9e-3  # Python of a step outside of all phases, besides its operators (docs/bench/launches.json)
 JITTER = 0.01  # standard deviation of a rank's time as a share; all ranks wait for the slowest
 OTHER = "other"  # what a step does outside of all phases
@@ -31,11 +35,11 @@ class PhaseTime(NamedTuple):
         phase: Name of the phase.
         compute: Seconds of operators that arithmetic limits.
         memory: Seconds of operators that the memory bandwidth limits.
-        host: Seconds to launch the operators.
+        host: Seconds of the host to launch the operators, during this phase or others.
         network: Seconds in which the GPU only waits for collectives.
         hidden: Seconds of collectives that arithmetic overlaps.
         sent: Bytes that a rank sends.
-        factor: Measured over predicted time, from a calibration.
+        factor: Measured over predicted time of the operators, from a calibration.
     """
 
     phase: str
@@ -49,12 +53,12 @@ class PhaseTime(NamedTuple):
 
     @property
     def work(self) -> float:
-        """Seconds without the network."""
-        return self.factor * max(self.compute + self.memory, self.host)
+        """Seconds of the operators."""
+        return self.factor * (self.compute + self.memory)
 
     @property
     def seconds(self) -> float:
-        """Seconds of the phase."""
+        """Seconds of the phase on the GPU."""
         return self.work + self.network
 
 
@@ -68,7 +72,17 @@ class StepTime(NamedTuple):
     @property
     def seconds(self) -> float:
         """Seconds of the step."""
-        return sum(phase.seconds for phase in self.phases) + self.waiting + self.data
+        return sum(phase.seconds for phase in self.phases) + self.idle + self.waiting + self.data
+
+    @property
+    def host(self) -> float:
+        """Seconds of the host to launch the step."""
+        return sum(phase.host for phase in self.phases)
+
+    @property
+    def idle(self) -> float:
+        """Seconds in which the GPU waits for the host to launch."""
+        return max(0.0, self.host - sum(phase.seconds for phase in self.phases))
 
     @property
     def sent(self) -> int:
@@ -82,18 +96,17 @@ class StepTime(NamedTuple):
 
     @property
     def bottleneck(self) -> str:
-        """The part that takes most of the step: compute, memory, host (launching operators), network or data."""
+        """What limits the step: data, host (launching operators), or that of compute, memory and network with most."""
         if self.data:
             return "data"
-        shares = dict.fromkeys(("compute", "memory", "host"), 0.0)
-        for phase in self.phases:
-            gpu = phase.compute + phase.memory
-            if phase.host > gpu:
-                shares["host"] += phase.work
-            elif gpu:
-                shares["compute"] += phase.work * phase.compute / gpu
-                shares["memory"] += phase.work * phase.memory / gpu
-        return max((*shares.items(), ("network", self.network)), key=lambda share: share[1])[0]
+        if self.idle:
+            return "host"
+        shares = {
+            "compute": sum(phase.factor * phase.compute for phase in self.phases),
+            "memory": sum(phase.factor * phase.memory for phase in self.phases),
+            "network": self.network,
+        }
+        return max(shares, key=shares.__getitem__)
 
 
 def operator_seconds(event: OperatorEvent, gpu: Gpu) -> tuple[float, bool]:
@@ -104,7 +117,8 @@ def operator_seconds(event: OperatorEvent, gpu: Gpu) -> tuple[float, bool]:
     product = event.flops / (tensor_cores * TENSOR_CORES if tensor_cores else gpu.fp32_flops * CUDA_CORES)
     compute = max(product, event.exponentials / gpu.exponentials)
     memory = event.bytes / (gpu.bandwidth * BANDWIDTH)
-    return max(compute, memory), memory >= compute
+    least = 0.0 if gpu is CPU else KERNEL_SECONDS
+    return max(compute, memory, least), memory >= compute
 
 
 def phase_time(name: str, events: Iterable[Event], cluster: Cluster, factor: float = 1.0) -> PhaseTime:
@@ -123,7 +137,7 @@ def phase_time(name: str, events: Iterable[Event], cluster: Cluster, factor: flo
             duration, memory_bound = operator_seconds(event, cluster.gpu)
             by_limit[memory_bound] += duration
             compute_end += duration * factor
-            host += COMPILED_LAUNCH_SECONDS if event.compiled else LAUNCH_SECONDS
+            host += _launch_seconds(event)
             continue
         duration = collective_seconds(event.collective, event.nodes, cluster)
         collectives += duration
@@ -142,6 +156,12 @@ def phase_time(name: str, events: Iterable[Event], cluster: Cluster, factor: flo
         host = 0.0
     hidden = max(0.0, collectives - network)
     return PhaseTime(name, by_limit[False], by_limit[True], host, network, hidden, sent, factor)
+
+
+def _launch_seconds(event: OperatorEvent) -> float:
+    if event.replayed:
+        return REPLAYED_LAUNCH_SECONDS
+    return COMPILED_LAUNCH_SECONDS if event.compiled else LAUNCH_SECONDS
 
 
 def step_time(
@@ -167,7 +187,6 @@ def step_time(
         by_phase.setdefault(event.phase or OTHER, []).append(event)
     phases = [phase_time(name, own, cluster, (factors or {}).get(name, 1.0)) for name, own in by_phase.items()]
     # The largest of R normally distributed times is about sqrt(2 ln R) standard deviations above the mean.
-    waiting = JITTER * math.sqrt(2 * math.log(ranks)) * sum(phase.work for phase in phases)
-    seconds = sum(phase.seconds for phase in phases)
-    data = max(0.0, images / data_rate - seconds - waiting) if data_rate else 0.0
-    return StepTime(phases, waiting, data)
+    work = max(sum(phase.work for phase in phases), sum(phase.host for phase in phases))
+    step = StepTime(phases, JITTER * math.sqrt(2 * math.log(ranks)) * work, 0.0)
+    return step._replace(data=max(0.0, images / data_rate - step.seconds)) if data_rate else step

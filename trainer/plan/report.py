@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from trainer.config import Config
+from trainer.engines import ddp
 from trainer.external import short_name
 from trainer.plan.cases import ENGINES
 from trainer.plan.dry_run import OVERHEAD_BYTES, OVERHEAD_SHARE, PARTS
@@ -19,7 +20,9 @@ from trainer.plan.predict import (
     COMPILED_LAUNCH_SECONDS,
     CUDA_CORES,
     JITTER,
+    KERNEL_SECONDS,
     LAUNCH_SECONDS,
+    REPLAYED_LAUNCH_SECONDS,
     TENSOR_CORES,
 )
 from trainer.plan.request import IMAGENET
@@ -136,7 +139,8 @@ def _phases(row: PlanRow) -> Table:
             f"{1e3 * phase.seconds:.2f}",
             f"{100 * phase.seconds / step.seconds:.1f} %",
         )
-    for name, seconds in (("waiting for the slowest", step.waiting), ("waiting for data", step.data)):
+    waits = {"waiting for Python": step.idle, "waiting for the slowest": step.waiting, "waiting for data": step.data}
+    for name, seconds in waits.items():
         if seconds:
             table.add_row(name, *[""] * 6, f"{1e3 * seconds:.2f}", f"{100 * seconds / step.seconds:.1f} %")
     return table
@@ -169,7 +173,9 @@ def _recommendation(plan: Plan) -> list[str]:
             f"{best.images_per_second / own.images_per_second:.2f} times the speed; accuracy may change with it"
         )
     if best.step.bottleneck == "host":
-        lines.append("the GPU waits for Python: use a larger batch per GPU, or engine.compile=encoder")
+        lines.append(
+            "the GPU waits for Python: use engine.cuda_graph, engine.compile=encoder or a larger batch per GPU"
+        )
     return lines
 
 
@@ -184,8 +190,9 @@ def _assumptions(plan: Plan, config: Config) -> list[str]:
         measured = "phases as measured in the file, else " if calibration.factors else ""
         lines.append(
             f"assumed: {measured}{100 * TENSOR_CORES:.0f} % of the tensor cores' peak, {100 * CUDA_CORES:.0f} % "
-            f"without them, {100 * BANDWIDTH:.0f} % of the memory's rate, {1e6 * LAUNCH_SECONDS:.0f} µs of Python per "
-            f"operator; NCCL's latencies; ranks that differ by {100 * JITTER:.0f} %"
+            f"without them, {100 * BANDWIDTH:.0f} % of the memory's rate, {1e6 * LAUNCH_SECONDS:.0f} µs of Python and "
+            f"at least {1e6 * KERNEL_SECONDS:.0f} µs of the GPU per operator; NCCL's latencies; ranks that differ by "
+            f"{100 * JITTER:.0f} %"
         )
         rate = calibration.data_rate
         loader = f"{rate:,.0f} images/s per node" if rate else "assumed to keep up (--data-rate)"
@@ -200,6 +207,11 @@ def _assumptions(plan: Plan, config: Config) -> list[str]:
         lines.append(
             "engine.compile=encoder: under ddp, ZeRO-1 and -2, operators between convolutions and products are fused "
             f"and {1e6 * COMPILED_LAUNCH_SECONDS:.0f} µs launch a kernel; memory as without it"
+        )
+    if isinstance(config.engine, ddp.Settings) and config.engine.cuda_graph:
+        lines.append(
+            f"engine.cuda_graph: under ddp, {1e6 * REPLAYED_LAUNCH_SECONDS:.1f} µs launch an operator; memory as "
+            "without it"
         )
     return lines
 
@@ -243,6 +255,8 @@ def _row_dict(row: PlanRow, first: PlanRow, price: float | None) -> dict[str, An
         "hours": row.hours,
         "gpu_hours": row.hours * row.gpus,
         "cost": row.hours * row.gpus * price if price else None,
+        "host_seconds": row.step.host,
+        "idle_seconds": row.step.idle,
         "waiting_seconds": row.step.waiting,
         "data_seconds": row.step.data,
         "phases": [{**phase._asdict(), "seconds": phase.seconds} for phase in row.step.phases],

@@ -40,6 +40,7 @@ class OperatorEvent(NamedTuple):
         reads: The tensors that it reads.
         writes: Those that it writes.
         compiled: Whether compiled code launches it, see `trainer.plan.fusion`.
+        replayed: Whether a CUDA graph launches it.
     """
 
     phase: str
@@ -51,6 +52,7 @@ class OperatorEvent(NamedTuple):
     reads: tuple[Use, ...] = ()
     writes: tuple[Use, ...] = ()
     compiled: bool = False
+    replayed: bool = False
 
 
 class CollectiveEvent(NamedTuple):

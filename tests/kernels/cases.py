@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import AdversaryParams, AdversaryStats, Score, ops, reference
+from kernels.triton import tiles
 
 TEMPERATURE = 0.12
 ADVERSARY_TEMPERATURE = 0.02
@@ -60,9 +61,16 @@ def make_case(queries: int, keys: int, negatives: int, dim: int, own: str = "own
 
 
 def use_kernels(name: str) -> None:
-    """Let the operators of this process run `reference` on a CPU. For "chunked" and "triton" this changes nothing."""
+    """Let the operators of this process run `reference`, `chunked`, or `triton` with wide tiles on a CPU."""
     if name == "reference":
         ops.chunked = reference
+    if name == "triton":
+        use_wide_tiles(tiles.TABLE)
+
+
+def use_wide_tiles(table: dict[tiles.Key, tiles.Tiles]) -> None:
+    """Replace all tiles by large ones, because the interpreter's time depends on the number of operations."""
+    table.update(dict.fromkeys(table, tiles.Tiles(128, 128, 8, 2)))
 
 
 def score(kernels: Any, case: Case, adversary_temperature: float = ADVERSARY_TEMPERATURE) -> Score:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kernels.triton.tiles import Key, Tiles, read_table, tiles
+from tests.kernels.cases import use_wide_tiles
 from trainer.bench import harness, static
 from trainer.bench.gpu import kernels as gpu
 from trainer.bench.gpu.record import Setting
@@ -62,6 +63,9 @@ def test_wrong_and_changing_results_fail(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_times_are_compared_with_the_roofline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    table = read_table()
+    use_wide_tiles(table)
+    monkeypatch.setattr("kernels.triton.tiles.TABLE", table)
     monkeypatch.setattr(gpu, "known_gpu", lambda _: GPUS["a100"])
     monkeypatch.setattr(gpu, "_measure", lambda action, device: gpu.measure_gpu(action, 1))
     lines = list(gpu.check_speed(Setting(CPU, tmp_path)))

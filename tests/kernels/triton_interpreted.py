@@ -11,6 +11,7 @@ from torch import Tensor
 
 import kernels
 from kernels import AdversaryParams, chunked, ops, reference
+from kernels.triton import tiles
 from kernels.triton.tiles import num_splits
 from tests.kernels.cases import (
     ADVERSARY_TEMPERATURE,
@@ -23,11 +24,19 @@ from tests.kernels.cases import (
     make_case,
     score,
     step,
+    use_wide_tiles,
 )
 from tests.kernels.test_golden import VARIANTS, check_first_step
 
 gpu = ops.triton_kernels()
 SIZES = [(1, 1), (1, 1000), (17, 255), (255, 17), (64, 256), (300, 1000)]  # queries, negatives
+
+
+@pytest.fixture
+def wide_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    table = dict(tiles.TABLE)
+    use_wide_tiles(table)
+    monkeypatch.setattr(tiles, "TABLE", table)
 
 
 def narrow_case(dtype: torch.dtype, *args: Any, **kwargs: Any) -> Case:
@@ -42,6 +51,7 @@ def check_score_of(case: Case, adversary_temperature: float = ADVERSARY_TEMPERAT
     check_score(score(gpu, case, adversary_temperature), plain, truth)
 
 
+@pytest.mark.usefixtures("wide_tiles")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(("queries", "negatives"), SIZES)
 def test_as_exact_as_plain_pytorch(queries: int, negatives: int, dtype: torch.dtype) -> None:
@@ -110,6 +120,7 @@ def test_other_ratios_of_temperatures(adversary_temperature: float) -> None:
     check_score_of(make_case(17, 34, 255, 32).to(torch.float32), adversary_temperature)
 
 
+@pytest.mark.usefixtures("wide_tiles")
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_first_step_of_the_independent_implementation(variant: str, world_size: int) -> None:

@@ -1,15 +1,16 @@
 """What holds for all tests."""
 
+import gc
 import logging
-import multiprocessing
 import os
 from collections.abc import Generator, Iterator
-from multiprocessing import forkserver
 
 import pytest
 
 # Several processes share the cores: those of pytest, and ranks and workers of a test. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+gc.disable()  # during collection, which imports millions of objects that stay
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -19,6 +20,12 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # Files that take a process minutes. Started last, one of them would run alone at the end.
 LONG = ("test_pretrain.py", "test_engines.py", "test_storage.py", "test_plan_collectives.py", "test_triton.py")
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported out of the collections of garbage from here on."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -42,16 +49,13 @@ def _encodable(text: str) -> str:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _one_fork_server(request: pytest.FixtureRequest) -> None:
-    """Ranks and workers of all tests start from a server that has imported what they need.
-
-    There is one in a process, and who starts it decides what it imports: a loader's would have the ranks of later
-    tests import torch and timm each for itself, for seconds.
-    """
+def _one_fork_server(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Ranks and workers of all tests start from a server that has imported what they need."""
     if all("kernels" in item.path.parts for item in request.session.items):
         return  # these start none; the Triton kernels have pytest processes of their own
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["tests.preloaded"])
-    forkserver.ensure_running()
+    from tests.processes import start_fork_server
+
+    start_fork_server(tmp_path_factory.mktemp("library"))
 
 
 @pytest.fixture(autouse=True)

@@ -11,35 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.small import PYTHON
+from tests.processes import start_ranks, trainer
 from trainer.__main__ import main
 
 NOBODY = 65534
-
-# Fails reads, with EIO, of files whose path contains the text in BROKEN_READS.
-BROKEN_READS = r"""
-#define _GNU_SOURCE
-#include <dlfcn.h>
-#include <errno.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-#include <unistd.h>
-
-ssize_t read(int file, void *buffer, size_t count) {
-    static ssize_t (*original)(int, void *, size_t);
-    if (!original) original = dlsym(RTLD_NEXT, "read");
-    char link[64], path[4096];
-    const char *broken = getenv("BROKEN_READS");
-    snprintf(link, sizeof link, "/proc/self/fd/%d", file);
-    ssize_t length = broken ? readlink(link, path, sizeof path - 1) : -1;
-    if (length > 0) {
-        path[length] = 0;
-        if (strstr(path, broken)) { errno = EIO; return -1; }
-    }
-    return original(file, buffer, count);
-}
-"""
 
 
 @contextmanager
@@ -64,16 +39,6 @@ def fill(disk: Path, free: int) -> Path:
     return path
 
 
-def build_broken_reads(folder: Path) -> Path:
-    """Compile the library that fails reads."""
-    source, library = folder / "broken.c", folder / "broken.so"
-    source.write_text(BROKEN_READS)
-    if not shutil.which("gcc"):
-        pytest.skip("gcc is not on PATH")
-    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
-    return library
-
-
 def command(*arguments: object) -> tuple[int, str]:
     """Run `python -m trainer` in this process; returns the exit code and what it wrote to stderr."""
     errors, code = io.StringIO(), 0
@@ -86,13 +51,13 @@ def command(*arguments: object) -> tuple[int, str]:
     return code, errors.getvalue()
 
 
-def subprocess_command(*arguments: object, ranks: int = 1, **environment: str) -> tuple[int, str]:
-    """Run `python -m trainer` in a process of its own, or under torchrun; see `command`."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else []
-    line = [PYTHON, *launcher, "-m", "trainer", *map(str, arguments)]
-    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
-    ended = subprocess.run(line, capture_output=True, text=True, timeout=300, check=False, env=variables)
-    return ended.returncode, ended.stderr
+def ranks_command(*arguments: object, ranks: int = 1, **environment: str) -> tuple[int, str]:
+    """Run `python -m trainer` in a process for each rank; see `command`. BROKEN_READS: a file that cannot be read."""
+    if "BROKEN_READS" in environment and not shutil.which("gcc"):
+        pytest.skip("gcc is not on PATH")
+    programs = start_ranks(ranks, trainer, *arguments, **environment)
+    codes = {program.wait() for program in programs}
+    return max(codes), "".join(program.errors for program in programs)
 
 
 @contextmanager

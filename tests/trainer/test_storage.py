@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from tests.ranks import run_ranks
 from tests.trainer.small import small_config, write_images
-from tests.trainer.storage import build_broken_reads, command, fill, small_disk, subprocess_command, user
+from tests.trainer.storage import command, fill, ranks_command, small_disk, user
 from trainer.config_file import dump
 from trainer.run import checkpoint
 from trainer.run.checkpoint_files import IndexUnpickler
@@ -209,8 +209,7 @@ def test_several_ranks_refuse_checkpoints_that_they_may_not_read(site: Path, sha
     run = copy_run(site, shared / "run", [4, 8])
     bad = run / "checkpoints" / "step-00000008" / "weights.safetensors"
     settings = [site / "small.yaml", f"run.dir={run}", f"engine.kind={engine}", "run.keep=1"]
-    library = build_broken_reads(shared)
-    code, errors = subprocess_command("pretrain", *settings, ranks=2, LD_PRELOAD=str(library), BROKEN_READS=str(bad))
+    code, errors = ranks_command("pretrain", *settings, ranks=2, BROKEN_READS=str(bad))
     assert code == 1
     assert f"unreadable: {bad}: Input/output error" in errors
     assert steps(run) == [4, 8]
@@ -221,13 +220,12 @@ def test_a_read_that_fails(site: Path, shared: Path, verb: str) -> None:
     """The disk fails for a moment. The file is in good order, as the same command shows afterwards."""
     run = copy_run(site, shared / "run", [4, 8])
     bad = run / "checkpoints" / "step-00000008" / "__0_0.distcp"
-    library = build_broken_reads(shared)
     arguments: dict[str, list[str | Path]] = {
         "pretrain": ["pretrain", site / "small.yaml", f"run.dir={run}"],
         "export": ["export", run, "--format", "timm", "--out", shared / "timm.safetensors"],
         "knn": ["knn", run],
     }
-    code, errors = subprocess_command(*arguments[verb], LD_PRELOAD=str(library), BROKEN_READS=str(bad))
+    code, errors = ranks_command(*arguments[verb], BROKEN_READS=str(bad))
     assert code == 1
     assert f"unreadable: {bad}: Input/output error" in errors
     assert steps(run) == [4, 8]
@@ -304,14 +302,14 @@ def test_a_last_checkpoint_that_does_not_fit(site: Path, shared: Path, ranks: in
         run = copy_run(site, disk / "run", [12])
         ballast = fill(disk, free=200_000)
         arguments = ["pretrain", site / "small.yaml", f"run.dir={run}", f"engine.kind={engine}", "run.keep=1"]
-        code, errors = subprocess_command(*arguments, ranks=ranks) if ranks > 1 else command(*arguments)
+        code, errors = ranks_command(*arguments, ranks=ranks) if ranks > 1 else command(*arguments)
         assert code == 1, errors
         assert f"checkpoint of step 18 not saved in {run}/checkpoints: [Errno 28] No space left on device" in errors
         assert "it takes about 0." in errors
         assert not (run / "results.json").exists()
         assert steps(run) == [12]
         ballast.unlink()
-        code, errors = subprocess_command(*arguments, ranks=ranks) if ranks > 1 else command(*arguments)
+        code, errors = ranks_command(*arguments, ranks=ranks) if ranks > 1 else command(*arguments)
         assert code == 0, errors
         assert f"continuing from {run}/checkpoints/step-00000012" in errors
         assert (run / "results.json").exists()

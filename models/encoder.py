@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 
 class Encoder(nn.Module):
-    """Maps images to unit embeddings: a backbone, a projection head and, for some methods, a predictor."""
+    """Maps images to unit embeddings: a backbone, a projection head and, for some methods, a predictor.
+
+    Attributes:
+        keeps_features: Whether each forward pass keeps the backbone's features.
+        features_NF: These features of the last forward pass, detached [V * B, F]; None if there are none.
+    """
 
     def __init__(
         self,
@@ -67,6 +72,8 @@ class Encoder(nn.Module):
         widths = [features, *[hidden or features] * (head_layers - 1), dim]
         self.head = _layers(widths, head_norm, head_final_norm, head_bias)
         self.predictor = _layers([dim, predictor, dim], True, head_final_norm, head_bias) if predictor else None
+        self.keeps_features = False
+        self.features_NF: Tensor | None = None
 
     def forward(self, views: list[Tensor]) -> Tensor:
         """Embed V views [B, 3, S_v, S_v] one after the other: unit rows [V * B, D], fp32.
@@ -75,12 +82,15 @@ class Encoder(nn.Module):
         forward for each backward.
         """
         # Each view is its own batch to BatchNorm, as in AdCo's code.
-        z_ND = torch.cat([self._embed(view) for view in views])
-        return F.normalize(z_ND.float(), dim=1)
-
-    def _embed(self, view: Tensor) -> Tensor:
-        z_BD: Tensor = self.head(self.backbone(view))
-        return self.predictor(z_BD) if self.predictor else z_BD
+        embeddings, features = [], []
+        for view in views:
+            x_BF = self.backbone(view)
+            z_BD = self.head(x_BF)
+            embeddings.append(self.predictor(z_BD) if self.predictor else z_BD)
+            features.append(x_BF.detach())
+        if self.keeps_features:
+            self.features_NF = torch.cat(features)
+        return F.normalize(torch.cat(embeddings).float(), dim=1)
 
 
 def _create_model(name: str, arguments: dict[str, Any], small_images: bool, stem_stride: int, stem_padding: int) -> Any:

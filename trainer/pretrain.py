@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data.batch import Batch
 from data.loader import train_batches
@@ -21,6 +22,8 @@ from trainer.distributed import RankInfo
 from trainer.engines.finite import NotFinite, StepResult
 from trainer.engines.optim import cosine, scaled_lr
 from trainer.evaluate import knn
+from trainer.evaluate.features import Features
+from trainer.evaluate.online_probe import make_probe
 from trainer.evaluate.spread import measure_spread
 from trainer.external import short_name
 from trainer.interop.import_ import initial_weights
@@ -81,6 +84,8 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: 
         if rank_info.rank == 0:
             _log_start(config, rank_info, train_step, settings, saved)
         task = Pretraining(config, rank_info, train_step, sources, settings.steps)
+        if saved:
+            task.load_probe(saved)
         rank, world_size, device = rank_info.rank, rank_info.world_size, rank_info.device
         batches = train_batches(training, config.data, config.run.seed, rank, world_size, start, settings.steps, device)
     seconds = train(task, batches, start, settings, rank_info)
@@ -111,13 +116,19 @@ class Pretraining:
         self.phases, self.flops = train_step.phases, step_flops(config)
         self.rates = rates_at(config, 0, steps)
         self.health = HealthCheck()
+        self.probe = make_probe(config, len(sources.train.classes), train_step.method.student, rank_info.device)
 
     def step(self, batch: Batch, step: int) -> StepResult:
         """See `trainer.loop.Task.step`."""
         with self.phases("normalize"):
             views = batch.to(self.rank_info.device)
         self.rates = rates_at(self.config, step - 1, self.steps)
-        return self.train_step.step(views, self._seed(step), self.rates)
+        result = self.train_step.step(views, self._seed(step), self.rates)
+        if self.probe:
+            with self.phases("probe"):
+                labels_B = self._labels(batch).chunk(self.train_step.accumulate)[-1]
+                result.metrics.update(self.probe.step(labels_B, self.train_step.intact))
+        return result
 
     def log_values(self, step: int, averages: dict[str, float]) -> dict[str, float]:
         """Return the method's own metrics and the rates, and warn once of each sign that the run does not learn."""
@@ -136,7 +147,18 @@ class Pretraining:
     def state(self, step: int) -> dict[str, Any]:
         """See `trainer.loop.Task.state`."""
         self.train_step.method.average_buffers()
-        return self.train_step.state(step)
+        return self.train_step.state(step) | ({"probe": self.probe.state_dict()} if self.probe else {})
+
+    def load_probe(self, saved: Path) -> None:
+        """Continue with the probe of a checkpoint; one without it, or of other classes, leaves a fresh one."""
+        if self.probe:
+            tensors = {name: x.clone() for name, x in self.probe.state_dict().items()}
+            try:
+                checkpoint.load(saved, {"probe": tensors})
+                self.probe.load_state_dict(tensors)
+            except ValueError as error:
+                if self.rank_info.rank == 0:
+                    log.warning("the linear probe starts anew: %s", error)
 
     def evaluate(self, step: int) -> Row:
         """Return the kNN accuracy on each set of validation images, and on rank 0 the spread of the features of `val`.
@@ -148,12 +170,23 @@ class Pretraining:
         self.train_step.method.average_buffers()
         student = full_student(self.train_step.method, self.train_step.engine, self.config, self.rank_info)
         device = self.rank_info.device
-        row: Row = {**knn.evaluate(student.backbone, train, knn.name_tests(val, more_val), device, self.config)}
+        tests = knn.name_tests(val, more_val)
+        row: Row = {**knn.evaluate(student.backbone, train, tests, device, self.config, self._score)}
         if step == 0:
             row |= knn.evaluate_pixels(train, val, device, self.config)
         if self.rank_info.rank == 0:
             row |= measure_spread(student, val, device, self.config)
         return row
+
+    def _score(self, name: str, features: Features) -> dict[str, float]:
+        return {"probe_val_top1": self.probe.accuracy(features)} if self.probe and name == "knn" else {}
+
+    def _labels(self, batch: Batch) -> Tensor:
+        """Return the labels of a batch on the device, int64 [B], without waiting for it."""
+        labels_B = torch.from_numpy(self.sources.train.labels[batch.samples.numpy()])
+        if self.rank_info.device.type == "cuda":
+            labels_B = labels_B.pin_memory()
+        return labels_B.to(self.rank_info.device, non_blocking=True)
 
     def _seed(self, step: int) -> int:
         return int(hash_counters(self.config.run.seed, NETWORK, step)[0] >> np.uint64(2))
@@ -236,6 +269,7 @@ def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: floa
             results |= {"knn_pixels": pixels[0]}
         results |= {"knn": evaluated[-1]["knn"]}
         results |= {f"knn_{name}": value for name, value in more_knn(evaluated[-1]).items()}
+        results |= {key: evaluated[-1][key] for key in ("probe_val_top1",) if key in evaluated[-1]}
         results |= {"k": config.eval.k, "temperature": config.eval.temperature}
     if trained:
         images = np.diff([0, *(row["images"] for row in trained)])

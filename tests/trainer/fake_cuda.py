@@ -1,8 +1,9 @@
 """Training steps on CUDA tensors without values, on machines without a GPU: whatever makes the host wait is an error.
 
 Rank 0 of a fake group of eight runs `TrainStep.step` on torch's fake tensors: forward, backward, optimizer, negatives
-and teacher, with the code that trains on GPUs. Fake tensors have a device but no values, so a read by the host, an
-operator whose shape depends on values, or a mix of devices fails by itself; `_Watch` adds copies that block.
+and teacher, then the linear probe, with the code that trains on GPUs. Fake tensors have a device but no values, so a
+read by the host, an operator whose shape depends on values, or a mix of devices fails by itself; `_Watch` adds copies
+that block.
 
 What is not the code that trains: torch.autograd's engine in C++ takes no fake CUDA tensors, so `_backward` calls the
 same nodes of the graph in Python. DDP's reducer takes none either, so gradients are not averaged. FSDP2 needs CUDA
@@ -36,6 +37,7 @@ from tests.trainer.engines import make_config
 from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.engines import ddp
+from trainer.evaluate.online_probe import OnlineProbe
 from trainer.run.metrics import Averages
 from trainer.train_step import Rates, TrainStep
 
@@ -77,18 +79,24 @@ def _find_wait(network: str, sections: Sections, plant: Plant | None) -> str | N
         torch.empty(config.data.batch_size // RANKS, view.size, view.size, 3, dtype=torch.uint8)
         for view in config.data.views
     ]
+    labels = torch.zeros(len(images[0]), dtype=torch.int64)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             train_step = TrainStep(config, RankInfo(DEVICE, 0, RANKS, SHARDS["node"]))
             train_step.seeds.draws = True  # to find out, the first two steps compare the generators' states
             if plant is not None:
                 train_step.method.loss = functools.partial(_planted, train_step.method.loss, plant)  # type: ignore[method-assign]
+            probe = OnlineProbe(train_step.method.student, 10, DEVICE)
             averages = Averages()
             for number in range(2):
                 views = [image.to(DEVICE, non_blocking=True) for image in images]
                 with _Watch(active=number == 1):
                     views = [image.to(DEVICE, non_blocking=True) for image in images]
-                    averages.add(train_step.step(views, number, Rates(0.1, 3.0, 0.99)).metrics)
+                    metrics = train_step.step(views, number, Rates(0.1, 3.0, 0.99)).metrics
+                    labels_B = labels.to(DEVICE, non_blocking=True).chunk(train_step.accumulate)[-1]
+                    found = probe.step(labels_B, train_step.intact)
+                    assert found
+                    averages.add(metrics | found)
     except Exception as error:
         frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_ours(f.filename)]
         where = (

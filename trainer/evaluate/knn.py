@@ -9,6 +9,7 @@ classified well by their pixels.
 Shape suffixes: N features of a rank, M queries of all ranks in a chunk, C classes, D dimensions, R ranks, k neighbours.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -35,13 +36,18 @@ _CHUNK = 512  # queries of a rank that are classified together
 
 
 class Settings(Section):
-    """kNN on the frozen backbone, and what all evaluations share."""
+    """kNN on the frozen backbone, the linear probe while training, and what all evaluations share."""
 
     knn_every: int = Field(
         10, ge=0, description="Epochs between kNN evaluations while training; 0: at the start and end only."
     )
     k: int = Field(200, ge=1, description="Number of neighbours.")
     temperature: float = Field(0.1, gt=0, description="Temperature of the neighbours' votes.")
+    probe: bool | None = Field(
+        None,
+        description="Train a linear classifier beside the encoder, on detached features of the backbone; null: if the "
+        "training images have 2 to 4,096 classes.",
+    )
     batch_size: int = Field(256, ge=1, description="Images per forward pass of a rank, in every evaluation.")
     size: int | None = Field(
         None, ge=8, description="Side of the images in pixels, in every evaluation; null: that of the first view."
@@ -94,12 +100,25 @@ def evaluate_pixels(train: Source, test: Source, device: torch.device, config: "
 
 
 def evaluate(
-    network: nn.Module, train: Source, tests: dict[str, Source], device: torch.device, config: "Config"
+    network: nn.Module,
+    train: Source,
+    tests: dict[str, Source],
+    device: torch.device,
+    config: "Config",
+    score: Callable[[str, Features], dict[str, float]] = lambda name, features: {},
 ) -> dict[str, float]:
     """Return the kNN accuracy of a network's features on each set of test images, by its name in `tests`. Collective.
 
-    `network` maps images [B, 3, S, S] to features [B, D]: a backbone, or `nn.Flatten()` for the pixels. Raises
-    ValueError if a data set has fewer images than there are ranks.
+    Args:
+        network: Maps images [B, 3, S, S] to features [B, D]: a backbone, or `nn.Flatten()` for the pixels.
+        train: The images with known labels.
+        tests: The images to classify.
+        device: Where the network is.
+        config: Gives k, temperature, and what `features.embed` needs.
+        score: Returns further numbers about this rank's features of the test set of that name.
+
+    Raises:
+        ValueError: A data set has fewer images than there are ranks.
     """
     rank, world_size, settings = dist.get_rank(), dist.get_world_size(), config.eval
     for source in (train, *tests.values()):
@@ -117,6 +136,7 @@ def evaluate(
         labels_C = torch.tensor([train.classes.index(name) for name in test.classes], device=device)
         test_features = test_features._replace(labels_N=labels_C[test_features.labels_N])
         accuracies[name] = accuracy(train_features, test_features, len(train.classes), settings.k, settings.temperature)
+        accuracies |= score(name, test_features)
     return accuracies
 
 

@@ -52,6 +52,14 @@ CHARTS = (
     ),
     Chart(
         LEARNING,
+        "Linear probe",
+        "Accuracy of a linear classifier that is trained beside the encoder: on training views, before "
+        "it learns from them, and on the validation images.",
+        (Line("probe_top1", "training views"), Line("probe_val_top1", "validation images")),
+        percent=(1,),
+    ),
+    Chart(
+        LEARNING,
         "Linear accuracy",
         "Accuracy of a linear classifier on the frozen features, for each evaluated checkpoint.",
         (Line("linear", "full protocol"), Line("linear-fast", "fast")),

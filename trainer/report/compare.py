@@ -126,6 +126,7 @@ def _describe(run: Run, evaluated: list[str], more: list[str]) -> list[tuple[str
         ("kNN best", f"{format_percent(best['knn'])} (epoch {best['epoch']:.4g})" if best else ""),
         ("kNN last", format_percent(knn[-1]["knn"]) if knn else ""),
         *((f"kNN {name}", percent(f"knn_{name}")) for name in more),
+        ("probe", percent("probe_val_top1")),
         *((name, format_evaluation(run.evaluations[name]) if name in run.evaluations else "") for name in evaluated),
         ("feature std", number("feature_std", "{:.2f}")),
         ("effective rank", number("effective_rank", "{:.1f}")),

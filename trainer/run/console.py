@@ -59,7 +59,14 @@ class Dashboard:
         if longest:
             shares = (f"{name} {seconds[name] / sum(seconds.values()):.0%}" for name in longest)
             table.add_row("step", ", ".join(shares))
-        names = ("pretext_top1", "positive_similarity", "hardest_similarity", "bank_share", "effective_rank")
+        names = (
+            "pretext_top1",
+            "probe_top1",
+            "positive_similarity",
+            "hardest_similarity",
+            "bank_share",
+            "effective_rank",
+        )
         if values := ", ".join(f"{name.replace('_', ' ')} {row[name]:.3g}" for name in names if name in row):
             table.add_row("stats", values)
         return table

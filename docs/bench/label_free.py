@@ -1,0 +1,54 @@
+"""Prints the rank correlation of numbers of the log with the final linear accuracy, over finished runs.
+
+    python docs/bench/label_free.py RUN RUN RUN …
+
+The numbers are the last ones in each run's metrics.jsonl. The accuracy is that of RUN/linear-fast, or else of
+RUN/linear, at its last step. Spearman's correlation is 1 if a number orders the runs as the accuracy does, -1 if it
+orders them the other way round. Runs without the accuracy are named and left out.
+"""
+
+import sys
+from pathlib import Path
+
+from scipy.stats import spearmanr
+
+from trainer.report.format import is_number, latest
+from trainer.run.results import group_by_step, primary_metric, read_evaluations, read_rows
+
+LABEL_FREE = ("rankme", "alignment", "uniformity", "effective_rank", "feature_std", "loss", "pretext_top1")
+WITH_LABELS = ("knn", "probe_top1", "probe_val_top1")  # for comparison
+
+
+def linear_accuracy(run: Path) -> float | None:
+    """Return the linear accuracy of a run at the last step that has one, or None."""
+    evaluations = group_by_step(read_evaluations(run))
+    for name in ("linear-fast", "linear"):
+        if name in evaluations:
+            return primary_metric(list(evaluations[name].values())[-1])[1]
+    return None
+
+
+def correlations(runs: list[Path]) -> dict[str, tuple[float, int]]:
+    """Return for each number its correlation with the accuracy and the number of runs that have it, at least 3."""
+    logs = {run: read_rows(run / "metrics.jsonl") for run in runs}
+    found = {}
+    for name in LABEL_FREE + WITH_LABELS:
+        pairs = [(latest(name, logs[run]), linear_accuracy(run)) for run in runs]
+        known = [(x, y) for x, y in pairs if is_number(x) and y is not None]
+        if len(known) >= 3:
+            found[name] = float(spearmanr(*zip(*known, strict=True)).statistic), len(known)
+    return found
+
+
+def main(folders: list[str]) -> None:
+    """Print the table as Markdown."""
+    runs = [Path(folder) for folder in folders]
+    if left_out := [str(run) for run in runs if linear_accuracy(run) is None]:
+        print(f"without a linear accuracy: {', '.join(left_out)}", file=sys.stderr)
+    print("| number | Spearman's correlation with the linear accuracy | runs |\n| --- | --- | --- |")
+    for name, (correlation, count) in correlations(runs).items():
+        print(f"| `{name}` | {correlation:.2f} | {count} |")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

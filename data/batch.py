@@ -42,9 +42,9 @@ class Batch:
         """Return the views on the device; the copy is asynchronous if they are in pinned memory."""
         return [view.to(device, non_blocking=True) for view in self.views]
 
-    def normalized(self, device: torch.device) -> list[Tensor]:
-        """Return the network's input, per view float32 [B, 3, S, S] on the device; see `normalize`."""
-        return [normalize(view, device) for view in self.views]
+    def normalized(self, device: torch.device, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+        """Return the network's input, per view `dtype` [B, 3, S, S] on the device; see `normalize`."""
+        return [normalize(view, device, dtype) for view in self.views]
 
 
 @dataclass

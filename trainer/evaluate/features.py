@@ -58,7 +58,8 @@ def forward_images(
 
     Args:
         network: Is in evaluation mode while `function` runs.
-        function: Takes normalised images [B, 3, H, W], in autocast of run.precision.
+        function: Takes normalised images [B, 3, H, W] of the type of run.precision, in its autocast; fp32 if the
+            network has no parameters.
         source: The data set.
         samples: Indices of the images, int64 [N].
         device: Where the network is.
@@ -71,6 +72,8 @@ def forward_images(
     from trainer.build import autocast_dtype
 
     dtype = autocast_dtype(config, device)
+    # The first layer would cast its input to autocast's type. Pixels that no layer takes keep their values.
+    input_dtype = dtype if next(network.parameters(), None) is not None else torch.float32
     unreadable: list[tuple[int, str]] = []
     for batch in eval_batches(
         source,
@@ -84,7 +87,7 @@ def forward_images(
         unreadable += batch.unreadable
         if len(batch.samples):
             with evaluation_mode(network), torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                x = function(*batch.normalized(device))
+                x = function(*batch.normalized(device, input_dtype))
             yield x.float(), batch.samples
     if unreadable:
         first = unreadable[0][1]

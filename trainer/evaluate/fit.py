@@ -103,7 +103,7 @@ class ClassifierTraining:
     def step(self, batch: Batch, step: int) -> StepResult:
         """See `trainer.loop.Task.step`."""
         with self.phases("normalize"):
-            (x_BCHW,) = batch.normalized(self.device)
+            (x_BCHW,) = batch.normalized(self.device, self.precision)
             labels_B = self.labels_N[batch.samples.to(self.device, non_blocking=True)]
         with (
             self.phases("forward"),

@@ -49,6 +49,8 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {engine: {"activation_checkpointing": True} for engine in ENGINES},
     4: {"ddp": {}, "fsdp": {"placement": "node", "reshard_after_forward": False}, "zero1": {}, "zero3": {}},
 }
+# Each of the slowest engines trains one network on two ranks and the other one on four.
+LEFT_OUT = {(2, "zero1", "resnet"), (2, "zero3", "resnet"), (4, "zero1", "vit"), (4, "zero3", "vit")}
 
 
 def run_all(world_size: int) -> dict[tuple[str, str], Outcome]:
@@ -56,6 +58,8 @@ def run_all(world_size: int) -> dict[tuple[str, str], Outcome]:
     outcomes = {}
     for engine, on_top in CASES[world_size].items():
         for model, recipe in RECIPES.items():
+            if (world_size, engine, model) in LEFT_OUT:
+                continue
             config = make_config(model, **recipe, engine={**ENGINES[engine], **on_top})
             outcomes[engine, model] = run(config, ranks_per_node=2 if world_size == 4 else None)
     return outcomes if dist.get_rank() == 0 else {}
@@ -73,13 +77,14 @@ def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
     return {k: float((found[k] - x).abs().max().float() / (x.abs().max().float() + 1e-6)) for k, x in expected.items()}
 
 
-@pytest.mark.parametrize("model", RECIPES)
 @pytest.mark.parametrize(
-    ("world_size", "engine"),
+    ("world_size", "engine", "model"),
     [
-        pytest.param(world_size, engine, marks=[pytest.mark.slow] if world_size == 4 else [])
+        pytest.param(world_size, engine, model, marks=[pytest.mark.slow] if world_size == 4 else [])
         for world_size, cases in CASES.items()
         for engine in cases
+        for model in RECIPES
+        if (world_size, engine, model) not in LEFT_OUT
     ],
 )
 def test_the_same_as_one_process_alone(world_size: int, engine: str, model: str) -> None:

@@ -10,37 +10,50 @@ from tests.trainer.fake_cuda import Case, find_waits
 
 BANK = {"size": 64, "temperature": 0.2}
 PREDICTOR = {"predictor": 24, "head_norm": True}
-TWO_VIEWS = [{"size": 16}] * 2
+TWO_VIEWS = {"data": {"views": [{"size": 16}] * 2}}  # instead of three
 # CaCo, SimCLR and BYOL normalise over the global batch.
 CASES: dict[str, Case] = {
     "adco": Case("resnet", {"method": {"bn": "shuffle"}}),
     "adco, symmetric": Case("resnet", {"model": PREDICTOR, "method": {"bn": "shuffle", "symmetric": True}}),
     "adco, own key": Case(
         "resnet",
-        {"method": {"bn": "local", "batch_keys": False}, "bank": {**BANK, "placement": "node"}},
+        {**TWO_VIEWS, "method": {"bn": "local", "batch_keys": False}, "bank": {**BANK, "placement": "node"}},
     ),
     "adco, bf16 bank": Case(
         "resnet",
         {
+            **TWO_VIEWS,
             "method": {"bn": "local", "bn_group": 2},
             "bank": {**BANK, "placement": "replicated", "weights": "bf16", "velocity": "none", "momentum": 0},
         },
     ),
-    "adco, fp16": Case("resnet", {"method": {"bn": "shuffle"}, "run": {"precision": "fp16"}}),
+    "adco, fp16": Case("resnet", {**TWO_VIEWS, "method": {"bn": "shuffle"}, "run": {"precision": "fp16"}}),
     "adco, micro-batches": Case("vit", {"data": {"batch_size": 32}, "optim": {"name": "adamw", "accumulate": 2}}),
-    "adco, lars": Case("resnet", {"method": {"bn": "local"}, "optim": {"name": "lars", "decay_norm_and_bias": False}}),
-    "moco": Case("resnet", {"method": {"name": "moco", "bn": "shuffle", "symmetric": True}, "bank": BANK}),
+    "adco, lars": Case(
+        "resnet", {**TWO_VIEWS, "method": {"bn": "local"}, "optim": {"name": "lars", "decay_norm_and_bias": False}}
+    ),
+    "moco": Case("resnet", {**TWO_VIEWS, "method": {"name": "moco", "bn": "shuffle", "symmetric": True}, "bank": BANK}),
     "caco": Case("resnet", {"method": {"name": "caco"}, "bank": BANK}),
     "acssl, keys": Case("resnet", {"model": PREDICTOR, "method": {"name": "acssl", "bn": "shuffle", "hardest": 4}}),
     "acssl, queue": Case(
         "resnet",
-        {"model": PREDICTOR, "method": {"name": "acssl", "bn": "shuffle", "negatives_from": "queue"}, "bank": BANK},
+        {
+            **TWO_VIEWS,
+            "model": PREDICTOR,
+            "method": {"name": "acssl", "bn": "shuffle", "negatives_from": "queue"},
+            "bank": BANK,
+        },
     ),
     "acssl, bank": Case(
         "resnet",
-        {"model": PREDICTOR, "method": {"name": "acssl", "bn": "shuffle", "negatives_from": "bank"}, "bank": BANK},
+        {
+            **TWO_VIEWS,
+            "model": PREDICTOR,
+            "method": {"name": "acssl", "bn": "shuffle", "negatives_from": "bank"},
+            "bank": BANK,
+        },
     ),
-    "simclr": Case("resnet", {"method": {"name": "simclr"}, "data": {"views": TWO_VIEWS}}),
+    "simclr": Case("resnet", {"method": {"name": "simclr"}, **TWO_VIEWS}),
     "byol": Case("resnet", {"model": PREDICTOR, "method": {"name": "byol"}}),
 }
 
@@ -81,7 +94,12 @@ def mix(loss: Tensor) -> Any:
 
 def test_what_makes_the_host_wait_is_found_with_file_and_line() -> None:
     plants = [read, branch, select, assign, copy, send, mix]
-    for plant, found in zip(plants, find_waits([CASES["byol"]._replace(plant=x) for x in plants]), strict=True):
+    byol: dict[str, dict[str, Any]] = {
+        "model": {"predictor": 24},
+        "method": {"name": "byol", "bn": "local"},
+        **TWO_VIEWS,
+    }
+    for plant, found in zip(plants, find_waits([Case("vit", byol, x) for x in plants]), strict=True):
         first = plant.__code__.co_firstlineno
         assert found is not None, plant
         assert re.match(rf"tests/trainer/test_fake_cuda.py:({first + 1}|{first + 2}): ", found), found

@@ -54,7 +54,7 @@ def rank_of(config: Config, rank: int, ranks: int, port: int) -> None:
     def slow(handler: StopHandler) -> bool:
         time.sleep(
             0.02
-        )  # so that the test, which may have to wait for a core, can kill a run twelve times in its steps
+        )  # so that the test, which may have to wait for a core, can kill a run several times in its steps
         return should_stop(handler)
 
     StopHandler.should_stop = slow  # type: ignore[assignment,method-assign]
@@ -78,7 +78,7 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
 @pytest.mark.parametrize(
     ("engine", "ranks", "times", "method"),
     [
-        ("ddp", 1, 12, "adco"),
+        ("ddp", 1, 6, "adco"),
         pytest.param("fsdp", 2, 8, "adco", marks=pytest.mark.slow),
         pytest.param("fsdp", 2, 4, "moco", marks=pytest.mark.slow),
         pytest.param("ddp", 1, 4, "acssl", marks=pytest.mark.slow),

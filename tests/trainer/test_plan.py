@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from typer.testing import CliRunner
 
-from tests.trainer.small import VIT, small_config
+from tests.trainer.small import VIT, VIT_ARGS, small_config
 from trainer.__main__ import app
 from trainer.bench import throughput
 from trainer.config import Config
@@ -220,7 +220,7 @@ def small(**sections: dict[str, Any]) -> Config:
 
 
 def test_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = small()
+    config = small(model={"backbone_args": {**VIT_ARGS, "depth": 1}})
     plan = make_plan(config, PlanRequest([1, 2, 64], images=10_000, data_rate=1e9, price=2.0))
     assert [(row.gpus, row.batch, row.case.images) for row in plan.rows] == [(8, 64, 8), (16, 64, 4)]
     assert "512 ranks: data.batch_size: 64 does not divide" in plan.skipped[64]

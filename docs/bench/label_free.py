@@ -1,6 +1,6 @@
 """Prints the rank correlation of numbers of the log with the final linear accuracy, over finished runs.
 
-    python docs/bench/label_free.py RUN RUN RUN …
+    PYTHONPATH=. python docs/bench/label_free.py RUN RUN RUN …
 
 The numbers are the last ones in each run's metrics.jsonl. The accuracy is that of RUN/linear-fast, or else of
 RUN/linear, at its last step. Spearman's correlation is 1 if a number orders the runs as the accuracy does, -1 if it

@@ -1,6 +1,6 @@
 """Measures the step with and without the linear probe, and the evaluation's measures without labels, on one thread.
 
-    python docs/bench/online_measures.py CONFIG RESULT.json [section.key=value …]
+    PYTHONPATH=. python docs/bench/online_measures.py CONFIG RESULT.json [section.key=value …]
 
 Times are CPU times of this process in milliseconds: a busy machine changes them little. Steps with and without the
 probe alternate; `difference` is the median over pairs, with the quartiles. Images are random.
@@ -23,7 +23,7 @@ from trainer.distributed import RankInfo
 from trainer.evaluate.online_probe import OnlineProbe
 from trainer.evaluate.spread import SAMPLE, alignment, effective_rank, uniformity
 
-PAIRS, WARM_UP, CLASSES = 60, 3, 10
+PAIRS, WARM_UP, CLASSES = 40, 3, 10
 
 
 def main() -> None:

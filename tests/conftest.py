@@ -10,7 +10,8 @@ import pytest
 # Several processes share the cores: those of pytest, and ranks and workers of a test. Set before torch is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-gc.disable()  # during collection, which imports millions of objects that stay
+# The tests import millions of objects that stay, through which the collector would look again and again.
+gc.set_threshold(50_000)
 
 
 def pytest_xdist_auto_num_workers() -> int:
@@ -20,12 +21,6 @@ def pytest_xdist_auto_num_workers() -> int:
 
 # Files that take a process minutes. Started last, one of them would run alone at the end.
 LONG = ("test_pretrain.py", "test_engines.py", "test_storage.py", "test_plan_collectives.py", "test_triton.py")
-
-
-def pytest_collection_finish() -> None:
-    """Leave what is imported out of the collections of garbage from here on."""
-    gc.freeze()
-    gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,5 +1,6 @@
 """The command line, `python -m trainer VERB`. Each verb imports what it needs, so that --help is quick."""
 
+import gc
 import io
 import os
 import re
@@ -368,6 +369,8 @@ def main() -> None:
 
     SIGTERM and SIGUSR1 end every verb in good order, with the exit code for an early stop.
     """
+    # By default the collector looks through the objects of torch and timm again and again while they are imported.
+    gc.set_threshold(50_000)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a path or name that the terminal's encoding lacks
     try:

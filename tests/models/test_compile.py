@@ -88,7 +88,8 @@ def test_the_loss_traces_as_one_graph_in_one_process(case: str) -> None:
 @pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224"])
 def test_an_encoder_traces_as_one_graph_over_crops_of_several_sizes(backbone: str, dtype: torch.dtype) -> None:
     """Also a teacher that keeps its weights in the type of autocast."""
-    arguments: dict[str, Any] = {"channels": (8, 8, 8, 16)} if backbone == "resnet18" else VIT_ARGS
+    narrow: dict[str, Any] = {"channels": (8, 8, 8, 16), "layers": (1, 1, 1, 1)}
+    arguments = narrow if backbone == "resnet18" else VIT_ARGS
     student = Encoder(backbone, dim=8, head_norm=True, backbone_args=arguments)
     teacher = make_teacher(student)
     MovingAverage(teacher, student, precision=dtype)

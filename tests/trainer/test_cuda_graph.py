@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.trainer.engines import build_train_step, make_config, make_rank_info
-from tests.trainer.test_fake_cuda import BANK, PREDICTOR, TWO_VIEWS
 from trainer.cuda_graph import StepGraph, reason_against
 from trainer.engines.finite import NotFinite
 from trainer.train_step import Rates, TrainStep
@@ -26,6 +25,8 @@ from trainer.train_step import Rates, TrainStep
 STEPS, WARM_UP = 6, 2
 CPU = torch.device("cpu")
 SHUFFLE = {"bn": "shuffle", "bn_group": 4}
+BANK = {"size": 64, "temperature": 0.2}
+PREDICTOR = {"predictor": 24, "head_norm": True}
 
 
 @pytest.fixture(autouse=True)
@@ -144,7 +145,7 @@ CASES: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
         "resnet",
         {"model": PREDICTOR, "method": {"name": "acssl", "negatives_from": "queue"}, "bank": BANK},
     ),
-    "simclr": ("resnet", {"method": {"name": "simclr"}, "data": {"views": TWO_VIEWS}}),
+    "simclr": ("resnet", {"method": {"name": "simclr"}, "data": {"views": [{"size": 16}] * 2}}),
     "byol": ("resnet", {"model": PREDICTOR, "method": {"name": "byol"}, "run": {"precision": "bf16"}}),
 }
 

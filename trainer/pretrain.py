@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -92,11 +93,14 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: 
     rows = read_rows(folder / "metrics.jsonl") if rank_info.rank == 0 else []
     results = _results(config, rank_info, rows, seconds) if rank_info.rank == 0 else None
     write_results(folder / "results.json", results)
-    if results and results.get("knn", 1.0) < results.get("knn_initial", 0.0):
-        log.warning(
-            f"kNN fell from {results['knn_initial']:.4f} with the initial weights to {results['knn']:.4f}: lower "
-            "optim.lr or optim.layer_decay, or raise optim.frozen_epochs"
-        )
+    if results and sources.val and "knn_initial" in results:
+        before, after = results["knn_initial"], results["knn"]
+        standard_error = math.sqrt(before * (1 - before) / len(sources.val))
+        if before - after > 2 * standard_error:
+            log.warning(
+                f"kNN fell from {before:.4f} with the initial weights to {after:.4f} (standard error "
+                f"{standard_error:.4f}): lower optim.lr or optim.layer_decay, or raise optim.frozen_epochs"
+            )
 
 
 class Pretraining:

@@ -178,6 +178,16 @@ class TorchEngine:
             self.moving_average.loaded()
 
 
+def average_over_ranks(grads: list[Tensor]) -> None:
+    """Average small gradients, of one type, in one all-reduce."""
+    if grads:
+        flat = torch.cat([grad.flatten() for grad in grads])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        averaged = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [x.view_as(grad) for x, grad in zip(averaged, grads, strict=True)])
+
+
 def named_networks(student: Encoder, teacher: Encoder | None) -> dict[str, Encoder]:
     """Return the networks by their names in checkpoints: student, and teacher if the method has one."""
     return {"student": student, **({"teacher": teacher} if teacher else {})}

@@ -6,10 +6,11 @@ from typing import Literal
 from pydantic import Field
 from torch import Tensor
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from models.compat import DDP_LOCAL_BUFFERS
-from trainer.engines.base import EngineInputs, EngineSettings, TorchEngine, prepare_blocks
+from trainer.engines.base import EngineInputs, EngineSettings, TorchEngine, average_over_ranks, prepare_blocks
 
 
 class Settings(EngineSettings):
@@ -39,12 +40,17 @@ class DDP(TorchEngine):
         student, rank_info = inputs.student, inputs.rank_info
         prepare_blocks(student, inputs.teacher, settings)
         super().__init__(inputs, teacher_dtype=inputs.precision)
+        self.small = [p for m in student.modules() if isinstance(m, _BatchNorm) for p in m.parameters(recurse=False)]
         self.wrapped: DistributedDataParallel | None = None
         if rank_info.world_size > 1:
             self.settings, self.accumulate = settings, inputs.optim.accumulate
             self.wrapped = self._wrap()
 
     def _wrap(self) -> DistributedDataParallel:
+        # DDP copies each gradient into a bucket by an operator of its own, and most are BatchNorm's small ones.
+        small = set(self.small)
+        names = [name for name, p in self.network.named_parameters() if p in small]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self.network, names)
         wrapped = DistributedDataParallel(
             self.network,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
@@ -55,6 +61,11 @@ class DDP(TorchEngine):
         if self.settings.compress == "bf16":
             wrapped.register_comm_hook(None, bf16_compress_hook)
         return wrapped
+
+    def average(self, replicated_grads: list[Tensor]) -> None:
+        """Average the gradients of BatchNorm's parameters, which DDP ignores, in one all-reduce."""
+        if self.wrapped is not None:
+            average_over_ranks([p.grad for p in self.small if p.grad is not None])
 
     def discard(self) -> None:
         """Forget a backward pass that an error has interrupted. Called by all ranks."""

@@ -8,7 +8,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from pydantic import Field, model_validator
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,6 +20,7 @@ from trainer.engines.base import (
     EngineInputs,
     EngineSettings,
     TorchEngine,
+    average_over_ranks,
     blocks,
     make_contiguous,
     named_networks,
@@ -82,13 +82,7 @@ class FSDP(TorchEngine):
 
     def average(self, replicated_grads: list[Tensor]) -> None:
         """Average the gradients of BatchNorm's parameters, which FSDP ignores, in one all-reduce."""
-        if replicated_grads:
-            flat = torch.cat([grad.flatten() for grad in replicated_grads])
-            dist.all_reduce(flat)
-            flat /= dist.get_world_size()
-            sizes = [grad.numel() for grad in replicated_grads]
-            for grad, averaged in zip(replicated_grads, flat.split(sizes), strict=True):
-                grad.copy_(averaged.view_as(grad))
+        average_over_ranks(replicated_grads)
 
 
 def _shard(network: Encoder, mesh: DeviceMesh, precision: torch.dtype, reshard: bool, offload: bool) -> None:

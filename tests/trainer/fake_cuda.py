@@ -187,11 +187,15 @@ def _backward(loss: Tensor) -> None:
 
 
 class _Unwrapped(nn.Module):
-    """A wrapper in place of DistributedDataParallel, which does not average gradients."""
+    """A wrapper in place of DistributedDataParallel, which averages no gradients."""
 
     def __init__(self, network: nn.Module, **options: Any) -> None:
         super().__init__()
         self.network = network
+
+    @staticmethod
+    def _set_params_and_buffers_to_ignore_for_model(network: nn.Module, names: list[str]) -> None:
+        """Do nothing: the wrapper averages no gradients."""
 
     def forward(self, views: list[Tensor]) -> Any:
         return self.network(views)

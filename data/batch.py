@@ -134,11 +134,15 @@ class EvalDataset(Dataset[Batch]):
     def __len__(self) -> int:
         return -(-len(self.samples) // self.batch_size)
 
+    def batch(self, number: int) -> NDArray[np.int64]:
+        """Return the samples of a batch, int64 [B]."""
+        return self.samples[number * self.batch_size : (number + 1) * self.batch_size]
+
     def __getitem__(self, number: int) -> Batch:
         images: list[NDArray[np.uint8]] = []
         shown: list[int] = []
         unreadable: list[tuple[int, str]] = []
-        samples = self.samples[number * self.batch_size : (number + 1) * self.batch_size]
+        samples = self.batch(number)
         params = self.crops.draw(samples) if self.crops else None
         for i, sample in enumerate(samples.tolist()):
             try:

@@ -91,10 +91,26 @@ def render_center(image: Image, size: int, crop: float | None = None) -> Image:
     Returns:
         uint8 [size, size, 3].
     """
-    height, width = image.shape[:2]
+    height, width, y, x = _center(image.shape[0], image.shape[1], size, crop)
+    return resize(image, height, width)[y : y + size, x : x + size]
+
+
+def center_boxes(
+    heights: NDArray[np.int64], widths: NDArray[np.int64], size: int, crop: float | None
+) -> NDArray[np.float64]:
+    """Return the part of each of B images that `render_center` shows: [B, 4] of (y, x, h, w) in the image's pixels."""
+    boxes = []
+    for height, width in zip(heights.tolist(), widths.tolist(), strict=True):
+        resized_height, resized_width, y, x = _center(height, width, size, crop)
+        down, across = height / resized_height, width / resized_width
+        boxes.append((y * down, x * across, size * down, size * across))
+    return np.array(boxes, np.float64).reshape(-1, 4)
+
+
+def _center(height: int, width: int, size: int, crop: float | None) -> tuple[int, int, int, int]:
+    """Return height and width of the resized image, and the first row and column of its central view."""
     if crop is None:
         crop = 1.0 if min(height, width) <= size else 224 / 256
     shorter = round(size / crop)
-    image = resize(image, height * shorter // min(height, width), width * shorter // min(height, width))
-    y, x = round((image.shape[0] - size) / 2), round((image.shape[1] - size) / 2)
-    return image[y : y + size, x : x + size]
+    height, width = height * shorter // min(height, width), width * shorter // min(height, width)
+    return height, width, round((height - size) / 2), round((width - size) / 2)

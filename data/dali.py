@@ -32,10 +32,10 @@ from torch import Tensor
 
 from data import shared_memory
 from data.ahead import run_ahead
-from data.batch import Batch, TrainDataset
+from data.batch import Batch, EvalDataset, TrainDataset
 from data.loader import iterate
-from data.reader import PER_VIEW, Inputs, Reader
-from data.settings import DecoderSettings
+from data.reader import PER_VIEW, EvalReader, Inputs, Reader
+from data.settings import DataSettings, DecoderSettings
 from data.views import LUMA
 
 log = logging.getLogger(__name__)
@@ -158,7 +158,10 @@ class _Feed:
         return [_or_placeholder(images, encoded, (1,)), _or_placeholder(images, ~encoded, (1, 1, 3)), encoded, *views]
 
     def complete(self) -> tuple[Tensor, list[tuple[int, str]]]:
-        """Release the oldest batch; return the indices of the images shown, int64 [B], and its unreadable images."""
+        """Release the oldest batch; return the indices of the images shown, int64 [B], and its unreadable images.
+
+        An index is -1 where no image is shown, see `data.reader.EvalReader`.
+        """
         batch, shown = self.pending.popleft()
         return torch.from_numpy(shown.copy()), batch.unreadable
 
@@ -198,22 +201,26 @@ def _or_placeholder(
     return [image if ok else nothing for image, ok in zip(images, valid.tolist(), strict=True)]
 
 
-def _pipeline(dataset: TrainDataset, feed: Callable[[], list], device: torch.device) -> Pipeline:
-    settings, on_gpu = dataset.settings, device.type == "cuda"
+def _pipeline(
+    feed: Callable[[], list], sizes: list[int], batch_size: int, settings: DataSettings, device: torch.device
+) -> Pipeline:
+    on_gpu = device.type == "cuda"
     return _graph(
         feed,
-        [view.size for view in settings.views],
+        sizes,
         "gpu" if on_gpu else "cpu",
         settings.decoder,
-        batch_size=settings.batch_size // dataset.world_size,
+        batch_size=batch_size,
         num_threads=max(1, settings.workers_for(device)),
         device_id=device.index if on_gpu else None,
         prefetch_queue_depth=settings.prefetch,
     )
 
 
-def batches(dataset: TrainDataset, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
-    """Yield the batches of global steps `start` to `stop` - 1, with views on the device.
+def batches(
+    dataset: TrainDataset | EvalDataset, settings: DataSettings, start: int, stop: int, device: torch.device
+) -> Iterator[Batch]:
+    """Yield the items `start` to `stop` - 1 of a data set, with views on the device.
 
     `settings.workers` processes read, as many threads decode, and `settings.prefetch` batches are made ahead. With
     workers, a thread feeds DALI, so that the thread that launches the training step never does.
@@ -222,23 +229,29 @@ def batches(dataset: TrainDataset, start: int, stop: int, device: torch.device) 
         ValueError: See `data.loader.train_batches`.
         RuntimeError: DALI failed ten steps in a row.
     """
-    made = make_batches(dataset, start, stop, device)
-    for batch in run_ahead(made) if dataset.settings.workers_for(device) else made:
+    made = make_batches(dataset, settings, start, stop, device)
+    for batch in run_ahead(made) if settings.workers_for(device) else made:
         for view in batch.views:
             if view.is_cuda:  # another stream allocated it, and its memory may be reused only after this stream's work
                 view.record_stream(torch.cuda.current_stream(device))
         yield batch
 
 
-def make_batches(dataset: TrainDataset, start: int, stop: int, device: torch.device) -> Generator[Batch, None, None]:
+def make_batches(
+    dataset: TrainDataset | EvalDataset, settings: DataSettings, start: int, stop: int, device: torch.device
+) -> Generator[Batch, None, None]:
     """Yield batches whose views are complete and in torch's memory."""
-    settings, step, failed = dataset.settings, start, 0
-    workers = settings.workers_for(device)
+    if isinstance(dataset, TrainDataset):
+        reader: Reader | EvalReader = Reader(dataset)
+        sizes, batch_size = [view.size for view in settings.views], settings.batch_size // dataset.world_size
+    else:
+        reader, sizes, batch_size = EvalReader(dataset), [dataset.size], dataset.batch_size
+    step, failed, workers = start, 0, settings.workers_for(device)
     prefetch = shared_memory.dali_prefetch(settings, workers)
     stream = torch.cuda.Stream(device) if device.type == "cuda" else None
     while step < stop:
-        feed = _Feed(iterate(Reader(dataset), range(step, stop), workers, prefetch, pin_memory=False))
-        pipeline = _pipeline(dataset, feed, device)
+        feed = _Feed(iterate(reader, range(step, stop), workers, prefetch, pin_memory=False))
+        pipeline = _pipeline(feed, sizes, batch_size, settings, device)
         pipeline.build()
         while step < stop:
             try:
@@ -247,12 +260,12 @@ def make_batches(dataset: TrainDataset, start: int, stop: int, device: torch.dev
                 failed += 1
                 if failed == MAX_FAILURES:
                     raise
-                log.warning("step %d: DALI failed, so the CPU backend makes its batch: %s", step, _reason(error))
+                log.warning("batch %d: DALI failed, so the CPU backend makes it: %s", step, _reason(error))
                 break
             failed = 0
             views = _to_torch(outputs, stream)
             del outputs
-            yield Batch(views, *feed.complete())
+            yield _without_missing(Batch(views, *feed.complete()))
             del views
             step += 1
         else:
@@ -260,6 +273,15 @@ def make_batches(dataset: TrainDataset, start: int, stop: int, device: torch.dev
         del pipeline, feed  # its worker processes must end before the next ones start
         yield dataset[step]
         step += 1
+
+
+def _without_missing(batch: Batch) -> Batch:
+    """Leave out the views of images that could not be read."""
+    is_shown = batch.samples >= 0
+    if is_shown.all():
+        return batch
+    views = [view[is_shown.to(view.device)] for view in batch.views]
+    return Batch(views, batch.samples[is_shown], batch.unreadable)
 
 
 def _to_torch(outputs: tuple, stream: torch.cuda.Stream | None) -> list[Tensor]:

@@ -1,5 +1,6 @@
 """Optional packages: requirements/NAME.txt installs each of them, and what needs one that is missing says so."""
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,14 @@ def requirement_file(extra: str) -> str:
     """Return the requirement file of an extra; DALI has one for each build of torch."""
     is_cuda_12 = (torch.version.cuda or "").startswith("12.")
     return f"requirements/{'dali-cuda12' if extra == 'dali' and is_cuda_12 else extra}.txt"
+
+
+def is_installed(package: str) -> bool:
+    """Return whether an optional package is installed."""
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ModuleNotFoundError:  # nor is the package that contains it
+        return False
 
 
 @contextmanager

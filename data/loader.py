@@ -23,6 +23,8 @@ from data.settings import DataSettings
 from data.sources.base import Source
 from data.watch import WatchedSource
 
+CPU = torch.device("cpu")
+
 
 def train_batches(
     source: Source,
@@ -62,7 +64,7 @@ def train_batches(
         with optional_import("dali", f"data.backend={settings.backend}"):
             from data import dali  # the import takes a second
 
-        return watched.batches(dali.batches(dataset, start, stop, device))
+        return watched.batches(dali.batches(dataset, settings, start, stop, device))
     workers, pin_memory = settings.workers_for(device), device.type == "cuda"
     return watched.batches(iterate(dataset, range(start, stop), workers, settings.prefetch, pin_memory))
 
@@ -75,8 +77,12 @@ def eval_batches(
     workers: int,
     crops: Crops | None = None,
     center_crop: float | None = None,
+    settings: DataSettings | None = None,
+    device: torch.device = CPU,
 ) -> Iterator[Batch]:
-    """Iterate over batches with one view of each image, in host memory, without unreadable images.
+    """Iterate over batches with one view of each image, without unreadable images.
+
+    The CPU backend's views are in host memory, DALI's on `device`.
 
     Args:
         source: The images.
@@ -86,6 +92,8 @@ def eval_batches(
         workers: Number of worker processes; with 0, this process makes the batches.
         crops: The random crops to show; None for central views.
         center_crop: Share of the shorter side that central views show, see `render_center`.
+        settings: Where given, their backend for `device` makes the views, else the CPU backend.
+        device: Where the batches will be used.
 
     Raises:
         ValueError: `batch_size` is below 1, or the batches do not fit into shared memory. While iterating: a worker has
@@ -93,9 +101,16 @@ def eval_batches(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    shared_memory.check(shared_memory.evaluation_bytes(size, min(batch_size, len(samples)), workers))
     watched = WatchedSource(source)
     dataset = EvalDataset(watched, np.asarray(samples, np.int64), size, batch_size, crops, center_crop)
+    if settings and settings.evaluation_backend_for(device) == "dali":
+        with optional_import("dali", f"data.backend={settings.backend}"):
+            from data import dali
+
+        settings = settings.model_copy(update={"workers": workers})
+        shared_memory.check(shared_memory.dali_bytes(source, min(batch_size, len(samples)), settings, workers))
+        return watched.batches(dali.batches(dataset, settings, 0, len(dataset), device))
+    shared_memory.check(shared_memory.evaluation_bytes(size, min(batch_size, len(samples)), workers))
     batches = iterate(dataset, range(len(dataset)), workers, shared_memory.EVALUATION_PREFETCH, pin_memory=False)
     return watched.batches(batches)
 

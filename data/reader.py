@@ -4,6 +4,7 @@ The result of a batch is one array, which worker processes hand over in shared m
 announces it is shorter than the 4096 bytes that a pipe takes as a whole, so a killed worker leaves no half a message.
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.batch import TrainDataset, load_or_replace
+from data.batch import EvalDataset, TrainDataset, load_or_replace
+from data.cpu import center_boxes
 from data.decode import decode, jpeg_frame, orientation_segments, read_orientation
-from data.sources.base import UnreadableImage
-from data.views import LUMA, ViewParams, crop_boxes
+from data.sources.base import Source, UnreadableImage
+from data.views import LUMA, Augment, View, ViewParams, crop_boxes, draw
 
 MAX_DALI_PIXELS = 1 << 27  # of an image that DALI decodes: 400 MB
 ALIGNMENT = 64  # bytes
+UNCHANGED = Augment(flip=0, jitter=0, gray=0, blur=0, solarize=0)
 
 Item = tuple[NDArray[np.uint8], int, int]  # encoded [n] or pixels [H, W, 3]; upright height and width
 
@@ -103,25 +106,73 @@ class Reader(Dataset[Inputs]):
         items: list[Item] = []
         shown = samples.copy()
         unreadable: list[tuple[int, str]] = []
+        load = functools.partial(_load, self.dataset.source)
         for slot, sample in enumerate(samples.tolist()):
-            item, shown[slot] = load_or_replace(self._load, len(self.dataset.source), sample, unreadable)
+            item, shown[slot] = load_or_replace(load, len(self.dataset.source), sample, unreadable)
             items.append(item)
-        shapes = np.array([(*item[0].shape, 0, 0)[:3] for item in items], np.int64)
-        heights, widths = np.array([item[1:] for item in items], np.int64).T
-        views = [array for p in params for array in _view_inputs(p, crop_boxes(p, heights, widths))]
-        arrays = [shown, shapes, *views, *(item[0] for item in items)]
-        return Inputs(torch.from_numpy(_pack(arrays)), len(items), len(params), unreadable)
+        sizes = _upright_sizes(items)
+        return _inputs(items, shown, [(p, crop_boxes(p, *sizes)) for p in params], unreadable)
 
-    def _load(self, i: int) -> Item:
-        data = self.dataset.source.read(i)
-        if isinstance(data, bytes):
-            if size := jpeg_size(data):
-                return np.frombuffer(data, np.uint8), *size
+
+class EvalReader(Dataset[Inputs]):
+    """DALI's inputs for each batch of an evaluation. An unreadable image is a black pixel, shown as index -1."""
+
+    def __init__(self, dataset: EvalDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, number: int) -> Inputs:
+        """Return the inputs of a batch."""
+        dataset = self.dataset
+        samples = dataset.batch(number)
+        items: list[Item] = []
+        shown = samples.copy()
+        unreadable: list[tuple[int, str]] = []
+        for slot, sample in enumerate(samples.tolist()):
             try:
-                data = decode(data)
-            except ValueError as error:
-                raise UnreadableImage(f"{self.dataset.source.name(i)}: {error}") from error
-        return data, data.shape[0], data.shape[1]
+                items.append(_load(dataset.source, sample))
+            except UnreadableImage as error:
+                items.append((np.zeros((1, 1, 3), np.uint8), 1, 1))
+                shown[slot] = -1
+                unreadable.append((sample, str(error)))
+        sizes = _upright_sizes(items)
+        if dataset.crops:
+            params = dataset.crops.draw(samples)
+            boxes: NDArray = crop_boxes(params, *sizes)
+        else:
+            params = draw(0, 0, samples, 0, View(size=dataset.size), UNCHANGED)
+            boxes = center_boxes(*sizes, dataset.size, dataset.center_crop)
+        return _inputs(items, shown, [(params, boxes)], unreadable)
+
+
+def _load(source: Source, i: int) -> Item:
+    data = source.read(i)
+    if isinstance(data, bytes):
+        if size := jpeg_size(data):
+            return np.frombuffer(data, np.uint8), *size
+        try:
+            data = decode(data)
+        except ValueError as error:
+            raise UnreadableImage(f"{source.name(i)}: {error}") from error
+    return data, data.shape[0], data.shape[1]
+
+
+def _upright_sizes(items: list[Item]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Return the heights and the widths of all images, int64 [B] each."""
+    heights, widths = np.array([item[1:] for item in items], np.int64).T
+    return heights, widths
+
+
+def _inputs(
+    items: list[Item],
+    shown: NDArray[np.int64],
+    views: list[tuple[ViewParams, NDArray]],
+    unreadable: list[tuple[int, str]],
+) -> Inputs:
+    """Pack the images of a batch, and for each view its parameters and boxes [B, 4]."""
+    shapes = np.array([(*item[0].shape, 0, 0)[:3] for item in items], np.int64)
+    parameters = [array for params, boxes in views for array in _view_inputs(params, boxes)]
+    arrays = [shown, shapes, *parameters, *(item[0] for item in items)]
+    return Inputs(torch.from_numpy(_pack(arrays)), len(items), len(views), unreadable)
 
 
 def _pack(arrays: list[NDArray]) -> NDArray[np.uint8]:
@@ -134,7 +185,7 @@ def _pack(arrays: list[NDArray]) -> NDArray[np.uint8]:
     return packed
 
 
-def _view_inputs(params: ViewParams, boxes: NDArray[np.int64]) -> Iterator[NDArray]:
+def _view_inputs(params: ViewParams, boxes: NDArray) -> Iterator[NDArray]:
     """Yield one array [B, …] for each input of a view, with the types of PER_VIEW."""
     boxes_B4 = boxes.astype(np.float32)
     offset_B33 = params.color_offset[:, None, None] * np.broadcast_to(LUMA, (3, 3))

@@ -8,6 +8,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 from pydantic.config import JsonDict
 
+from data.extras import is_installed
 from data.order import Blocks
 from data.paths import absolute
 from data.processes import available_cores
@@ -168,6 +169,12 @@ class DataSettings(BaseModel):
         if self.backend != "auto":
             return self.backend
         return "dali" if device.type == "cuda" else "cpu"
+
+    def evaluation_backend_for(self, device: torch.device) -> Literal["cpu", "dali"]:
+        """Return the backend of evaluations: auto takes DALI on a GPU only if it is installed."""
+        if self.backend == "auto" and not is_installed("nvidia.dali"):
+            return "cpu"
+        return self.backend_for(device)
 
     def workers_for(self, device: torch.device) -> int:
         """Return the number of worker processes per rank, by default as many as suit the device and the machine.

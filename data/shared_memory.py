@@ -31,8 +31,13 @@ def training_bytes(source: Source, settings: DataSettings, device: torch.device,
     """Return the bytes of shared memory that a rank's batches can occupy at the same time."""
     images, workers = settings.batch_size // world_size, settings.workers_for(device)
     if settings.backend_for(device) == "dali":
-        return images * _stored_bytes(source) * queued(workers, dali_prefetch(settings, workers)) if workers else 0
+        return dali_bytes(source, images, settings, workers)
     return images * sum(3 * view.size**2 for view in settings.views) * queued(workers, settings.prefetch, in_use=2)
+
+
+def dali_bytes(source: Source, images: int, settings: DataSettings, workers: int) -> int:
+    """Return the bytes of shared memory that batches of so many stored images can occupy."""
+    return images * _stored_bytes(source) * queued(workers, dali_prefetch(settings, workers)) if workers else 0
 
 
 def evaluation_bytes(size: int, batch_size: int, workers: int) -> int:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data import dali, reader
-from data.batch import Batch, TrainDataset
-from data.loader import train_batches
+from data.batch import Batch, Crops, TrainDataset
+from data.loader import eval_batches, train_batches
 from data.order import batch_samples
 from data.sources.base import Source
 from data.sources.folder import ImageFolder
@@ -235,7 +235,7 @@ def test_a_gpu_gets_copies_that_are_complete(small: Source, monkeypatch: pytest.
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     dataset = TrainDataset(small, data_settings(views=(View(size=16),) * 2, batch_size=8), 3, 0, 1)
     feed = dali._Feed(iter([reader.Reader(dataset)[0]]))
-    outputs = dali._pipeline(dataset, feed, CPU).run()
+    outputs = dali._pipeline(feed, [16, 16], 8, dataset.settings, CPU).run()
     theirs = [torch.from_dlpack(view.as_tensor()) for view in outputs]
     ours = dali._to_torch(outputs, object())  # type: ignore[arg-type]
     assert calls == ["record", "synchronize"]
@@ -320,6 +320,85 @@ def test_nothing_readable() -> None:
         make_batches(Broken(5, good=-1), [View(size=8)], Augment(), batch_size=2)
 
 
+def evaluate(
+    source: Source,
+    samples: list[int],
+    size: int = 64,
+    crops: Crops | None = None,
+    center_crop: float | None = None,
+    workers: int = 0,
+) -> tuple[list[Batch], list[Batch]]:
+    """Return the batches of an evaluation by DALI and by the CPU backend, after checking that they agree."""
+    ours, theirs = (
+        list(
+            eval_batches(
+                source, np.array(samples), size, 16, workers, crops, center_crop, data_settings(backend=backend), CPU
+            )
+        )
+        for backend in ("dali", "cpu")
+    )
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.samples.tolist() == b.samples.tolist()
+        assert a.unreadable == b.unreadable
+        assert a.views[0].shape == b.views[0].shape
+        if len(a.samples):
+            found = (a.views[0].float() - b.views[0].float()).abs().mean((1, 2, 3))
+            assert found.max() <= 2
+            assert found.median() <= 0.5
+    return ours, theirs
+
+
+FLIPPED = Crops(View(size=64), Augment(**NOTHING | {"flip": 0.5}), 5, 1)
+
+
+@pytest.mark.parametrize(
+    ("size", "crops", "center_crop"), [(64, None, None), (64, None, 1.0), (700, None, None), (64, FLIPPED, None)]
+)
+def test_evaluations_show_the_same_images(
+    photos: Source, size: int, crops: Crops | None, center_crop: float | None
+) -> None:
+    """These are central views, also of enlarged images, and the crops of an epoch."""
+    ours, _ = evaluate(photos, list(range(40)), size, crops, center_crop)
+    assert [len(batch.samples) for batch in ours] == [16, 16, 8]
+
+
+def test_evaluations_leave_out_unreadable_images(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "data")
+    source = ImageFolder.scan(root)
+    for i in (0, 5, 23):
+        (root / source.name(i)).write_bytes(b"nothing")
+    (root / source.name(9)).write_bytes(b"\xff\xd8\xff nothing \xff\xd9")
+    ours, _ = evaluate(source, [*range(24), 5], workers=2)
+    assert [len(batch.samples) for batch in ours] == [13, 7]
+    ((nothing,), _) = evaluate(source, [5, 0])
+    assert nothing.views[0].shape == (0, 64, 64, 3)
+    assert evaluate(source, []) == ([], [])
+
+
+def test_evaluations_go_on_after_an_image_that_breaks_the_pipeline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = write_photos(tmp_path / "photos", count=40)
+    source = ImageFolder.scan(root)
+    (root / source.name(5)).write_bytes(b"\xff\xd8\xff nothing \xff\xd9")
+    header = reader.jpeg_size
+    monkeypatch.setattr(reader, "jpeg_size", lambda data: (50, 50) if b"nothing" in data else header(data))
+    with caplog.at_level(logging.WARNING):
+        ours, _ = evaluate(source, list(range(40)))
+    assert sum("DALI failed" in line for line in caplog.messages) == 1
+    assert [len(batch.samples) for batch in ours] == [15, 16, 8]
+
+
+def test_automatic_evaluations_need_no_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    assert data_settings(backend="auto").evaluation_backend_for(gpu) == "dali"
+    assert data_settings(backend="auto").evaluation_backend_for(CPU) == "cpu"
+    monkeypatch.setattr("data.settings.is_installed", lambda package: False)
+    assert data_settings(backend="auto").evaluation_backend_for(gpu) == "cpu"
+    assert data_settings(backend="dali").evaluation_backend_for(gpu) == "dali"
+
+
 def test_jpeg_size() -> None:
     picture = photograph(30, 50)
     for orientation in range(1, 9):
@@ -337,7 +416,8 @@ def test_jpeg_size() -> None:
 def test_the_graph_for_a_gpu_can_be_built(small: Source) -> None:
     """It cannot run without a GPU, but each operation exists on the device that the graph requests."""
     dataset = TrainDataset(small, data_settings(views=tuple(MULTI_CROP), batch_size=8), 3, 0, 1)
-    pipeline = dali._pipeline(dataset, dali._Feed(iter(())), torch.device("cuda", 0))
+    feed = dali._Feed(iter(()))
+    pipeline = dali._pipeline(feed, [112, 112, 48, 72], 8, dataset.settings, torch.device("cuda", 0))
     pipeline._build_graph()
     devices: dict[str, set[str]] = {}
     for op in pipeline._ops:

@@ -50,7 +50,7 @@ def run(config: Config, folder: Path, batch_sizes: list[int], batches: int, repe
             for _ in range(repeats):
                 for mode, found in turns.items():
                     make = dali.make_batches if mode == "inline" else dali.batches
-                    found.append(_measure(make(dataset, 0, ENDLESS, device), batches))
+                    found.append(_measure(make(dataset, data, 0, ENDLESS, device), batches))
             for mode, found in turns.items():
                 launching, feeding = (statistics.median(values) for values in zip(*found, strict=True))
                 rows.append({"batch_size": batch_size, "mode": mode, "launching_ms": launching, "feeding_ms": feeding})

@@ -83,6 +83,8 @@ def forward_images(
         config.data.workers_for(device),
         crops,
         config.eval.crop,
+        config.data,
+        device,
     ):
         unreadable += batch.unreadable
         if len(batch.samples):

@@ -60,6 +60,8 @@ def shared_memory_bytes(config: Config, train: Source, device: torch.device, wor
     if config.data.val is None:
         return needed
     workers, batch_size = config.data.workers_for(device), min(config.eval.batch_size, len(train))
+    if config.data.evaluation_backend_for(device) == "dali":
+        return needed + shared_memory.dali_bytes(train, batch_size, config.data, workers)
     return needed + shared_memory.evaluation_bytes(image_size(config), batch_size, workers)
 
 

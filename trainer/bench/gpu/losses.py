@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
+from data.extras import is_installed
 from trainer import distributed
-from trainer.bench.gpu.record import Line, Setting, at_most, holds, installed, skipped
+from trainer.bench.gpu.record import Line, Setting, at_most, holds, skipped
 from trainer.bench.gpu.trajectory import METHODS, difference, make_config, make_views, mean_difference, train
 from trainer.bench.synthetic import build_step
 from trainer.distributed import RankInfo
@@ -143,7 +144,7 @@ def check_methods(setting: Setting) -> Iterator[Line]:
             engines = ENGINES if method == "adco" or (method == "byol" and not setting.small) else ("ddp", "fsdp")
             for engine in engines:
                 name = f"{method}, {engine}"
-                if ENGINES[engine]["kind"] == "deepspeed" and not installed("deepspeed"):
+                if ENGINES[engine]["kind"] == "deepspeed" and not is_installed("deepspeed"):
                     yield skipped(name, "DeepSpeed is not installed (requirements/deepspeed.txt)")
                     continue
                 config = make_config("resnet", setting.device.type, changes, {"engine": ENGINES[engine]})

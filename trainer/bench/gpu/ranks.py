@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 
+from data.extras import is_installed
 from trainer import distributed
 from trainer.bench.gpu.losses import ENGINES, exact_convolutions
-from trainer.bench.gpu.record import Line, Setting, at_most, holds, installed, skipped
+from trainer.bench.gpu.record import Line, Setting, at_most, holds, skipped
 from trainer.bench.gpu.runs import write_images
 from trainer.bench.gpu.trajectory import difference, make_config, train
 from trainer.config import Config
@@ -49,7 +50,7 @@ def check_ranks(setting: Setting) -> Iterator[Line]:
     alone = {name: make_config(network, device, changes) for name, (network, changes) in CASES.items()}
     (expected,) = run_ranks(1, _train_all, alone, device, steps)
     for kind in dict.fromkeys(settings["kind"] for settings in ENGINES.values()):
-        if kind == "deepspeed" and not installed("deepspeed"):
+        if kind == "deepspeed" and not is_installed("deepspeed"):
             yield skipped(kind, "DeepSpeed is not installed (requirements/deepspeed.txt)")
             continue
         cases = {

@@ -1,6 +1,5 @@
 """The lines of a record of `bench gpu`: each has a number, what it is compared with, and a verdict."""
 
-import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -88,11 +87,3 @@ def known_gpu(device: torch.device) -> Gpu | None:
     name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
     models = [gpu for gpu in GPUS.values() if gpu.model in name]
     return min(models, key=lambda gpu: abs(gpu.memory - memory), default=None)
-
-
-def installed(package: str) -> bool:
-    """Return whether an optional package is installed."""
-    try:
-        return importlib.util.find_spec(package) is not None
-    except ModuleNotFoundError:  # nor is the package that contains it
-        return False

@@ -8,9 +8,10 @@ import cv2
 import numpy as np
 import torch
 
+from data.extras import is_installed
 from data.loader import train_batches
 from data.sources.open import open_source
-from trainer.bench.gpu.record import Line, Setting, at_most, holds, installed, skipped
+from trainer.bench.gpu.record import Line, Setting, at_most, holds, skipped
 from trainer.bench.gpu.trajectory import difference, make_config
 from trainer.config import Config
 from trainer.ops.ending import Stopped
@@ -79,7 +80,7 @@ def write_images(folder: Path, count: int, side: int) -> Path:
 
 def check_dali(setting: Setting) -> Iterator[Line]:
     """Compare DALI's views with those of the CPU backend."""
-    if not installed("nvidia.dali"):
+    if not is_installed("nvidia.dali"):
         yield skipped("views", "DALI is not installed (requirements/dali.txt)")
         return
     with tempfile.TemporaryDirectory() as name:

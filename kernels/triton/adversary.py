@@ -133,7 +133,6 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
         square_B += tl.sum(w_BC * w_BC, 1)
     along_B1 = (along_B / square_B)[:, None]
     inverse_B1 = (1 / (temperature * tl.sqrt(square_B)))[:, None]
-    lr = tl.load(lr_ptr).to(tl.float32)
     seed = tl.load(seed_ptr)
     seed = (seed ^ (seed >> 32)).to(tl.uint32)  # as `kernels.rounding.seed32` folds it
     row_bits_B1 = _hash((first.to(tl.uint32) + (start + rows_B).to(tl.uint32)) ^ seed)[:, None]
@@ -142,6 +141,7 @@ def adversary_kernel(  # type: ignore[no-untyped-def]
     # All threads of a program must read before any of them writes, because a thread may store other elements than it
     # loaded.
     tl.debug_barrier()
+    lr = tl.load(lr_ptr).to(tl.float32)  # before the barrier it would take a register too many
     square_B = tl.zeros([B], tl.float32)
     grad_square_B = tl.zeros([B], tl.float32)
     w_slices = ()

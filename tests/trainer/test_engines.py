@@ -35,8 +35,8 @@ ENGINES: dict[str, dict[str, Any]] = {
     "zero3": {"kind": "deepspeed", "stage": 3},
 }
 # Optimizer of each network; other tests use SGD. The ViT has no bias of queries, keys and values: the bias of keys has
-# no effect, so its gradient is a rounding error, which AdamW turns into full steps. Its rate is low because it does so for
-# single elements of other weights as well.
+# no effect, so its gradient is a rounding error, which AdamW turns into full steps. The same happens to single elements
+# of other weights, so its rate is low.
 RECIPES: dict[str, Sections] = {
     "resnet": {"optim": {"name": "lars", "lr": 3.0, "weight_decay": 1e-3, "decay_norm_and_bias": False}},
     "vit": {

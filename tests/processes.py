@@ -90,12 +90,12 @@ class Program:
 
     @property
     def output(self) -> str:
-        """What the process has written to stdout so far."""
+        """Return what the process has written to stdout so far."""
         return Path(self._folder.name, "1").read_text()
 
     @property
     def errors(self) -> str:
-        """What the process has written to stderr so far."""
+        """Return what the process has written to stderr so far."""
         return Path(self._folder.name, "2").read_text()
 
 

@@ -31,7 +31,7 @@ WARM_UP = 11  # eager steps before the capture
 
 
 class DeviceInputs:
-    """What differs from step to step besides the images, on the device. One copy, for which no host waits, fills it.
+    """Holds on the device what differs from step to step besides the images. One copy that the host starts fills it.
 
     Attributes:
         seed: int64 scalar.

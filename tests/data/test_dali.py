@@ -286,15 +286,19 @@ def test_unusual_files_match_the_cpu_backend(tmp_path: Path, caplog: pytest.LogC
     assert {source.name(i) for i, _ in ours[0].unreadable} >= {"c/cut.jpg", "c/empty.jpg", "c/text.jpg"}
 
 
-def test_an_image_that_breaks_the_pipeline_costs_one_batch(
-    small: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    root = write_photos(tmp_path / "photos", count=12)
-    source = ImageFolder.scan(root)
+def break_pipeline(root: Path, count: int, monkeypatch: pytest.MonkeyPatch) -> Source:
+    """Return photographs, of which the sixth makes DALI's pipeline fail: its header is taken for a valid one."""
+    source = ImageFolder.scan(write_photos(root, count=count))
     (root / source.name(5)).write_bytes(b"\xff\xd8\xff nothing \xff\xd9")
-    # Pretend that the header is valid, and guess a size.
     header = reader.jpeg_size
     monkeypatch.setattr(reader, "jpeg_size", lambda data: (50, 50) if b"nothing" in data else header(data))
+    return source
+
+
+def test_an_image_that_breaks_the_pipeline_costs_one_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = break_pipeline(tmp_path / "photos", 12, monkeypatch)
     views, augment = [View(size=32)], Augment()
     with caplog.at_level(logging.WARNING):
         ours = make_batches(source, views, augment, stop=6, batch_size=4)
@@ -379,11 +383,7 @@ def test_evaluations_leave_out_unreadable_images(tmp_path: Path) -> None:
 def test_evaluations_go_on_after_an_image_that_breaks_the_pipeline(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    root = write_photos(tmp_path / "photos", count=40)
-    source = ImageFolder.scan(root)
-    (root / source.name(5)).write_bytes(b"\xff\xd8\xff nothing \xff\xd9")
-    header = reader.jpeg_size
-    monkeypatch.setattr(reader, "jpeg_size", lambda data: (50, 50) if b"nothing" in data else header(data))
+    source = break_pipeline(tmp_path / "photos", 40, monkeypatch)
     with caplog.at_level(logging.WARNING):
         ours, _ = evaluate(source, list(range(40)))
     assert sum("DALI failed" in line for line in caplog.messages) == 1

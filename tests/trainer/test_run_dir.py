@@ -30,7 +30,7 @@ def rank_info() -> Iterator[RankInfo]:
 
 
 def make_config(
-    folder: Path, train: Path | str = "pictures", val: Path | None = None, seed: int = 0, **data: Any
+    folder: Path, train: Path | str = "images", val: Path | None = None, seed: int = 0, **data: Any
 ) -> Config:
     sets = {"train": str(train), "val": str(val) if val else None, "batch_size": 4}
     return Config.model_validate({"run": {"dir": str(folder), "epochs": 2, "seed": seed}, "data": sets | data})
@@ -136,42 +136,42 @@ def test_a_full_disk_is_an_error_on_all_ranks(tmp_path: Path) -> None:
 
 
 def test_open_sources(tmp_path: Path, rank_info: RankInfo) -> None:
-    pictures, run = write_folder(tmp_path / "pictures"), tmp_path / "run"
+    images, run = write_folder(tmp_path / "images"), tmp_path / "run"
     some = write_folder(tmp_path / "some", classes=2, per_class=1)
-    train, val, more_val = open_sources(make_config(run, pictures, some).data, run)
+    train, val, more_val = open_sources(make_config(run, images, some).data, run)
     assert (len(train), train.classes) == (24, ["c0", "c1", "c2"])
     assert val is not None
     assert (len(val), val.classes, more_val) == (2, ["c0", "c1"], {})
     assert {path.name for path in run.iterdir()} == {"index-train.npz", "index-val.npz"}
-    assert open_sources(make_config(run, pictures).data, run)[1] is None
+    assert open_sources(make_config(run, images).data, run)[1] is None
 
 
 def test_images_that_cannot_be_used(tmp_path: Path, rank_info: RankInfo) -> None:
-    pictures, run = write_folder(tmp_path / "pictures"), tmp_path / "run"
+    images, run = write_folder(tmp_path / "images"), tmp_path / "run"
     (tmp_path / "empty").mkdir()
     more = write_folder(tmp_path / "more", classes=4, per_class=1)
     (tmp_path / "file").touch()
     for config, index, words in (
         (make_config(run, tmp_path / "nowhere"), run, r"data: .*nowhere does not exist"),
         (make_config(run, tmp_path / "empty"), run, r"data: .*empty has no images"),
-        (make_config(run, pictures, tmp_path / "empty"), run, r"data: .*empty has no images"),
-        (make_config(run, pictures, more), run, r"data\.val: .*more has classes that .*pictures does not have: c3"),
+        (make_config(run, images, tmp_path / "empty"), run, r"data: .*empty has no images"),
+        (make_config(run, images, more), run, r"data\.val: .*more has classes that .*images does not have: c3"),
         (
-            make_config(run, pictures, pictures, more_val={"a": str(more)}),
+            make_config(run, images, images, more_val={"a": str(more)}),
             run,
-            r"data\.more_val\.a: .*more has classes that .*pictures does not have: c3",
+            r"data\.more_val\.a: .*more has classes that .*images does not have: c3",
         ),
-        (make_config(run, pictures), tmp_path / "file", "data: .*(Not a directory|File exists)"),
+        (make_config(run, images), tmp_path / "file", "data: .*(Not a directory|File exists)"),
     ):
         with pytest.raises(ValueError, match=words):
             open_sources(config.data, index)
     with pytest.raises(ValueError, match=r"data\.batch_size: a batch of 25 images is larger than .*, which has 24"):
-        open_training(make_config(run, pictures, tmp_path / "nowhere", batch_size=25), run)
+        open_training(make_config(run, images, tmp_path / "nowhere", batch_size=25), run)
 
 
 def open_own_folder(folder: Path) -> str:
     rank = dist.get_rank()
-    config = make_config(folder, folder / f"pictures{rank}")
+    config = make_config(folder, folder / f"images{rank}")
     try:
         open_sources(config.data, folder / f"run{rank}")
     except ValueError as error:
@@ -181,16 +181,16 @@ def open_own_folder(folder: Path) -> str:
 
 def test_ranks_must_find_the_same_images(tmp_path: Path) -> None:
     for rank in range(2):
-        write_folder(tmp_path / f"pictures{rank}", per_class=2)
+        write_folder(tmp_path / f"images{rank}", per_class=2)
     assert run_ranks(2, open_own_folder, tmp_path) == ["", ""]
 
-    (tmp_path / "pictures1" / "c2" / "1.png").rename(tmp_path / "pictures1" / "c0" / "9.png")
+    (tmp_path / "images1" / "c2" / "1.png").rename(tmp_path / "images1" / "c0" / "9.png")
     (tmp_path / "run1" / "index-train.npz").unlink()
     first, second = run_ranks(2, open_own_folder, tmp_path)
     assert first == second
     assert first.startswith("rank 1: data.train: this rank finds 6 images in 3 classes")
 
-    shutil.rmtree(tmp_path / "pictures1")
+    shutil.rmtree(tmp_path / "images1")
     first, second = run_ranks(2, open_own_folder, tmp_path)
     assert first == second
     assert "rank 1: data: " in first
@@ -262,12 +262,12 @@ def scans(folder: Path) -> int:
     """Return how often this rank lists the images."""
     scan, count = ImageFolder.scan, []
     pytest.MonkeyPatch().setattr(ImageFolder, "scan", lambda root: (count.append(1), scan(root))[1])  # type: ignore[func-returns-value]
-    open_sources(make_config(folder / "run", folder / "pictures").data, folder / "run")
+    open_sources(make_config(folder / "run", folder / "images").data, folder / "run")
     return len(count)
 
 
 def test_rank_0_lists_the_images_for_all(tmp_path: Path) -> None:
-    write_folder(tmp_path / "pictures")
+    write_folder(tmp_path / "images")
     assert run_ranks(2, scans, tmp_path) == [1, 0]
     assert run_ranks(2, scans, tmp_path) == [0, 0]
 

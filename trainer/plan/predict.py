@@ -96,7 +96,7 @@ class StepTime(NamedTuple):
 
     @property
     def bottleneck(self) -> str:
-        """What limits the step: data, host (launching operators), or that of compute, memory and network with most."""
+        """Return what limits the step: data, host, or the one of compute, memory and network that takes most time."""
         if self.data:
             return "data"
         if self.idle:

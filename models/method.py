@@ -247,19 +247,6 @@ class Method:
         """Return into how many groups BatchNorm divides a batch."""
         return -(-batch // (self.settings.bn_group or batch))
 
-    @torch.no_grad()
-    def average_buffers(self) -> None:
-        """Replace BatchNorm's running statistics, which each rank keeps of its own batches, by their mean over ranks.
-
-        Its time and frequency do not change any result, because averaging commutes with the moving averages.
-        """
-        world_size = dist.get_world_size()
-        for network in filter(None, (self.student, self.teacher)):
-            for buffer in network.buffers():
-                if world_size > 1 and buffer.is_floating_point():
-                    dist.all_reduce(buffer)
-                    buffer /= world_size
-
 
 def queries_for_key(queries: Views, j: int) -> Tensor:
     """Concatenate the queries that are compared with key view j, view by view: query i belongs to key i mod B."""

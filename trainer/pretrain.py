@@ -150,7 +150,6 @@ class Pretraining:
 
     def state(self, step: int) -> dict[str, Any]:
         """See `trainer.loop.Task.state`."""
-        self.train_step.method.average_buffers()
         return self.train_step.state(step) | ({"probe": self.probe.state_dict()} if self.probe else {})
 
     def load_probe(self, saved: Path) -> None:
@@ -171,7 +170,6 @@ class Pretraining:
         """
         train, val, more_val = self.sources
         assert val is not None
-        self.train_step.method.average_buffers()
         student = full_student(self.train_step.method, self.train_step.engine, self.config, self.rank_info)
         device = self.rank_info.device
         tests = knn.name_tests(val, more_val)

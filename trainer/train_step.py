@@ -111,7 +111,8 @@ class TrainStep:
             )
         self.normalize = functools.partial(network_input, device=rank_info.device, dtype=self.precision)
         self.seeds = StepSeeds(rank_info.device, always=is_reference(config.model.backbone))
-        self.statistics = RunningStatistics(*networks)
+        local = rank_info.world_size > 1 and config.method.bn != "sync"
+        self.statistics = RunningStatistics(*networks, local)
         self.inputs = DeviceInputs(rank_info.device)
         self.metric_names: list[str] = []
         # NaN after a failed step, until `load`: as a factor of the loss it makes all later steps fail, too.
@@ -175,12 +176,13 @@ class TrainStep:
             for name, value in output.metrics.items():
                 metrics[name] = metrics[name] + value / self.accumulate if i else value / self.accumulate
         with self.phases("optimizer"):
+            self.statistics.average()
             norm = self.engine.step(lr, backbone_lr)
             overflow = not_finite(norm)
             own_failed = not_finite(functools.reduce(torch.add, factors))
             failed = self._failed(overflow, own_failed)
             self.intact.copy_(torch.where(failed, torch.nan, 1.0))
-            self.statistics.restore(failed)
+            self.statistics.finish(failed)
             metrics["grad_norm"] = torch.where(overflow, 0.0, norm)
             if scale := self.engine.scale:
                 metrics["loss_scale"], metrics["skipped"] = scale.value.clone(), overflow.float()

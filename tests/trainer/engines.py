@@ -96,7 +96,6 @@ def train(
 
 
 def outcome(train_step: TrainStep, losses: list[float], norms: list[float]) -> Outcome:
-    """Called after `average_buffers`."""
     state = train_step.state(0)
     optimizer = {f"{name}.{key}": x for name, slots in state["optimizer"].items() for key, x in slots.items()}
     negatives = {**state.get("bank", {}), **state.get("queue", {})}
@@ -107,5 +106,4 @@ def outcome(train_step: TrainStep, losses: list[float], norms: list[float]) -> O
 def run(config: Config, ranks_per_node: int | None = None) -> Outcome:
     train_step = build_train_step(config, make_rank_info(ranks_per_node))
     history = train(train_step, config)
-    train_step.method.average_buffers()
     return outcome(train_step, *history)

@@ -124,7 +124,6 @@ def run_methods(engines: list[str]) -> dict[tuple[str, str], Outcome]:
             config = make_config("resnet", **{**sections, "method": method}, optim=optim, engine=ENGINES[engine])
             train_step = build_train_step(config, make_rank_info())
             history = train(train_step, config, steps=4)
-            train_step.method.average_buffers()
             outcomes[engine, name] = outcome(train_step, *history)
     return outcomes if dist.get_rank() == 0 else {}
 
@@ -305,7 +304,6 @@ def save_checkpoints(folder: Path, engines: list[str], model: str) -> dict[str, 
         config = make_config(model, **RECIPES[model], data={"batch_size": 12}, engine=ENGINES[engine])
         train_step = build_train_step(config, make_rank_info())
         train(train_step, config, steps=3)
-        train_step.method.average_buffers()
         saved = outcome(train_step, [], [])
         assert checkpoint.save(folder / f"{model}-{engine}", 3, train_step.state(3), keep=1)
         found[engine] = (saved, train(train_step, config, steps=2, first=3)[0])
@@ -359,7 +357,6 @@ def embed_with_full_student() -> list[Tensor]:
         rank_info = make_rank_info()
         train_step = build_train_step(config, rank_info)
         train(train_step, config, steps=1)
-        train_step.method.average_buffers()
         student = full_student(train_step.method, train_step.engine, config, rank_info).eval()
         if rank_info.rank == 0:  # alone
             with torch.no_grad():
@@ -371,6 +368,25 @@ def test_the_full_student_needs_no_other_rank() -> None:
     ddp, fsdp, zero3 = run_ranks(2, embed_with_full_student)[0]
     torch.testing.assert_close(fsdp, ddp, rtol=0, atol=1e-5)
     torch.testing.assert_close(zero3, ddp, rtol=0, atol=1e-5)
+
+
+def running_statistics() -> dict[str, list[Tensor]]:
+    """Return this rank's running statistics after a step in each engine."""
+    found = {}
+    for engine in ("ddp", "fsdp", "zero2", "zero3"):
+        config = make_config("resnet", method={"bn": "local"}, engine=ENGINES[engine])
+        train_step = build_train_step(config, make_rank_info())
+        train(train_step, config, steps=1)
+        found[engine] = [b.clone() for b in train_step.method.student.buffers() if b.is_floating_point()]
+    return found
+
+
+def test_all_ranks_have_the_same_running_statistics() -> None:
+    """To the bit, in every step: a checkpoint changes nothing in the run that saves it."""
+    first, second = run_ranks(2, running_statistics)
+    for engine, buffers in first.items():
+        assert buffers
+        assert all(map(torch.equal, buffers, second[engine])), engine
 
 
 def test_loss_scale() -> None:

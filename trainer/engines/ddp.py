@@ -54,7 +54,7 @@ class DDP(TorchEngine):
         wrapped = DistributedDataParallel(
             self.network,
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
-            **DDP_LOCAL_BUFFERS,  # BatchNorm's running statistics are averaged when they are needed
+            **DDP_LOCAL_BUFFERS,  # see `trainer.engines.finite.RunningStatistics`
             gradient_as_bucket_view=True,
             static_graph=self.accumulate == 1,  # which cannot alternate between syncing and not syncing
         )

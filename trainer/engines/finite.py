@@ -111,22 +111,24 @@ class LossScale:
 
 
 class RunningStatistics:
-    """The running statistics of all BatchNorms of some networks, which a step changes before its loss is known.
+    """The running statistics of the BatchNorms of student and teacher, which a step changes before its loss is known.
 
     The teacher's are among them: their momentum is 0, but 0 times NaN is NaN.
     """
 
-    def __init__(self, *networks: nn.Module | None) -> None:
-        buffers = [
-            buffer.view(-1)  # shares memory; made once
-            for network in networks
-            if network is not None
-            for module in network.modules()
-            if isinstance(module, _BatchNorm)
-            for buffer in module.buffers()
-        ]
+    def __init__(self, student: nn.Module, teacher: nn.Module | None, local: bool) -> None:
+        """Keeps the buffers of both networks; `local` if each rank's student sees only a part of the global batch."""
+        own = _statistics(student)
+        buffers = own + (_statistics(teacher) if teacher is not None else [])
         self.groups = [[b for b in buffers if b.dtype == dtype] for dtype in {b.dtype: None for b in buffers}]
+        # How many numbers at the start of each group are averaged: the student's, which the teacher's follow.
+        self.averaged = [
+            sum(len(b) for b in own if b.dtype == group[0].dtype and b.is_floating_point()) if local else 0
+            for group in self.groups
+        ]
         self.saved: list[Tensor] = []
+        self.current: list[Tensor] = []
+        self.works: list[dist.Work] = []
 
     @torch.no_grad()
     def save(self) -> None:
@@ -134,8 +136,29 @@ class RunningStatistics:
         self.saved = [torch.cat(buffers) for buffers in self.groups]
 
     @torch.no_grad()
-    def restore(self, failed: Tensor) -> None:
-        """Return to the copy where `failed`, a bool scalar, is true."""
-        for buffers, saved in zip(self.groups, self.saved, strict=True):
-            kept = torch.where(failed, saved, torch.cat(buffers))
+    def average(self) -> None:
+        """Begin to replace the student's statistics by their mean over ranks. Collective.
+
+        If only checkpoints did this, its rounding would distinguish a run that was stopped from one that was not.
+        """
+        self.current = [torch.cat(buffers) for buffers in self.groups]
+        for current, count in zip(self.current, self.averaged, strict=True):
+            if count:
+                own = current[:count].div_(dist.get_world_size())
+                self.works.append(dist.all_reduce(own, async_op=True))
+
+    @torch.no_grad()
+    def finish(self, failed: Tensor) -> None:
+        """End what `average` began, or return to the copy of `save` where `failed`, a bool scalar, is true."""
+        for work in self.works:
+            work.wait()
+        self.works.clear()
+        for buffers, saved, current in zip(self.groups, self.saved, self.current, strict=True):
+            kept = torch.where(failed, saved, current)
             torch._foreach_copy_(buffers, kept.split([len(b) for b in buffers]))
+
+
+def _statistics(network: nn.Module) -> list[Tensor]:
+    """Return the buffers of all BatchNorms as vectors that share their memory."""
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
+    return [buffer.view(-1) for norm in norms for buffer in norm.buffers()]

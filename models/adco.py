@@ -2,14 +2,14 @@
 
 The student's queries are contrasted with the teacher's keys and the bank. The student descends on the loss, the bank
 ascends on it, and the teacher is a moving average of the student. With a predictor on the student, queries are
-predictions.
+predictions. Without a teacher, keys are the student's own embeddings.
 """
 
 from typing import ClassVar, Literal
 
 import torch
 import torch.distributed as dist
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from models import method
 from models.encoder import Encoder
@@ -31,6 +31,11 @@ class Settings(method.Settings):
     symmetric: bool = Field(
         False, description="Whether views 0 and 1 both give keys, with half the loss each, or view 0 only."
     )
+    teacher: bool = Field(
+        True,
+        description="Whether a teacher gives the keys (AdCo), or the student itself, without gradient, which saves the "
+        "teacher's forward. Without a teacher, symmetric must be true and model.predictor null.",
+    )
     batch_keys: bool = Field(
         True,
         description="Whether the denominator has all ranks' keys (AdCo's code) or the own key only (AdCo, eq. 2).",
@@ -49,6 +54,17 @@ class Settings(method.Settings):
         """View 0, or views 0 and 1 if symmetric."""
         return (0, 1) if self.symmetric else (0,)
 
+    @property
+    def has_teacher(self) -> bool:
+        """As configured."""
+        return self.teacher
+
+    @model_validator(mode="after")
+    def _queries_are_keys(self) -> "Settings":
+        if not (self.teacher or self.symmetric):
+            raise ValueError("teacher: false needs symmetric: true, since keys are queries of the other view")
+        return self
+
     def check(self, batch_size: int, num_views: int, bank: BankSettings) -> None:
         """Check that the sums of exponentials at both temperatures fit fp32."""
         columns = bank.size + (batch_size if self.batch_keys else 1)
@@ -56,7 +72,9 @@ class Settings(method.Settings):
         method.check_temperature("bank.temperature", bank.temperature, columns)
 
     def make(self, student: Encoder, negatives: Negatives | None) -> "AdCo":
-        """Build AdCo."""
+        """Build AdCo. Raises ValueError if predictions would be keys."""
+        if student.predictor is not None and not self.teacher:
+            raise ValueError("model.predictor: needs a teacher, whose keys it predicts; got method.teacher=false")
         return AdCo(student, self, negatives)
 
 

@@ -85,8 +85,13 @@ class Settings(BaseModel):
 
     @property
     def key_views(self) -> tuple[int, ...]:
-        """Indices of the views that the teacher embeds; without any there is no teacher."""
+        """Indices of the views that give keys; none for a method without keys."""
         return (0, 1)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether a teacher embeds the key views. Otherwise keys are the student's queries, without gradient."""
+        return bool(self.key_views)
 
     def query_views(self, num_views: int) -> list[int]:
         """Return the indices of the views that the student embeds: all, except the key view if there is only one."""
@@ -139,7 +144,7 @@ class Method:
 
     Attributes:
         student: Learns by gradient.
-        teacher: The moving average of the student; None if there are no key views.
+        teacher: The moving average of the student; None if the method has none.
         negatives: Bank, queue or None.
         queries_ND: The student's embeddings of the last micro-batch.
     """
@@ -147,7 +152,7 @@ class Method:
     def __init__(self, student: Encoder, settings: Settings, negatives: Negatives | None = None) -> None:
         self.student, self.settings, self.negatives = student, settings, negatives
         self.key_views, self.query_views = settings.key_views, settings.query_views
-        self.teacher = make_teacher(student) if self.key_views else None
+        self.teacher = make_teacher(student) if settings.has_teacher else None
         self.queries_ND: Tensor | None = None
 
     def loss(self, queries: Views, keys: Views) -> StepOutput:
@@ -206,18 +211,25 @@ class Method:
                     j: self.keys(views[j], order_B, normalize)
                     for j, order_B in zip(self.key_views, orders, strict=True)
                 }
-            else:
+            elif self.teacher:
                 keys = {j: self.keys(inputs[j]) for j in self.key_views}
         with phase("student"):
             queries_ND = student([inputs[i] for i in query_views])
         self.queries_ND = queries_ND.detach()
+        queries = dict(zip(query_views, queries_ND.chunk(len(query_views)), strict=True))
+        if self.teacher is None:
+            keys = {j: queries[j].detach() for j in self.key_views}
         with phase("score"), torch.autocast(queries_ND.device.type, enabled=False):
-            return self.loss(dict(zip(query_views, queries_ND.chunk(len(query_views)), strict=True)), keys)
+            return self.loss(queries, keys)
 
     @property
     def shuffles(self) -> bool:
         """Return whether the teacher of a rank embeds images of other ranks or BatchNorm groups."""
-        return self.settings.bn == "shuffle" and (dist.get_world_size() > 1 or self.settings.bn_group is not None)
+        return (
+            self.teacher is not None
+            and self.settings.bn == "shuffle"
+            and (dist.get_world_size() > 1 or self.settings.bn_group is not None)
+        )
 
     def draw_orders(self, batch: int, seed: int) -> list[NDArray[np.int64]]:
         """Draw the BatchNorm shuffle of each key view of a micro-batch, see `models.shuffle`; none if nothing shuffles.

@@ -7,9 +7,10 @@ docs/bench/methods.jsonl, and a run that has a line is not repeated: the compari
 on another machine. Delete the lines to repeat it.
 
 The network is a narrow ResNet-18, which CPU cores can train. The budget is that of SimCLR: a method whose step takes
-fewer FLOPs (`trainer.plan.flops`) trains for more epochs. Tuning searches one group of settings after the other
-(`SEARCH`) by the kNN accuracy after a short run; every method has the same number of runs. As many runs as cores go on
-at once, each on one thread: with networks this small that does twice the work of one run on all cores.
+more FLOPs (`trainer.plan.flops`) trains for fewer epochs. Tuning searches one group of settings after the other
+(`SEARCH`) by the kNN accuracy after a short run on half of the training images, measured on others of them; no test
+image is used. Every method has the same number of runs. As many runs as cores go on at once, each on one thread: with
+networks this small that does twice the work of one run on all cores.
 """
 
 import argparse
@@ -20,6 +21,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
@@ -29,7 +31,8 @@ from trainer.plan.flops import step_flops
 
 ROOT = Path(__file__).parents[2]
 RECORD = Path(__file__).with_suffix(".jsonl")
-TUNE_EPOCHS, FINAL_EPOCHS, SEEDS = 2, 24, (0, 1, 2)  # the epochs are those of SimCLR
+TUNE_EPOCHS, FINAL_EPOCHS, SEEDS = 4, 24, (0, 1, 2)  # the epochs are those of SimCLR
+TUNE_TRAIN, TUNE_VAL = 2500, 500  # training images of each class for tuning
 Values = dict[str, str]
 
 # The same for all methods; everything else is as in the recipes.
@@ -73,11 +76,10 @@ SEARCH = {
         SHARED[2:],
     ],
     "adco": [
-        ["method.teacher_momentum=0.9", "method.teacher_momentum=0"],
-        ["method.temperature=0.2", "method.symmetric=false"],
-        ["model.predictor=512"],
-        ["bank.size=1024"],
+        ["method.teacher_momentum=0.9", "method.teacher=false"],
+        ["method.temperature=0.2", "method.temperature=0.2 bank.temperature=0.2"],
         ["optim.lr=0.48"],
+        ["bank.size=1024", "bank.lr=3"],
         SHARED[:1],
         SHARED[1:2],
         SHARED[2:],
@@ -120,6 +122,7 @@ class Comparison:
 
     def __init__(self, cifar10: Path, runs: Path) -> None:
         self.cifar10, self.runs = cifar10, runs
+        self.tuning = link_tuning_images(cifar10 / "train", runs / "tuning_images")
         self.cores = threading.Semaphore(len(os.sched_getaffinity(0)))
         self.writing = threading.Lock()
         lines = RECORD.read_text(encoding="utf-8").splitlines() if RECORD.exists() else []
@@ -132,8 +135,17 @@ class Comparison:
         for line in self.record:
             if wanted.items() <= line.items():
                 return line
-        name = "-".join([method, f"{epochs}ep", f"seed{seed}", *(f"{k}={v}" for k, v in settings.items())])
+        name = "-".join(
+            [
+                "final" if final else "tune",
+                method,
+                f"{epochs}ep",
+                f"seed{seed}",
+                *(f"{k}={v}" for k, v in settings.items()),
+            ]
+        )
         folder = self.runs / name.replace("/", "_")
+        images = self.cifar10 if final else self.tuning
         changes = {
             **COMMON,
             **settings,
@@ -141,8 +153,8 @@ class Comparison:
             "run.epochs": str(epochs),
             "run.seed": str(seed),
             "run.keep": "1",
-            "data.train": str(self.cifar10 / "train"),
-            "data.val": str(self.cifar10 / "test"),
+            "data.train": str(images / "train"),
+            "data.val": str(images / "test"),
             "eval.knn_every": str(max(1, epochs // 8) if final else epochs),
         }
         with self.cores:
@@ -188,6 +200,19 @@ class Comparison:
             list(threads.map(lambda seed: self.train(method, settings, FINAL_EPOCHS, seed, final=True), SEEDS))
 
 
+def link_tuning_images(train: Path, folder: Path) -> Path:
+    """Make a folder with train/ and test/ of different training images, and return it."""
+    for source in sorted(path for path in train.iterdir() if path.is_dir()):
+        files = sorted(source.iterdir())
+        for part, chosen in (("train", files[:TUNE_TRAIN]), ("test", files[-TUNE_VAL:])):
+            (folder / part / source.name).mkdir(parents=True, exist_ok=True)
+            for file in chosen:
+                link = folder / part / source.name / file.name
+                if not link.exists():
+                    link.symlink_to(file)
+    return folder
+
+
 def measured(folder: Path) -> dict[str, Any]:
     """Return what a run directory says: accuracies, seconds, and the last values of its log."""
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
@@ -198,6 +223,40 @@ def measured(folder: Path) -> dict[str, Any]:
     for part in sorted(folder.glob("*/results.json")):
         found[part.parent.name] = json.loads(part.read_text(encoding="utf-8"))
     return {**found, "last": last}
+
+
+# The final accuracies of a run: the title of the column, and the keys in its line of the record.
+ACCURACIES = {
+    "kNN": ("knn",),
+    "linear": ("linear-fast", "top1"),
+    "1 % of the labels": ("finetune-1pct", "top1"),
+    "10 %": ("finetune-10pct", "top1"),
+}
+
+
+def value(line: dict[str, Any], keys: tuple[str, ...]) -> float:
+    """Return a number of a record's line."""
+    found: Any = line
+    for key in keys:
+        found = found[key]
+    return float(found)
+
+
+def table(record: list[dict[str, Any]]) -> str:
+    """Return the final runs as Markdown: mean and standard deviation over the seeds, in percent."""
+    finals: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for line in record:
+        if line["final"]:
+            finals.setdefault((line["method"], json.dumps(line["settings"])), []).append(line)
+    rows = [f"| method | seeds | epochs | {' | '.join(ACCURACIES)} |", "|---" * (3 + len(ACCURACIES)) + "|"]
+    for (method, _), lines in sorted(finals.items(), key=lambda item: -mean(value(x, ("knn",)) for x in item[1])):
+        cells = [method, str(len(lines)), str(lines[0]["epochs"])]
+        for keys in ACCURACIES.values():
+            percents = [100 * value(line, keys) for line in lines]
+            deviation = f" ± {stdev(percents):.1f}" if len(percents) > 1 else ""
+            cells.append(f"{mean(percents):.1f}{deviation}")
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 def main() -> None:
@@ -212,6 +271,7 @@ def main() -> None:
     work = comparison.tune if arguments.tune_only else comparison.compare
     with ThreadPoolExecutor() as threads:
         list(threads.map(work, arguments.only))
+    print(table(comparison.record))
 
 
 if __name__ == "__main__":

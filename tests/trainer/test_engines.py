@@ -106,6 +106,7 @@ METHODS: dict[str, Sections] = {
         "bank": {"size": 48},
     },
     "adco with predictor": {"model": {"predictor": 24}},
+    "adco without teacher": {"method": {"teacher": False, "symmetric": True}},
     "byol": {"model": {"predictor": 24, "head_norm": True}, "method": {"name": "byol"}},
     "caco": {"method": {"name": "caco", "temperature": 0.2}, "bank": {"size": 40, "temperature": 0.2, "lr": 0.3}},
     "moco": {"method": {"name": "moco", "symmetric": True}, "bank": {"size": 40}},
@@ -150,6 +151,22 @@ def test_every_method_does_the_same_as_in_one_process(engine: str, name: str) ->
     for part in ("student", "teacher", "bank", "optimizer"):
         off = {key: x for key, x in differences(found, alone, part).items() if x > 1e-4 and key not in noise}
         assert not off, part
+
+
+def run_without_teacher() -> list[Outcome]:
+    """Train AdCo without a teacher, and with a teacher that is the student."""
+    base = {"bn": "local", "symmetric": True, "teacher_momentum": 0}
+    return [run(make_config("resnet", method={**base, "teacher": teacher})) for teacher in (False, True)]
+
+
+def test_no_teacher_is_a_teacher_that_is_the_student() -> None:
+    without, with_teacher = run_ranks(1, run_without_teacher)[0]
+    assert (without.teacher == {}, with_teacher.teacher == {}) == (True, False)
+    assert without.losses == pytest.approx(
+        with_teacher.losses, rel=5e-6
+    )  # the teacher embeds each view in a batch of its own
+    for part in ("student", "bank", "optimizer"):
+        assert max(differences(without, with_teacher, part).values()) < 1e-4, part
 
 
 PRECISION = [

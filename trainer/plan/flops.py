@@ -20,7 +20,8 @@ def step_flops(config: Config) -> float:
     sizes = [view.size for view in config.data.views]
     forward = {size: _forward_flops(encoder, size) for size in set(sizes)}
     keys, queries = config.method.key_views, config.method.query_views(len(sizes))
-    networks = sum(forward[sizes[j]] for j in keys) + 3 * sum(forward[sizes[i]] for i in queries)
+    teacher = sum(forward[sizes[j]] for j in keys) if config.method.has_teacher else 0
+    networks = teacher + 3 * sum(forward[sizes[i]] for i in queries)
     rows = sum(i != j for j in keys for i in queries)
     return config.data.batch_size * (networks + rows * config.method.negatives_flops(config.bank, config.model.dim))
 

@@ -201,10 +201,11 @@ def load(path: Path, state: State) -> None:
     Raises:
         ValueError: On all ranks, if a tensor is missing, has another shape, or the index contains code.
     """
+    reader = Reader(path)
     try:
-        dcp.load(state, storage_reader=Reader(path))
+        dcp.load(state, storage_reader=reader)
     except dcp.CheckpointException as error:
-        raise ValueError(f"checkpoint {path}: {_reason(error)}") from error
+        raise ValueError(f"checkpoint {path}: {reader.error or _reason(error)}") from error
 
 
 class _SaveError(Exception):

@@ -134,12 +134,24 @@ class Writer(dcp.FileSystemWriter):
 
 
 class Reader(dcp.FileSystemReader):
-    """Reads shards, and the index without executing code that a forged one may contain."""
+    """Reads shards, and the index without executing code that a forged one may contain.
+
+    Attributes:
+        error: Why the index could not be read, on the rank that reads it; torch 2.11 does not pass this on.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.error: Exception | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """See `FileSystemReader`."""
-        with (Path(self.path) / ".metadata").open("rb") as file:
-            metadata: Metadata = IndexUnpickler(file).load()
+        try:
+            with (Path(self.path) / ".metadata").open("rb") as file:
+                metadata: Metadata = IndexUnpickler(file).load()
+        except Exception as error:
+            self.error = error
+            raise
         return metadata
 
 

@@ -176,7 +176,7 @@ def descendants(process: int) -> set[int]:
     return found
 
 
-@pytest.mark.parametrize("backend", ["cpu", "dali", "pil"])
+@pytest.mark.parametrize("backend", ["cpu", *(pytest.param(name, marks=pytest.mark.slow) for name in ("dali", "pil"))])
 def test_workers_end_when_their_trainer_is_killed(tmp_path: Path, backend: str) -> None:
     root = write_folder(tmp_path / "data", classes=1, per_class=8)
     script = tmp_path / "load.py"

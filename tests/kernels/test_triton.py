@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
     [
         pytest.param("interpreted", "1", marks=pytest.mark.slow),
         pytest.param("compiled", "0", marks=pytest.mark.slow),
-        ("bench", "1"),
+        pytest.param("bench", "1", marks=pytest.mark.slow),
         pytest.param("mining_interpreted", "1", marks=pytest.mark.slow),
     ],
 )

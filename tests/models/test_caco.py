@@ -147,7 +147,7 @@ def one_step(stored: dict[str, Any], seeds: int) -> list[Tensor]:
     return [torch.stack(x) for x in zip(*results, strict=True)]
 
 
-@pytest.mark.parametrize("stored", STORED, ids=str)
+@pytest.mark.parametrize("stored", [STORED[0], *(pytest.param(x, marks=pytest.mark.slow) for x in STORED[1:])], ids=str)
 def test_a_bank_in_bf16_takes_the_same_step_on_average(stored: dict[str, Any]) -> None:
     """The positives are rounded twice, each time to one of the two neighbours."""
     count = 400

@@ -84,8 +84,15 @@ def test_the_loss_traces_as_one_graph_in_one_process(case: str) -> None:
         dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("backbone", ["resnet18", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    ("backbone", "dtype"),
+    [
+        ("resnet18", torch.bfloat16),
+        ("vit_tiny_patch16_224", torch.float32),
+        pytest.param("resnet18", torch.float32, marks=pytest.mark.slow),
+        pytest.param("vit_tiny_patch16_224", torch.bfloat16, marks=pytest.mark.slow),
+    ],
+)
 def test_an_encoder_traces_as_one_graph_over_crops_of_several_sizes(backbone: str, dtype: torch.dtype) -> None:
     """Also a teacher that keeps its weights in the type of autocast."""
     narrow: dict[str, Any] = {"channels": (8, 8, 8, 16), "layers": (1, 1, 1, 1)}

@@ -8,13 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/models/test_golden.py", "tests/models/test_contrast.py")
 
 
-def test_with_triton(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tests", ["golden", pytest.param("contrast", marks=pytest.mark.slow)])
+def test_with_triton(tests: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *TESTS],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/models/test_{tests}.py"],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,

@@ -154,6 +154,7 @@ def test_unknown_collectives_are_refused() -> None:
         dist.send(x, 1)
 
 
+@pytest.mark.slow
 def test_results_and_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     results = traffic.run(32, [64], 8, [2, 16])
     assert [(r["ranks"], r["backend"]) for r in results] == [(2, "gloo")] * 6 + [(16, "fake")] * 6

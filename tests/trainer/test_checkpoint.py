@@ -397,8 +397,8 @@ def save_engine(folder: Path, engine: dict[str, Any]) -> dict[str, Tensor]:
     ("world_size", "engine"),
     [
         (2, {"kind": "ddp"}),
-        (4, {"kind": "fsdp", "placement": "node"}),
-        (2, {"kind": "deepspeed", "stage": 1}),
+        pytest.param(4, {"kind": "fsdp", "placement": "node"}, marks=pytest.mark.slow),
+        pytest.param(2, {"kind": "deepspeed", "stage": 1}, marks=pytest.mark.slow),
         (2, {"kind": "deepspeed", "stage": 3}),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,

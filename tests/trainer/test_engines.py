@@ -265,6 +265,7 @@ def run_compiled() -> list[tuple[Outcome, Outcome, int, dict[str, int]]]:
     return found
 
 
+@pytest.mark.slow
 def test_compiled_networks_do_the_same() -> None:
     graphs = []
     for eager, compiled, number, breaks in run_ranks(2, run_compiled)[0]:

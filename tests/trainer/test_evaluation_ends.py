@@ -35,7 +35,7 @@ def run(tmp_path: Path, images: Path) -> Path:
         ("knn", [], "asked by file"),
         ("knn", ["run.max_minutes=0.01"], "out of time"),
         ("linear", FAST, "asked by file"),
-        ("voc07", ["voc07.costs=[1]"], "asked by file"),
+        pytest.param("voc07", ["voc07.costs=[1]"], "asked by file", marks=pytest.mark.slow),
     ],
 )
 def test_what_has_no_steps_stops_and_starts_again(

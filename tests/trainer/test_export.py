@@ -176,7 +176,7 @@ def test_detectron2(resnet18: Path, tmp_path: Path) -> None:
         assert np.array_equal(weights[matches[name]], theirs[f"student.backbone.{of}"].numpy())
 
 
-@pytest.mark.parametrize("fixture", ["resnet18", "trained"])
+@pytest.mark.parametrize("fixture", [pytest.param("resnet18", marks=pytest.mark.slow), "trained"])
 def test_onnx(fixture: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     run, out = request.getfixturevalue(fixture), tmp_path / "a.onnx"
     side = SIDE if fixture == "resnet18" else 16

@@ -79,7 +79,7 @@ def join(processes: list[BaseProcess]) -> list[int | None]:
 @pytest.mark.parametrize(
     "engine",
     [
-        ["engine.kind=ddp"],
+        pytest.param(["engine.kind=ddp"], marks=pytest.mark.slow),
         pytest.param(["engine.kind=fsdp"], marks=pytest.mark.slow),
         pytest.param(["engine.kind=deepspeed", "engine.stage=2"], marks=pytest.mark.slow),
     ],

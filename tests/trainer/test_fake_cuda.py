@@ -1,8 +1,10 @@
 """No step of any method makes the host wait for the GPU; see `tests.trainer.fake_cuda`."""
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -58,9 +60,17 @@ CASES: dict[str, Case] = {
 }
 
 
-def test_no_step_makes_the_host_wait() -> None:
-    found = dict(zip(CASES, find_waits(list(CASES.values())), strict=True))
-    assert found == dict.fromkeys(CASES)
+FAST = ("adco, micro-batches", "moco", "acssl, bank")  # both networks, two optimizers, shuffle, bank and queue
+
+
+@pytest.mark.parametrize(
+    "names",
+    [FAST, pytest.param([name for name in CASES if name not in FAST], marks=pytest.mark.slow)],
+    ids=["some", "the others"],
+)
+def test_no_step_makes_the_host_wait(names: Sequence[str]) -> None:
+    found = dict(zip(names, find_waits([CASES[name] for name in names]), strict=True))
+    assert found == dict.fromkeys(names)
 
 
 def read(loss: Tensor) -> Any:

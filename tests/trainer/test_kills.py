@@ -78,7 +78,7 @@ def outcome(folder: Path) -> tuple[list[dict[str, Any]], dict[str, str]]:
 @pytest.mark.parametrize(
     ("engine", "ranks", "times", "method"),
     [
-        ("ddp", 1, 6, "adco"),
+        pytest.param("ddp", 1, 6, "adco", marks=pytest.mark.slow),
         pytest.param("fsdp", 2, 8, "adco", marks=pytest.mark.slow),
         pytest.param("fsdp", 2, 4, "moco", marks=pytest.mark.slow),
         pytest.param("ddp", 1, 4, "acssl", marks=pytest.mark.slow),
@@ -143,6 +143,7 @@ def test_killed_at_any_moment(tmp_path: Path, engine: str, ranks: int, times: in
     assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
 
 
+@pytest.mark.slow
 def test_ranks_and_workers_end_with_a_killed_torchrun(tmp_path: Path) -> None:
     images = write_images(tmp_path / "images")
     run, data = {"epochs": 100_000, "save_every": 1_000_000, "log_every": 1}, {"workers": 1}

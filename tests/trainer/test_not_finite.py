@@ -117,6 +117,7 @@ def test_nothing_moves() -> None:
     check_cases(2, ["ddp"], ("adco with predictor", "moco", "caco", "byol"))
 
 
+@pytest.mark.slow
 def test_nothing_moves_under_fsdp() -> None:
     check_cases(2, ["fsdp"], ("adco with predictor", "moco"))
 

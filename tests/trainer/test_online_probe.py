@@ -167,6 +167,7 @@ def test_the_encoder_does_not_notice_it(tmp_path: Path, sections: dict[str, dict
     assert "Linear probe" in write_report(tmp_path / "probe-True").read_text()
 
 
+@pytest.mark.slow
 def test_a_compiled_encoder_keeps_its_features() -> None:
     encoder, views = make_encoder(), [torch.rand(4, 3, 16, 16), torch.rand(4, 3, 16, 16)]
     encoder.keeps_features = True

@@ -190,6 +190,7 @@ def supervised(batch: int, precision: torch.dtype) -> list[Any]:
     return trace.events
 
 
+@pytest.mark.slow
 def test_published_throughput() -> None:
     """NVIDIA's results for ResNet-50 v1.5 in PyTorch (github.com/NVIDIA/DeepLearningExamples), one GPU, 256 images.
 
@@ -219,6 +220,7 @@ def small(**sections: dict[str, Any]) -> Config:
     return small_config(Path("run"), Path("none"), **values)
 
 
+@pytest.mark.slow
 def test_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small(model={"backbone_args": {**VIT_ARGS, "depth": 1}})
     plan = make_plan(config, PlanRequest([1, 2, 64], images=10_000, data_rate=1e9, price=2.0))
@@ -244,6 +246,7 @@ def test_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert "1e+09" not in printed
 
 
+@pytest.mark.slow
 def test_engines_shard_memory() -> None:
     """FSDP shards the networks, ZeRO-1 the optimizer's state; 64 GPUs, without allocating their memory."""
     plan = make_plan(

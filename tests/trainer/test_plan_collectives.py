@@ -100,11 +100,7 @@ def predicted(world_size: int) -> dict[str, Found]:
 
 @pytest.mark.parametrize(
     ("world_size", "case"),
-    [
-        pytest.param(world_size, case, marks=[pytest.mark.slow] if world_size > 1 else [])
-        for world_size in (1, 2, 4)
-        for case in cases(world_size)
-    ],
+    [pytest.param(world_size, case, marks=pytest.mark.slow) for world_size in (1, 2, 4) for case in cases(world_size)],
 )
 def test_collectives_are_predicted(world_size: int, case: str) -> None:
     found, counted = predicted(world_size)[case], real(world_size)[case]

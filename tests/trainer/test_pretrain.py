@@ -160,7 +160,9 @@ OTHER_METHODS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", OTHER_METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "acssl" else pytest.mark.slow) for name in OTHER_METHODS]
+)
 def test_every_method_trains_and_goes_on_bit_for_bit(tmp_path: Path, images: Path, name: str) -> None:
     """Queue, its pointer and the schedules, too: cut off after step 8 of 18."""
     whole, cut = (small_config(tmp_path / rank_info, images, **OTHER_METHODS[name]) for rank_info in ("whole", "cut"))
@@ -213,7 +215,11 @@ def test_two_ranks_do_the_same_as_one(
                 assert together[key] == pytest.approx(alone[key], rel=tolerance, abs=1e-5), (alone["step"], key)
 
 
-@pytest.mark.parametrize("engine", [{}, {"kind": "fsdp"}, {"kind": "deepspeed"}], ids=["ddp", "fsdp", "zero3"])
+@pytest.mark.parametrize(
+    "engine",
+    [{}, *(pytest.param({"kind": kind}, marks=pytest.mark.slow) for kind in ("fsdp", "deepspeed"))],
+    ids=["ddp", "fsdp", "zero3"],
+)
 def test_shuffled_batchnorm_trains_on_two_ranks_and_goes_on_with_one(
     tmp_path: Path, images: Path, engine: dict[str, Any]
 ) -> None:

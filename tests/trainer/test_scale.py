@@ -49,6 +49,7 @@ def small(folder: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_local_processes(tmp_path: Path) -> None:
     arguments = ["--mode", "synthetic", "--steps", "2", "--warmup", "1"]
     write_result(tmp_path, "weak", 1, 10.0)

@@ -133,6 +133,7 @@ def on_ranks(run: Path, root: Path) -> Results:
     return evaluate_here(EVALUATOR, run, [f"voc07.root={root}", "voc07.costs=[0.1,1,10]"])
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
     """An unreadable image is ignored and counted; two ranks share images and classes."""
     root = write_voc(tmp_path / "VOC2007")

@@ -34,7 +34,7 @@ class Settings(method.Settings):
     teacher: bool = Field(
         True,
         description="Whether a teacher gives the keys (AdCo), or the student itself, without gradient, which saves the "
-        "teacher's forward. Without a teacher, symmetric must be true and model.predictor null.",
+        "teacher's forward. Without a teacher, symmetric must be true, bn sync or local, and model.predictor null.",
     )
     batch_keys: bool = Field(
         True,
@@ -63,6 +63,8 @@ class Settings(method.Settings):
     def _queries_are_keys(self) -> "Settings":
         if not (self.teacher or self.symmetric):
             raise ValueError("teacher: false needs symmetric: true, since keys are queries of the other view")
+        if not self.teacher and self.bn == "shuffle":
+            raise ValueError("teacher: false needs bn: sync or local, since only a teacher's images can be shuffled")
         return self
 
     def check(self, batch_size: int, num_views: int, bank: BankSettings) -> None:

@@ -44,6 +44,7 @@ COMMON: Values = {
     "data.batch_size": "256",
     "data.views": "[{size: 32}, {size: 32}]",
     "data.workers": "0",
+    "method.bn": "local",
     "method.bn_group": "null",
 }
 

@@ -357,6 +357,12 @@ def test_byol_without_predictor_is_refused() -> None:
         byol.Settings().make(Encoder("resnet18", backbone_args={"channels": (8, 8, 8, 16)}), None)
 
 
+def test_predictions_are_no_keys() -> None:
+    student = Encoder("resnet18", predictor=8, backbone_args={"channels": (8, 8, 8, 16)})
+    with pytest.raises(ValueError, match=r"model\.predictor: needs a teacher"):
+        adco.Settings(teacher=False, symmetric=True, bn="sync").make(student, None)
+
+
 def simsiam() -> tuple[float, float]:
     """Return the loss of the example in docs/methods.md, and its formula."""
     text = (Path(__file__).parents[2] / "docs/methods.md").read_text(encoding="utf-8")

@@ -429,6 +429,8 @@ def test_the_engine_decides_which_keys_there_are(tmp_path: Path) -> None:
         (["method.name=moco", "bank.size=100"], "bank.size: a queue of 100 is shorter than the 256 keys of a step"),
         (["method.name=simclr", "data.views=[{size: 28}, {size: 28}, {size: 28}]"], "simclr pairs two views, got 3"),
         (["method.name=simclr", "method.bn=shuffle"], "method.bn: input should be 'sync' or 'local', got 'shuffle'"),
+        (["method.teacher=false"], "teacher: false needs symmetric: true"),
+        (["method.teacher=false", "method.symmetric=true"], "teacher: false needs bn: sync or local"),
         (["method.name=acssl", "method.hardest=129"], "129 after 0 left out (method.guard_top) are 129 columns"),
         (["method.name=acssl", "method.guard_top=0.5"], "16 after 127 left out (method.guard_top) are 143 columns"),
     ],

@@ -145,7 +145,7 @@ def test_every_method_does_the_same_as_in_one_process(engine: str, name: str) ->
     assert len(set(alone.losses)) == 4
     assert any("predictor" in x for x in alone.student) == ("model" in METHODS[name])
     assert not any("predictor" in x for x in alone.teacher)
-    assert bool(alone.teacher) == (name != "simclr")
+    assert bool(alone.teacher) == (name not in ("simclr", "adco without teacher"))
     # The predictor's BatchNorm removes the mean that the head's last bias adds, so its gradient is a rounding error.
     noise = {"head.2.bias.momentum_buffer", "head.3.bias.momentum_buffer"} if "model" in METHODS[name] else set()
     for part in ("student", "teacher", "bank", "optimizer"):

@@ -1,12 +1,16 @@
 """Prints the rank correlation of numbers of the log with the final linear accuracy, over finished runs.
 
     PYTHONPATH=. python docs/bench/label_free.py RUN RUN RUN …
+    PYTHONPATH=. python docs/bench/label_free.py docs/bench/methods.jsonl
 
 The numbers are the last ones in each run's metrics.jsonl. The accuracy is that of RUN/linear-fast, or else of
 RUN/linear, at its last step. Spearman's correlation is 1 if a number orders the runs as the accuracy does, -1 if it
 orders them the other way round. Runs without the accuracy are named and left out.
+
+In the record of `methods.py`, the accuracies are those on held-out images in the log: kNN and the linear probe.
 """
 
+import json
 import sys
 from pathlib import Path
 
@@ -40,8 +44,20 @@ def correlations(runs: list[Path]) -> dict[str, tuple[float, int]]:
     return found
 
 
+def print_record(record: Path) -> None:
+    """Print the table of a record of `methods.py` as Markdown."""
+    rows = [json.loads(line)["last"] for line in record.read_text(encoding="utf-8").splitlines()]
+    print(f"{len(rows)} runs\n| number | kNN | linear probe |\n| --- | --- | --- |")
+    for name in LABEL_FREE + WITH_LABELS:
+        columns = [[row[key] for row in rows] for key in (name, "knn", "probe_val_top1")]
+        found = [float(spearmanr(columns[0], accuracies).statistic) for accuracies in columns[1:]]
+        print(f"| `{name}` | {found[0]:.2f} | {found[1]:.2f} |")
+
+
 def main(folders: list[str]) -> None:
     """Print the table as Markdown."""
+    if folders[0].endswith(".jsonl"):
+        return print_record(Path(folders[0]))
     runs = [Path(folder) for folder in folders]
     if left_out := [str(run) for run in runs if linear_accuracy(run) is None]:
         print(f"without a linear accuracy: {', '.join(left_out)}", file=sys.stderr)

@@ -56,7 +56,7 @@ class Settings(method.Settings):
 
     @property
     def has_teacher(self) -> bool:
-        """As configured."""
+        """Whether the setting `teacher` asks for one."""
         return self.teacher
 
     @model_validator(mode="after")

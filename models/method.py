@@ -90,7 +90,7 @@ class Settings(BaseModel):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether a teacher embeds the key views. Otherwise keys are the student's queries, without gradient."""
+        """Whether a teacher embeds the key views; if not, the student's queries are the keys, without gradient."""
         return bool(self.key_views)
 
     def query_views(self, num_views: int) -> list[int]:

@@ -400,7 +400,7 @@ def running_statistics() -> dict[str, list[Tensor]]:
 
 
 def test_all_ranks_have_the_same_running_statistics() -> None:
-    """To the bit, in every step: a checkpoint changes nothing in the run that saves it."""
+    """Ranks agree to the bit after every step, so a checkpoint changes nothing in the run that saves it."""
     first, second = run_ranks(2, running_statistics)
     for engine, buffers in first.items():
         assert buffers

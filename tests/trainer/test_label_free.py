@@ -3,6 +3,7 @@
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,12 +26,32 @@ def write_run(folder: Path, rankme: float, uniformity: float, linear: float | No
     return folder
 
 
-def test_numbers_are_ranked_like_the_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def load_script() -> Any:
     spec = importlib.util.spec_from_file_location("label_free", SCRIPT)
     assert spec is not None
     assert spec.loader is not None
-    label_free = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(label_free)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_record_of_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Final runs are left out, and a number counts the runs that have it."""
+    rows = [(1.0, 0.1, 0.4), (2.0, 0.2, 0.3), (None, 0.3, 0.2), (3.0, 0.4, 0.1), (0.0, 0.9, 0.9)]
+    lines = [
+        {"final": i == 4, "last": {"knn": knn, "probe_val_top1": probe} | ({"rankme": rankme} if rankme else {})}
+        for i, (rankme, knn, probe) in enumerate(rows)
+    ]
+    record = tmp_path / "record.jsonl"
+    record.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    load_script().main([str(record)])
+    printed = capsys.readouterr().out
+    assert "| `rankme` | 1.00 | -1.00 | 3 |" in printed
+    assert "| `knn` | 1.00 | -1.00 | 4 |" in printed
+
+
+def test_numbers_are_ranked_like_the_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    label_free = load_script()
     values = [(3.0, -1.0, 0.5), (9.0, -2.0, 0.6), (10.0, -4.0, 0.7), (11.0, -3.0, 0.8), (0.0, 9.0, None)]
     runs = [write_run(tmp_path / f"run{i}", *each) for i, each in enumerate(values)]
     found = label_free.correlations(runs)

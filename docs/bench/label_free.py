@@ -7,8 +7,7 @@ The numbers are the last ones in each run's metrics.jsonl. The accuracy is that 
 RUN/linear, at its last step. Spearman's correlation is 1 if a number orders the runs as the accuracy does, -1 if it
 orders them the other way round. Runs without the accuracy are named and left out.
 
-Of the tuning runs in the record of `methods.py`, the accuracies are those in the log, on held-out images: kNN and the
-linear probe.
+Of the tuning runs in the record of `methods.py`, on held-out images: the linear accuracy after the last step, and kNN.
 """
 
 import json
@@ -48,13 +47,14 @@ def correlations(runs: list[Path]) -> dict[str, tuple[float, int]]:
 def print_record(record: Path) -> None:
     """Print the table of the tuning runs in a record of `methods.py` as Markdown."""
     lines = [json.loads(line) for line in record.read_text(encoding="utf-8").splitlines()]
-    rows = [line["last"] for line in lines if not line["final"]]  # final runs are longer and have other test images
-    print("| number | kNN | linear probe | runs |\n| --- | --- | --- | --- |")
+    # Final runs are longer and have other test images.
+    rows = [{**line["last"], "linear": line["linear-fast"]["top1"]} for line in lines if not line["final"]]
+    print("| number | linear | kNN | runs |\n| --- | --- | --- | --- |")
     for name in LABEL_FREE + WITH_LABELS:
         known = [row for row in rows if name in row]
         if len(known) >= 3:
             numbers = [row[name] for row in known]
-            found = [spearmanr(numbers, [row[key] for row in known]).statistic for key in ("knn", "probe_val_top1")]
+            found = [spearmanr(numbers, [row[key] for row in known]).statistic for key in ("linear", "knn")]
             print(f"| `{name}` | {found[0]:.2f} | {found[1]:.2f} | {len(known)} |")
 
 

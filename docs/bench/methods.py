@@ -161,8 +161,8 @@ class Comparison:
         with self.cores:
             config = f"configs/{method}_cifar10.yaml"
             self.command("pretrain", config, *(f"{key}={value}" for key, value in changes.items()))
+            self.command("linear", str(folder), "--fast")
             if final:
-                self.command("linear", str(folder), "--fast")
                 self.command("finetune", str(folder), "finetune.labels=0.01", "finetune.batch_size=32")
                 self.command("finetune", str(folder), "finetune.labels=0.1")
         return self.add({**wanted, **measured(folder)})

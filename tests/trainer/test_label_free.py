@@ -39,15 +39,15 @@ def test_a_record_of_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixtur
     """Final runs are left out, and a number counts the runs that have it."""
     rows = [(1.0, 0.1, 0.4), (2.0, 0.2, 0.3), (None, 0.3, 0.2), (3.0, 0.4, 0.1), (0.0, 0.9, 0.9)]
     lines = [
-        {"final": i == 4, "last": {"knn": knn, "probe_val_top1": probe} | ({"rankme": rankme} if rankme else {})}
-        for i, (rankme, knn, probe) in enumerate(rows)
+        {"final": i == 4, "linear-fast": {"top1": linear}, "last": {"knn": knn} | ({"rankme": rankme} if rankme else {})}
+        for i, (rankme, linear, knn) in enumerate(rows)
     ]
     record = tmp_path / "record.jsonl"
     record.write_text("".join(json.dumps(line) + "\n" for line in lines))
     load_script().main([str(record)])
     printed = capsys.readouterr().out
     assert "| `rankme` | 1.00 | -1.00 | 3 |" in printed
-    assert "| `knn` | 1.00 | -1.00 | 4 |" in printed
+    assert "| `knn` | -1.00 | 1.00 | 4 |" in printed
 
 
 def test_numbers_are_ranked_like_the_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

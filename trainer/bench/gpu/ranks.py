@@ -20,7 +20,8 @@ from trainer import distributed
 from trainer.bench.gpu.losses import ENGINES, exact_convolutions
 from trainer.bench.gpu.record import Line, Setting, at_most, holds, skipped
 from trainer.bench.gpu.runs import write_images
-from trainer.bench.gpu.trajectory import difference, make_config, train
+from trainer.bench.gpu.trajectory import difference, make_config, take_steps, train
+from trainer.bench.synthetic import build_step
 from trainer.config import Config
 from trainer.config_file import dump
 from trainer.run import checkpoint
@@ -41,7 +42,7 @@ def _count(setting: Setting) -> int:
 
 
 def check_ranks(setting: Setting) -> Iterator[Line]:
-    """Compare the losses of all GPUs together with those of one, for every engine."""
+    """Compare the losses of all GPUs together with those of one, and the ranks' statistics, for every engine."""
     ranks, steps = _count(setting), setting.pick(5, 2)
     if ranks < 2:
         yield skipped("all engines", "this machine has one GPU, needs two or more")
@@ -67,12 +68,34 @@ def check_ranks(setting: Setting) -> Iterator[Line]:
             details = {"losses": mean, "one rank": expected[name]}
             note = f"{ranks} ranks, of one's"
             yield at_most(f"{engine}, {name}", difference(mean, expected[name]), bound, note, details=details)
+        local = {
+            engine: make_config("resnet", device, {"method": {"bn": "local"}, "engine": settings})
+            for engine, settings in ENGINES.items()
+            if settings["kind"] == kind
+        }
+        by_rank = run_ranks(ranks, _running_statistics, local, device, steps)
+        for engine in local:
+            first, *others = (found[engine] for found in by_rank)
+            equal = all(other == first for other in others)
+            yield holds(f"{engine}, running statistics", equal, f"the same bits on {ranks} ranks, bn: local")
 
 
 def _train_all(configs: dict[Any, Config], device: str, steps: int) -> dict[Any, list[float]]:
     exact_convolutions()
     with distributed.process_group(device) as rank_info:
         return {name: train(config, rank_info, steps) for name, config in configs.items()}
+
+
+def _running_statistics(configs: dict[str, Config], device: str, steps: int) -> dict[str, list[float]]:
+    """Train with each configuration and return the means and variances of the student's BatchNorms as one list."""
+    found = {}
+    with distributed.process_group(device) as rank_info:
+        for name, config in configs.items():
+            train_step = build_step(config, rank_info)
+            take_steps(train_step, config, rank_info, steps)
+            buffers = train_step.method.student.named_buffers()
+            found[name] = torch.cat([b.flatten() for key, b in buffers if "running" in key]).tolist()
+    return found
 
 
 def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:

@@ -87,6 +87,11 @@ def train(config: Config, rank_info: RankInfo, steps: int, nudge: float = 0.0) -
     train_step = build_step(config, rank_info)
     if nudge:
         _nudge(train_step, nudge)
+    return take_steps(train_step, config, rank_info, steps)
+
+
+def take_steps(train_step: TrainStep, config: Config, rank_info: RankInfo, steps: int) -> list[float]:
+    """Take the first steps of a training and return this rank's losses."""
     losses = []
     for step in range(steps):
         metrics = train_step.step(make_views(config, rank_info, step), step, rates_at(config, 0, steps)).metrics

@@ -25,6 +25,7 @@ def copy_part(source: Path, dest: Path) -> None:
         (dest / name.removesuffix(".gz")).write_bytes(part)
 
 
+@pytest.mark.slow
 def test_the_demo_learns(tmp_path: Path) -> None:
     source = ROOT / ".data/fashion-mnist"
     if not source.is_dir():

@@ -38,7 +38,7 @@ def test_a_signal_to_the_process_group_does_not_reach_the_workers(tmp_path: Path
     assert done.stdout.split() == ["asked", "99"], done.stderr
 
 
-@pytest.mark.parametrize("length", [80, 150])
+@pytest.mark.parametrize("length", [150, pytest.param(80, marks=pytest.mark.slow)])
 def test_a_long_tmpdir(tmp_path: Path, length: int) -> None:
     folder = tmp_path / ("x" * (length - len(str(tmp_path)) - 1))
     folder.mkdir()

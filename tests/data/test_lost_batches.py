@@ -42,8 +42,12 @@ class Fails:
     ("action", "message"),
     [
         ("SIGKILL", r"\Aa data worker died: SIGKILL: .* out of memory[^\n]*\Z"),
-        ("SIGBUS", r"\Aa data worker died: a bus error: /dev/shm is full; .*--shm-size[^\n]*\Z"),
-        ("exit", r"\Aa data worker died: exit code 3; its own message is above\Z"),
+        pytest.param(
+            "SIGBUS",
+            r"\Aa data worker died: a bus error: /dev/shm is full; .*--shm-size[^\n]*\Z",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("exit", r"\Aa data worker died: exit code 3; its own message is above\Z", marks=pytest.mark.slow),
         ("an error that cannot be pickled", r"\Aa data worker died: exit code 1; its own message is above\Z"),
     ],
 )

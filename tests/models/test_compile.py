@@ -88,7 +88,7 @@ def test_the_loss_traces_as_one_graph_in_one_process(case: str) -> None:
     ("backbone", "dtype"),
     [
         ("resnet18", torch.bfloat16),
-        ("vit_tiny_patch16_224", torch.float32),
+        pytest.param("vit_tiny_patch16_224", torch.float32, marks=pytest.mark.slow),
         pytest.param("resnet18", torch.float32, marks=pytest.mark.slow),
         pytest.param("vit_tiny_patch16_224", torch.bfloat16, marks=pytest.mark.slow),
     ],

@@ -13,10 +13,17 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.mark.parametrize("tests", ["golden", pytest.param("contrast", marks=pytest.mark.slow)])
-def test_with_triton(tests: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tests", "chosen"),
+    [
+        ("golden", "asym"),
+        pytest.param("golden", "not asym", marks=pytest.mark.slow),
+        pytest.param("contrast", "", marks=pytest.mark.slow),
+    ],
+)
+def test_with_triton(tests: str, chosen: str, tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/models/test_{tests}.py"],
+        [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"tests/models/test_{tests}.py", "-k", chosen],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,

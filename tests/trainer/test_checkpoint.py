@@ -399,7 +399,7 @@ def save_engine(folder: Path, engine: dict[str, Any]) -> dict[str, Tensor]:
         (2, {"kind": "ddp"}),
         pytest.param(4, {"kind": "fsdp", "placement": "node"}, marks=pytest.mark.slow),
         pytest.param(2, {"kind": "deepspeed", "stage": 1}, marks=pytest.mark.slow),
-        (2, {"kind": "deepspeed", "stage": 3}),
+        pytest.param(2, {"kind": "deepspeed", "stage": 3}, marks=pytest.mark.slow),
     ],
     ids=lambda value: "-".join(map(str, value.values())) if isinstance(value, dict) else None,
 )

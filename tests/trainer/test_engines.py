@@ -50,25 +50,24 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {engine: {"activation_checkpointing": True} for engine in ENGINES},
     4: {"ddp": {}, "fsdp": {"placement": "node", "reshard_after_forward": False}, "zero1": {}, "zero3": {}},
 }
+FAST = {(1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "zero2")}
 # Each of the slowest engines trains one network on two ranks and the other one on four.
 LEFT_OUT = {(2, "zero1", "resnet"), (2, "zero3", "resnet"), (4, "zero1", "vit"), (4, "zero3", "vit")}
 
 
-def run_all(world_size: int) -> dict[tuple[str, str], Outcome]:
-    """Train every network under every engine of CASES."""
+def run_networks(world_size: int, engine: str) -> dict[str, Outcome]:
+    """Train every network under an engine of CASES."""
     outcomes = {}
-    for engine, on_top in CASES[world_size].items():
-        for model, recipe in RECIPES.items():
-            if (world_size, engine, model) in LEFT_OUT:
-                continue
-            config = make_config(model, **recipe, engine={**ENGINES[engine], **on_top})
-            outcomes[engine, model] = run(config, ranks_per_node=2 if world_size == 4 else None)
+    for model, recipe in RECIPES.items():
+        if (world_size, engine, model) not in LEFT_OUT:
+            config = make_config(model, **recipe, engine={**ENGINES[engine], **CASES[world_size][engine]})
+            outcomes[model] = run(config, ranks_per_node=2 if world_size == 4 else None)
     return outcomes if dist.get_rank() == 0 else {}
 
 
 @functools.cache
-def on_ranks(world_size: int) -> dict[tuple[str, str], Outcome]:
-    return run_ranks(world_size, run_all, world_size)[0]
+def on_ranks(world_size: int, engine: str) -> dict[str, Outcome]:
+    return run_ranks(world_size, run_networks, world_size, engine)[0]
 
 
 def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
@@ -81,7 +80,7 @@ def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     ("world_size", "engine", "model"),
     [
-        pytest.param(world_size, engine, model, marks=[pytest.mark.slow] if world_size == 4 else [])
+        pytest.param(world_size, engine, model, marks=[] if (world_size, engine) in FAST else pytest.mark.slow)
         for world_size, cases in CASES.items()
         for engine in cases
         for model in RECIPES
@@ -90,7 +89,7 @@ def differences(a: Outcome, b: Outcome, part: str) -> dict[str, float]:
 )
 def test_the_same_as_one_process_alone(world_size: int, engine: str, model: str) -> None:
     """Ten steps: losses agree to 5e-6 and tensors to 1e-4 of their largest element. Rounding gives 6e-7 and 1e-5."""
-    alone, found = on_ranks(1)["ddp", model], on_ranks(world_size)[engine, model]
+    alone, found = on_ranks(1, "ddp")[model], on_ranks(world_size, engine)[model]
     assert len(found.losses) == 10
     assert found.losses == pytest.approx(alone.losses, rel=5e-6)
     assert found.norms == pytest.approx(alone.norms, rel=1e-4)
@@ -307,6 +306,7 @@ def not_finite(engines: list[str]) -> list[tuple[str, bool, float, float]]:
     return found
 
 
+@pytest.mark.slow
 def test_non_finite_values_update_nothing() -> None:
     for ranks in run_ranks(2, not_finite, ["ddp", "fsdp", "zero2", "zero3"]):
         for message, same, before, after in ranks:
@@ -382,6 +382,7 @@ def embed_with_full_student() -> list[Tensor]:
     return found
 
 
+@pytest.mark.slow
 def test_the_full_student_needs_no_other_rank() -> None:
     ddp, fsdp, zero3 = run_ranks(2, embed_with_full_student)[0]
     torch.testing.assert_close(fsdp, ddp, rtol=0, atol=1e-5)

@@ -45,7 +45,13 @@ def encoder_at(config: Config, step: int) -> Encoder:
         return load_encoder(Path(config.run.dir), config, CheckpointChoice("student", step))[0]
 
 
-@pytest.mark.parametrize("engine", [{}, {"kind": "deepspeed", "stage": 2}], ids=["ddp", "zero-2"])
+@pytest.mark.parametrize(
+    "engine",
+    [
+        pytest.param({}, id="ddp"),
+        pytest.param({"kind": "deepspeed", "stage": 2}, id="zero-2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_frozen_backbone_waits_for_its_head(tmp_path: Path, released: Path, engine: dict[str, Any]) -> None:
     """Two epochs of two steps; the backbone learns in the second one."""
     optim = {"lr": 0.5, "frozen_epochs": 1, "layer_decay": 0.5}

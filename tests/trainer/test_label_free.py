@@ -39,7 +39,11 @@ def test_a_record_of_the_comparison(tmp_path: Path, capsys: pytest.CaptureFixtur
     """Final runs are left out, and a number counts the runs that have it."""
     rows = [(1.0, 0.1, 0.4), (2.0, 0.2, 0.3), (None, 0.3, 0.2), (3.0, 0.4, 0.1), (0.0, 0.9, 0.9)]
     lines = [
-        {"final": i == 4, "linear-fast": {"top1": linear}, "last": {"knn": knn} | ({"rankme": rankme} if rankme else {})}
+        {
+            "final": i == 4,
+            "linear-fast": {"top1": linear},
+            "last": {"knn": knn} | ({"rankme": rankme} if rankme else {}),
+        }
         for i, (rankme, linear, knn) in enumerate(rows)
     ]
     record = tmp_path / "record.jsonl"

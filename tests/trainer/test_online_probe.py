@@ -179,6 +179,7 @@ def test_a_compiled_encoder_keeps_its_features() -> None:
     torch.testing.assert_close(encoder.features_NF, expected)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_without_it(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """A run may get the probe later, and do without it again."""
     images, run = write_images(tmp_path / "images", each=8), tmp_path / "run"

@@ -67,9 +67,9 @@ def run_ranks(folder: Path, fails: str, waits: str) -> tuple[list[int], list[str
     ("fails", "waits", "codes", "reason"),
     [
         ("error", "sleep", [1, 1], "no images"),
-        ("thread", "collective", [1, 1], "no images"),
+        pytest.param("thread", "collective", [1, 1], "no images", marks=pytest.mark.slow),
         ("stop", "sleep", [75, 1], "asked to stop"),
-        ("checkpoint", "sleep", [1, 1], "no images"),
+        pytest.param("checkpoint", "sleep", [1, 1], "no images", marks=pytest.mark.slow),
     ],
 )
 def test_all_ranks_end_with_the_one_that_fails(

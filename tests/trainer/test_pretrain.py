@@ -128,7 +128,13 @@ METHODS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name in ("multi-crop", "fp16, clipped", "dali") else pytest.mark.slow)
+        for name in METHODS
+    ],
+)
 def test_every_option_trains(tmp_path: Path, images: Path, name: str) -> None:
     config = small_config(tmp_path / "run", images, **METHODS[name])
     pretrain(config)
@@ -195,9 +201,10 @@ def test_a_run_that_collapses_says_so(tmp_path: Path, images: Path, capfd: pytes
     assert re.match(r"step \d+: collapsed: all images have nearly the same embedding", said[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "method", "tolerance"),
-    [(VIT, {"symmetric": True}, 1e-5), pytest.param(RESNET, {"bn": "sync"}, 1e-2, marks=pytest.mark.slow)],
+    [(VIT, {"symmetric": True}, 1e-5), (RESNET, {"bn": "sync"}, 1e-2)],
     ids=["no BatchNorm", "BatchNorm over all ranks"],
 )
 def test_two_ranks_do_the_same_as_one(
@@ -278,6 +285,7 @@ BF16 = {"size": 30, "precision": "bf16", "weights": "bf16", "velocity": "bf16"}
         pytest.param(
             {"model": {**VIT, "backbone_args": VIT_ARGS | {"drop_rate": 0.2}}, "bank": BF16},
             id="vit with dropout, bank in bf16",
+            marks=pytest.mark.slow,
         ),
     ],
 )
@@ -392,6 +400,7 @@ def test_a_full_disk_does_not_stop_training_but_fails_the_run(tmp_path: Path, im
     assert not (tmp_path / "run/results.json").exists(), "the weights of the last step are not saved"
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up(tmp_path: Path, images: Path) -> None:
     """A file system of 3 MB, in a mount namespace of its own, has room for some checkpoints of a run, not for all."""
     config = small_config(tmp_path / "disk", images, eval={"knn_every": 0})

@@ -291,7 +291,7 @@ def test_seconds(seconds: float, text: str) -> None:
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not on PATH")
-@pytest.mark.parametrize("width", [1280, 400])
+@pytest.mark.parametrize("width", [1280, pytest.param(400, marks=pytest.mark.slow)])
 def test_a_browser_draws_every_chart(page: Path, tmp_path: Path, width: int) -> None:
     charts = drawn_charts(page.read_text(encoding="utf-8"))
     with chromium(tmp_path, width) as browser:

@@ -97,7 +97,7 @@ def steps(run: Path) -> list[int]:
 # Modes
 
 
-@pytest.mark.parametrize("umask", [0o022, 0o002, 0o027])
+@pytest.mark.parametrize("umask", [0o027, *(pytest.param(umask, marks=pytest.mark.slow) for umask in (0o022, 0o002))])
 def test_every_file_has_the_mode_of_the_umask(site: Path, shared: Path, umask: int) -> None:
     """In a folder of a group whose files are to belong to that group."""
     group = 4321
@@ -153,7 +153,14 @@ def test_another_user_can_use_a_run(site: Path, shared: Path) -> None:
 # Checkpoints that cannot be read
 
 
-@pytest.mark.parametrize("name", ["weights.safetensors", "manifest.json", "__0_0.distcp", "", ".."])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "weights.safetensors",
+        "",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("manifest.json", "__0_0.distcp", "..")),
+    ],
+)
 def test_a_run_refuses_checkpoints_that_it_may_not_read(site: Path, shared: Path, name: str) -> None:
     run = copy_run(site, shared / "run", [4, 8])
     bad = (run / "checkpoints" / "step-00000008" / name).resolve()

@@ -124,7 +124,7 @@ def test_what_works_on_its_run(file: Path, capsys: pytest.CaptureFixture[str]) -
 @pytest.mark.slow
 def test_it_is_planned(file: Path) -> None:
     """The planner's processes get the configuration by pickling."""
-    plan = make_plan(load(file, [*METHOD, "run.device=auto"]), PlanRequest([1], gpus_per_node=2))
+    plan = make_plan(load(file, [*METHOD, "run.device=auto"]), PlanRequest([1], gpus_per_node=2, recommend=False))
     assert [row.gpus for row in plan.rows] == [2]
 
 

@@ -22,7 +22,7 @@ from trainer.train_step import Rates
 Found = list[tuple[str, Collective, int, bool]]
 
 # By number of ranks; two ranks form a node.
-PLACEMENTS = {1: ("sharded",), 2: ("replicated", "sharded"), 4: ("replicated", "sharded", "node")}
+PLACEMENTS = {1: ("sharded",), 2: ("sharded",), 4: ("replicated", "sharded", "node")}
 OTHERS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "compressed": ("ddp", 2, {"engine": {"kind": "ddp", "compress": "bf16"}}),
     "bf16": ("fsdp", 2, {"engine": {"kind": "fsdp"}, "run": {"precision": "bf16"}}),

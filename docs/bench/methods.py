@@ -80,7 +80,7 @@ SEARCH = {
         ["method.teacher_momentum=0.9", "method.teacher=false"],
         ["method.temperature=0.2", "method.temperature=0.07"],
         ["optim.lr=0.48"],
-        ["bank.size=256", "bank.lr=0"],
+        ["bank.size=256 bank.lr=3", "bank.lr=0"],
         SHARED[:1],
         SHARED[1:2],
         SHARED[2:],

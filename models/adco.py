@@ -56,7 +56,7 @@ class Settings(method.Settings):
 
     @property
     def has_teacher(self) -> bool:
-        """Whether the setting `teacher` asks for one."""
+        """Return whether a teacher gives the keys, as the setting `teacher` says."""
         return self.teacher
 
     @model_validator(mode="after")

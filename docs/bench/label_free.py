@@ -7,7 +7,8 @@ The numbers are the last ones in each run's metrics.jsonl. The accuracy is that 
 RUN/linear, at its last step. Spearman's correlation is 1 if a number orders the runs as the accuracy does, -1 if it
 orders them the other way round. Runs without the accuracy are named and left out.
 
-Of the tuning runs in the record of `methods.py`, on held-out images: the linear accuracy after the last step, and kNN.
+For a record of `methods.py` it prints the correlations of its tuning runs with two accuracies on held-out images: the
+linear accuracy after the last step, and kNN.
 """
 
 import json
@@ -60,6 +61,8 @@ def print_record(record: Path) -> None:
 
 def main(folders: list[str]) -> None:
     """Print the table as Markdown."""
+    if not folders:
+        sys.exit("error: got no arguments, need run directories or a record of methods.py")
     if folders[0].endswith(".jsonl"):
         return print_record(Path(folders[0]))
     runs = [Path(folder) for folder in folders]

@@ -50,6 +50,7 @@ CASES: dict[int, dict[str, dict[str, Any]]] = {
     2: {engine: {"activation_checkpointing": True} for engine in ENGINES},
     4: {"ddp": {}, "fsdp": {"placement": "node", "reshard_after_forward": False}, "zero1": {}, "zero3": {}},
 }
+# The numbers of ranks and engines that `make test` runs. All others are slow tests.
 FAST = {(1, "ddp"), (2, "ddp"), (2, "fsdp"), (2, "zero2")}
 # Each of the slowest engines trains one network on two ranks and the other one on four.
 LEFT_OUT = {(2, "zero1", "resnet"), (2, "zero3", "resnet"), (4, "zero1", "vit"), (4, "zero3", "vit")}

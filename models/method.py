@@ -90,7 +90,7 @@ class Settings(BaseModel):
 
     @property
     def has_teacher(self) -> bool:
-        """Return whether a teacher embeds the key views. If not, the keys are the student's queries without gradient."""
+        """Return whether a teacher embeds the key views. Otherwise the student's queries are the keys, detached."""
         return bool(self.key_views)
 
     def query_views(self, num_views: int) -> list[int]:

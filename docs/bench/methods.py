@@ -9,8 +9,8 @@ on another machine. Delete the lines to repeat it.
 The network is a narrow ResNet-18, which CPU cores can train. The budget is that of SimCLR: a method whose step takes
 more FLOPs (`trainer.plan.flops`) trains for fewer epochs. Tuning searches one group of settings after the other
 (`SEARCH`) by the kNN accuracy after a short run on half of the training images, measured on others of them; no test
-image is used. Every run also has a linear evaluation. Every method has the same number of runs. As many runs as cores go
-on at once, each on one thread: with networks this small that does twice the work of one run on all cores.
+image is used. Every run also has a linear evaluation. Every method has the same number of runs. As many runs as cores
+go on at once, each on one thread: with networks this small that does twice the work of one run on all cores.
 """
 
 import argparse

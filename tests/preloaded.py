@@ -8,6 +8,7 @@ import timm  # noqa: F401
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # those tests have a fork server of their own and train nothing
     import deepspeed
+    import deepspeed.runtime.zero.muon.muon_optimizer  # imports torch's whole compiler, in every ZeRO engine
 
     import trainer.pretrain  # noqa: F401
 

@@ -64,3 +64,15 @@ def test_tensors_with_values() -> None:
 def test_shape_that_depends_on_values() -> None:
     with ShapeOnlyMode(), pytest.raises(RuntimeError, match="nonzero"):
         torch.randn(512, 512).nonzero()
+
+
+def test_results_are_kept_for_equal_arguments_only() -> None:
+    with ShapeOnlyMode() as mode:
+        x = torch.randn(512, 512)
+        first, again = x.exp(), x.exp()
+        assert len(mode.fakes) == 2  # of randn and exp
+        assert first.untyped_storage()._cdata != again.untyped_storage()._cdata
+        assert torch.full((2**17,), 1).dtype == torch.int64
+        assert torch.full((2**17,), 1.0).dtype == torch.float32  # although 1 == 1.0
+        assert x.t().exp().stride() == (1, 512)
+        assert x.bfloat16().exp().dtype == torch.bfloat16

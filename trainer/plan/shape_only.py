@@ -16,7 +16,7 @@ on modules with frozen parameters such as the teacher.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch._C import DispatchKey, DispatchKeySet
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from trainer.plan.ledger import MemoryLedger
 
@@ -56,6 +56,7 @@ class ShapeOnlyMode(TorchDispatchMode):
         self.ledger = MemoryLedger()
         self.implementations = implementations or {}
         self.shapes = FakeTensorMode()
+        self.fakes: dict[Hashable, Any] = {}  # results by operator and arguments
         self.depth = 0
         self.phases: list[str] = []
         self._resize = torch.UntypedStorage.resize_
@@ -130,8 +131,7 @@ class ShapeOnlyMode(TorchDispatchMode):
             return results[0] if len(results) == 1 else tuple(results) or None
         if kind == "cat" and len(inputs) > _MANY:
             return self._allocated(_empty_cat(*args, **kwargs))
-        with self.shapes:
-            fake = func(*tree_map_only(Tensor, self._fake, args), **tree_map_only(Tensor, self._fake, kwargs))
+        fake = self._fake_results(func, args, kwargs)
         if not shape_only and all(x.numel() <= _SMALL or not x.is_floating_point() for x in _tensors(fake)):
             return self._tracked(func(*args, **kwargs))
         return tree_map_only(Tensor, self._allocate_like, fake)
@@ -155,7 +155,19 @@ class ShapeOnlyMode(TorchDispatchMode):
     def _allocate_like(self, fake: Tensor) -> Tensor:
         return self._allocated(torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=fake.device))
 
-    def _fake(self, x: Tensor) -> Tensor:
+    def _fake_results(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return the fake results of an operator. They are kept, because layers and steps repeat its arguments."""
+        leaves, structure = tree_flatten((args, kwargs))
+        key = (func, structure, *map(_described, leaves))
+        if key not in self.fakes:
+            fake_args, fake_kwargs = tree_unflatten([self._fake(x) for x in leaves], structure)
+            with self.shapes:
+                self.fakes[key] = func(*fake_args, **fake_kwargs)
+        return self.fakes[key]
+
+    def _fake(self, x: Any) -> Any:
+        if not isinstance(x, Tensor):
+            return x
         meta = torch.empty_strided(x.size(), x.stride(), dtype=x.dtype, device="meta")
         return FakeTensor(self.shapes, meta, x.device)
 
@@ -194,6 +206,13 @@ def _empty_cat(tensors: list[Tensor], dim: int = 0) -> Tensor:
     shape = list(parts[0].shape)
     shape[dim] = sum(x.shape[dim] for x in parts)
     return parts[0].new_empty(shape)
+
+
+def _described(argument: Any) -> Hashable:
+    """Return what the form of an operator's results depends on: a tensor's metadata, or a value and its type."""
+    if isinstance(argument, Tensor):
+        return argument.size(), argument.stride(), argument.dtype, argument.device
+    return type(argument), argument  # 1 == 1.0
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -8,12 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.nn.modules.batchnorm import _BatchNorm
-
-_KINDS = (nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d)
 
 
 def synchronise_bn(model: nn.Module, device: torch.device) -> nn.Module:
@@ -53,7 +50,7 @@ def replace_bn(model: nn.Module, key: str, replace: Callable[[_BatchNorm], nn.Mo
     for name, child in model.named_children():
         if not isinstance(child, _BatchNorm):
             replace_bn(child, key, replace)
-        elif type(child) not in _KINDS:
+        elif type(child) not in _kinds():
             kind = type(child).__name__
             raise ValueError(f"{key} needs nn.BatchNorm1d, nn.BatchNorm2d or timm's BatchNormAct2d, got {kind}")
         elif not child.track_running_stats or child.momentum is None:
@@ -61,6 +58,13 @@ def replace_bn(model: nn.Module, key: str, replace: Callable[[_BatchNorm], nn.Mo
         else:
             setattr(model, name, replace(child))
     return model
+
+
+@functools.cache
+def _kinds() -> tuple[type[_BatchNorm], ...]:
+    from timm.layers import BatchNormAct2d  # see models.encoder
+
+    return nn.BatchNorm1d, nn.BatchNorm2d, BatchNormAct2d
 
 
 def stop_counting(network: nn.Module) -> None:
@@ -71,7 +75,7 @@ def stop_counting(network: nn.Module) -> None:
     """
     for module in network.modules():
         # Others may need their counter, as torch's SyncBatchNorm does, or a BatchNorm that averages over all batches.
-        if type(module) in (*_KINDS, SyncBatchNorm, GroupBatchNorm) and module.momentum is not None:
+        if type(module) in (*_kinds(), SyncBatchNorm, GroupBatchNorm) and module.momentum is not None:
             counter = module._buffers["num_batches_tracked"]
             module._buffers["num_batches_tracked"] = None
             if counter is not None:

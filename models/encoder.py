@@ -5,7 +5,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,6 +94,8 @@ class Encoder(nn.Module):
 
 def _create_model(name: str, arguments: dict[str, Any], small_images: bool, stem_stride: int, stem_padding: int) -> Any:
     """Build a model of timm."""
+    import timm  # takes as long as torch to import, and most commands only read the configuration
+
     is_vit = name.startswith(("vit_", "deit"))
     if is_vit:
         arguments.setdefault("dynamic_img_size", True)  # for crops of several sizes

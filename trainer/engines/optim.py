@@ -7,7 +7,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.distributed as dist
 from pydantic import Field, model_validator
-from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Shard
 
@@ -103,6 +102,8 @@ def _parameter_groups(student: nn.Module, settings: Optim) -> Iterable[dict[str,
         ]
     if decay_vectors:
         return [{"params": list(student.parameters()), "weight_decay": decay}]
+    from timm.optim import param_groups_weight_decay  # see models.encoder
+
     groups: Iterable[dict[str, Any]] = param_groups_weight_decay(student, decay)
     return groups
 
@@ -118,6 +119,8 @@ def backbone_groups(
         layer_decay: Factor of each layer's rate to that of the layer above it; the last layer's is 1.
         decay_vectors: Whether norms and biases have weight decay, too.
     """
+    from timm.optim import param_groups_layer_decay  # see models.encoder
+
     groups = param_groups_layer_decay(
         backbone, weight_decay, weight_decay_exclude_1d=not decay_vectors, layer_decay=layer_decay
     )

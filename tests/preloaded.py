@@ -2,13 +2,14 @@
 
 import os
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported
-
-import timm  # noqa: F401
+import models.adco  # noqa: F401
 
 if os.environ.get("TRITON_INTERPRET") != "1":  # those tests have a fork server of their own and train nothing
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed looks for a GPU when it is imported
+
     import deepspeed
-    import deepspeed.runtime.zero.muon.muon_optimizer  # imports torch's whole compiler, in every ZeRO engine
+    import deepspeed.runtime.zero.muon.muon_optimizer  # imports the compiler, as every ZeRO engine does
+    import timm  # noqa: F401
 
     import trainer.pretrain  # noqa: F401
 

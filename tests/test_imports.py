@@ -2,8 +2,6 @@
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -98,13 +96,6 @@ def test_names_that_torch_has_renamed_are_in_one_file() -> None:
     )
     users = {path.name for path in files if re.search(renamed + r"|^[^#]*--shutdown-timeout", path.read_text(), re.M)}
     assert users == {"compat.py"}
-
-
-def test_the_configuration_needs_no_timm() -> None:
-    """It takes as long as torch to import, and all commands read a configuration first."""
-    code = "import sys, trainer.config_file; print('torch' in sys.modules, 'timm' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["True", "False"]
 
 
 def test_every_way_of_importing_is_seen(tmp_path: Path) -> None:

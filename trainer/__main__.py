@@ -47,9 +47,11 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     SLURM job, it saves a checkpoint and exits with code 75 (under torchrun with code 0, and writes stopped.json).
     """
     from trainer.config_file import load
+
+    settings = load(config, overrides)  # a mistake is reported before all that trains is imported
     from trainer.pretrain import pretrain
 
-    pretrain(load(config, overrides))
+    pretrain(settings)
 
 
 @app.command()

@@ -55,11 +55,17 @@ def test_no_verb_and_an_unknown_one() -> None:
     assert "No such command 'pretrian'" in result.output
 
 
-def test_a_mistake_is_one_line() -> None:
-    result = run("-m", "trainer", "pretrain", "configs/demo.yaml", "optim.lrr=1")
+def test_a_mistake_is_one_line_before_the_trainer_is_imported() -> None:
+    result = run("-X", "importtime", "-m", "trainer", "pretrain", "configs/demo.yaml", "optim.lrr=1")
     assert result.returncode == 1
-    assert result.stderr == "error: configs/demo.yaml: optim.lrr: unknown key, did you mean optim.lr?\n"
+    imports, _, error = result.stderr.partition("error: ")
+    assert error == "configs/demo.yaml: optim.lrr: unknown key, did you mean optim.lr?\n"
     assert result.stdout == ""
+    lines = imports.splitlines()
+    assert all(line.startswith("import time:") for line in lines)
+    imported = {line.rsplit("|")[-1].strip() for line in lines}
+    assert "torch" in imported
+    assert not imported & {"timm", "torchvision", "deepspeed", "trainer.pretrain"}
 
 
 def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -31,7 +31,6 @@ data_app = typer.Typer(no_args_is_help=True, help="Index, check, shard and view 
 app.add_typer(data_app, name="data")
 
 CORES = len(os.sched_getaffinity(0))
-
 RunPath = Annotated[Path, typer.Argument(help="Run directory, pre-trained or imported", metavar="RUN")]
 DataPath = Annotated[str, typer.Argument(help="Images: anything that data.train accepts", metavar="SRC")]
 Threads = Annotated[int, typer.Option(help="Number of images to read at a time", min=1)]
@@ -48,8 +47,8 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     """
     from trainer.config_file import load
 
-    settings = load(config, overrides)  # a mistake is reported before all that trains is imported
-    from trainer.pretrain import pretrain
+    settings = load(config, overrides)
+    from trainer.pretrain import pretrain  # only now, so that a mistake is reported at once
 
     pretrain(settings)
 
@@ -348,10 +347,11 @@ def show_plan(
     and times only with --calibrate.
     """
     from trainer.config_file import load
-    from trainer.plan.planner import make_plan
-    from trainer.plan.report import report
 
     settings = load(config, overrides)
+    from trainer.plan.planner import make_plan  # only now, as in pretrain
+    from trainer.plan.report import report
+
     request = PlanRequest(
         parse_nodes(nodes), gpu, net, gpus_per_node, images_per_gpu, images, price, data_rate, calibrate, all_engines,
         recommend,
@@ -361,8 +361,7 @@ def show_plan(
 
 def _expand_home(argument: str) -> str:
     """Expand `~` at the start of an argument or of an option's value, where the shell has left it: --out=~/x."""
-    option = re.match("--[a-z-]+=(?=~)", argument)
-    start = option.end() if option else 0
+    start = option.end() if (option := re.match("--[a-z-]+=(?=~)", argument)) else 0
     return argument[:start] + expand_user(argument[start:])
 
 

@@ -94,7 +94,8 @@ class Encoder(nn.Module):
 
 def _create_model(name: str, arguments: dict[str, Any], small_images: bool, stem_stride: int, stem_padding: int) -> Any:
     """Build a model of timm."""
-    import timm  # takes as long as torch to import, and most commands only read the configuration
+    # Importing timm takes as long as importing torch, and commands that only read a configuration do not need it.
+    import timm
 
     is_vit = name.startswith(("vit_", "deit"))
     if is_vit:

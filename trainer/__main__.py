@@ -48,7 +48,7 @@ def pretrain(config: ConfigPath, overrides: Overrides = None) -> None:
     from trainer.config_file import load
 
     settings = load(config, overrides)
-    from trainer.pretrain import pretrain  # only now, so that a mistake is reported at once
+    from trainer.pretrain import pretrain  # only now: a mistake is reported without it
 
     pretrain(settings)
 

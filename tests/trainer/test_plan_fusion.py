@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from models.batchnorm import GroupBatchNorm
 from trainer.plan.fusion import fuse
 from trainer.plan.hardware import make_cluster
 from trainer.plan.predict import COMPILED_LAUNCH_SECONDS, LAUNCH_SECONDS, phase_time
@@ -14,10 +15,12 @@ B, C, S = 8, 64, 56
 IMAGE = 4 * B * C * S * S  # bytes of an activation in fp32
 
 
-def traced(backward: bool = False) -> list[Event]:
+def traced(backward: bool = False, group: int = B) -> list[Event]:
     """The operators of convolution, BatchNorm, addition, ReLU and convolution, in the phases of a step."""
     with ShapeOnlyMode(), StepTrace(8) as trace:
         first, norm, last = nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C), nn.Conv2d(C, C, 1, bias=False)
+        if group < B:
+            norm = GroupBatchNorm(norm, group)
         x = torch.empty(B, C, S, S)
         trace.events.clear()
         with torch.profiler.record_function("student"):
@@ -53,6 +56,17 @@ def test_backward_is_fused_too_and_no_tensor_is_forgotten() -> None:
     for before, after in by_phase.values():
         assert 0.5 * before < after < before
     assert sum(e.flops for e in operators(fused)) == sum(e.flops for e in operators(eager))
+
+
+def test_groups_of_a_batchnorm_read_as_much_as_one_group() -> None:
+    whole, groups = (
+        {
+            phase: sum(e.bytes for e in operators(fuse(traced(True, group))) if e.phase == phase and not e.flops)
+            for phase in ("student", "backward")
+        }
+        for group in (B, 2)
+    )
+    assert groups == pytest.approx(whole, rel=0.01)
 
 
 def test_kernels_of_a_compiled_phase_are_launched_faster() -> None:

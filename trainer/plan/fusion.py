@@ -10,7 +10,9 @@ This is how torch's Inductor schedules a ResNet or ViT, simplified: it looks at 
 can fuse over a convolution in a side branch, and it may recompute cheap operators instead of storing their results.
 """
 
-from trainer.plan.trace import Event, OperatorEvent
+from collections.abc import Iterable
+
+from trainer.plan.trace import Event, OperatorEvent, Use
 
 COMPILED_PHASES = ("teacher", "student", "backward")
 _REDUCTION_KERNELS = 2  # partial sums, and their sum
@@ -47,19 +49,19 @@ def _fuse_region(region: list[OperatorEvent], end: int, last_use: dict[int, int]
     """Return the kernels of a region that ends before event `end`; their bytes are all in the first."""
     if not region:
         return []
-    sizes: dict[int, int] = {}  # bytes of tensors that are read from before the region
-    made: dict[int, int] = {}  # and of those that it makes
+    reads: list[Use] = []  # of tensors from before the region
+    writes: list[Use] = []
+    own: set[int] = set()  # tensors that the region makes
     for event in region:
-        for use in event.reads:
-            if use.tensor not in made:
-                sizes[use.tensor] = max(sizes.get(use.tensor, 0), use.bytes)
-        for use in event.writes:
-            made[use.tensor] = max(made.get(use.tensor, 0), use.bytes)
+        reads += [use for use in event.reads if use.tensor not in own]
+        writes += event.writes
+        own |= {use.tensor for use in event.writes}
+    sizes, made = _covered(reads), _covered(writes)
     # A tensor that existed before, such as a running mean, is written in place.
     kept = [tensor for tensor in made if last_use.get(tensor, -1) >= end or tensor in sizes]
     bytes = sum(sizes.values()) + sum(made[tensor] for tensor in kept)
-    norms = [_largest_read(event) for event in region if event.name in _BATCH_NORMS]
-    for size in set(norms):
+    norms = [max(event.reads, key=lambda use: use.bytes) for event in region if event.name in _BATCH_NORMS]
+    for size in set(_covered(norms).values()):
         # The second pass reads the tensors of this size from before the region, or the input if it is made here.
         bytes += max(size, sum(x for x in sizes.values() if x == size))
     kernels = len({max((use.bytes for use in event.writes), default=0) for event in region})
@@ -68,5 +70,12 @@ def _fuse_region(region: list[OperatorEvent], end: int, last_use: dict[int, int]
     return [kernel._replace(bytes=bytes), *[kernel] * (kernels - 1)]
 
 
-def _largest_read(event: OperatorEvent) -> int:
-    return max(use.bytes for use in event.reads)
+def _covered(uses: Iterable[Use]) -> dict[int, int]:
+    """Return the bytes that the uses of each tensor cover. The groups of a BatchNorm read a slice of it each."""
+    covered: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    for tensor, start, size in sorted(set(uses)):
+        end = max(start + size, ends.get(tensor, 0))
+        covered[tensor] = covered.get(tensor, 0) + end - max(start, ends.get(tensor, 0))
+        ends[tensor] = end
+    return covered

@@ -23,9 +23,10 @@ from trainer.plan.collectives import Collective, CollectiveTrace, arguments_by_n
 
 
 class Use(NamedTuple):
-    """A tensor's memory that an operator reads or writes: a number that identifies it within a trace, and the bytes."""
+    """Memory that an operator reads or writes: a number for the storage within a trace, first byte, and length."""
 
     tensor: int
+    start: int
     bytes: int
 
 
@@ -133,7 +134,7 @@ class StepTrace(CollectiveTrace):
 
     def _use(self, x: Tensor) -> Use:
         number = self._tensors.setdefault(x.untyped_storage()._cdata, next(self._numbers))
-        return Use(number, _bytes(x))
+        return Use(number, int(x.storage_offset()) * x.element_size(), _bytes(x))
 
     def _forget(self, made: Any) -> None:
         """Give new tensors new numbers, as their addresses may be those of tensors that are gone."""

@@ -32,7 +32,8 @@ SETTINGS = [
     (20, 0.07),
     (200, 0.1),
     (1000, 0.5),
-]  # among them DINO's, the original, more than exist
+    (20, 0.002),
+]  # among them DINO's, the original, more than exist, and one whose weights underflow unless they are relative
 # The end of each rank's range: uneven, and the second of three ranks has no train features.
 TRAIN_ENDS = {1: [TRAIN], 2: [40, TRAIN], 3: [150, 150, TRAIN]}
 TEST_ENDS = {1: [TEST], 2: [TEST, TEST], 3: [17, 50, TEST]}

@@ -170,8 +170,8 @@ def accuracy(train: Features, test: Features, classes: int, k: int, temperature:
         label_NK = rearrange(label_RNk, "(r n) k -> n (r k)", r=world_size)[: len(own_ND)]
         best_Nk, index_Nk = similarity_NK.topk(k, dim=1)
         votes_NC = torch.zeros(len(own_ND), classes, device=device)
-        # Subtracting 1 keeps the weights at most 1, so that they do not overflow in fp32 at low temperatures.
-        weight_Nk = torch.exp((best_Nk - 1) / temperature)
+        # Relative to the nearest, so that the weights neither overflow nor all become 0 at low temperatures.
+        weight_Nk = torch.exp((best_Nk - best_Nk[:, :1]) / temperature)
         votes_NC.scatter_add_(1, label_NK.gather(1, index_Nk), weight_Nk)
         correct += (votes_NC.argmax(1) == test.labels_N[i * _CHUNK : (i + 1) * _CHUNK]).sum()
     dist.all_reduce(correct)

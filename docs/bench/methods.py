@@ -156,7 +156,7 @@ class Comparison:
             "run.keep": "1",
             "data.train": str(images / "train"),
             "data.val": str(images / "test"),
-            "eval.knn_every": str(max(1, epochs // 8) if final else epochs),
+            "eval.knn_every": str(max(1, epochs // 3) if final else epochs),
         }
         with self.cores:
             config = f"configs/{method}_cifar10.yaml"

@@ -62,9 +62,15 @@ def test_two_results_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[
         ["step", "200.0", "ms", "100.0", "ms", "0.50"]
     ]
     assert "50.0 ms" in printed
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(ValueError, match=r"other.json: not a file of bench throughput"):
-        throughput.compare(before, tmp_path / "other.json")
+    other = tmp_path / "other.json"
+    for text, problem in (
+        ("{}", "not a file of bench throughput"),
+        ("[1]", "need a JSON object"),
+        ("step", "not JSON"),
+    ):
+        other.write_text(text)
+        with pytest.raises(ValueError, match=f"other.json: {problem}"):
+            throughput.compare(before, other)
 
 
 def test_overlapping_collectives_count_once() -> None:

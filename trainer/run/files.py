@@ -76,8 +76,13 @@ def write_json(path: Path, values: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; returns {} if the file does not exist."""
+    """Read a JSON object; returns {} if the file does not exist. Raises ValueError if it has something else."""
     if not exists(path):
         return {}
-    values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: need a JSON object, got {type(values).__name__}")
     return values

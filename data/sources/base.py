@@ -61,11 +61,14 @@ class SharedArray:
 
     @property
     def array(self) -> NDArray[Any]:
-        """The array; it must not be kept, because moving it to shared memory frees the memory of earlier views."""
+        """The array. One that was taken before the move to shared memory stays as it is."""
         return self._tensor.numpy()
 
     def __getstate__(self) -> torch.Tensor:
-        return self._tensor.share_memory_()
+        if not self._tensor.is_shared():
+            # Moving the tensor itself would free memory that arrays may still use.
+            self._tensor = torch.empty_like(self._tensor).share_memory_().copy_(self._tensor)
+        return self._tensor
 
     def __setstate__(self, tensor: torch.Tensor) -> None:
         self._tensor = tensor

@@ -16,7 +16,7 @@ import pytest
 
 from data.decode import decode
 from data.sources import files
-from data.sources.base import Source, UnreadableImage
+from data.sources.base import LabelledSource, Source, UnreadableImage
 from data.sources.folder import ImageFolder
 from data.sources.open import open_source
 from data.sources.parquet import ParquetFiles
@@ -250,6 +250,18 @@ def test_index_of_a_folder_as_a_data_set(tmp_path: Path) -> None:
     np.savez(tmp_path / "index.npz", x=np.arange(3))
     with pytest.raises(ValueError, match="is not an index"):
         open_source(tmp_path / "index.npz")
+
+
+def test_labels_that_are_kept_outlive_the_move_to_shared_memory() -> None:
+    labels = np.arange(50_000)
+    source = LabelledSource(["a"], labels.copy())
+    kept = source.labels
+    ForkingPickler.dumps(source)
+    others = [np.full_like(labels, -1) for _ in range(4)]  # they get the memory of the labels if it is free
+    assert np.array_equal(kept, labels)
+    assert np.array_equal(source.labels, labels)
+    assert source._labels._tensor.is_shared()
+    del others
 
 
 def test_sources_travel_to_workers(tmp_path: Path) -> None:

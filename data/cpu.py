@@ -23,6 +23,8 @@ from data.views import ViewParams, color_matrix, crop_box
 
 Image = NDArray[np.uint8]
 
+MAX_ASPECT = 32  # of images that `render_center` resizes as a whole
+
 # Worker processes work in parallel on different images, and OpenCV's own threads would compete with them.
 cv2.setNumThreads(0)
 
@@ -91,6 +93,9 @@ def render_center(image: Image, size: int, crop: float | None = None) -> Image:
     Returns:
         uint8 [size, size, 3].
     """
+    # Of a strip only the middle is enlarged: 65,000 x 1 pixels would need 10 GB. The rest is far outside of the view.
+    margins = [max(0, (side - MAX_ASPECT * min(image.shape[:2])) // 2) for side in image.shape[:2]]
+    image = image[margins[0] : image.shape[0] - margins[0], margins[1] : image.shape[1] - margins[1]]
     height, width, y, x = _center(image.shape[0], image.shape[1], size, crop)
     return resize(image, height, width)[y : y + size, x : x + size]
 

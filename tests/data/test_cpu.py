@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torchvision.transforms import functional as tvf
 
+from data import cpu
 from data.cpu import render, render_center, resize
 from data.views import TRUNCATION, Augment, View, crop_box, draw
 from tests.data.images import photograph
@@ -157,6 +158,22 @@ def test_render_center_keeps_all_of_a_small_image(shape: tuple[int, int]) -> Non
     assert (render_center(picture, 28) == resize(picture, 28, 28)).all()
     if shape == (28, 28):
         assert (render_center(picture, 28) == picture).all()
+
+
+@pytest.mark.parametrize("shape", [(1, 60_000), (60_001, 2)])
+def test_only_the_middle_of_a_strip_is_enlarged(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = np.zeros((*shape, 3), np.uint8)
+    middle = max(shape) // 2
+    (picture if shape[0] > shape[1] else picture.transpose(1, 0, 2))[middle - 4 : middle + 4] = 200
+    sizes = []
+
+    def counted(image: np.ndarray, height: int, width: int) -> np.ndarray:
+        sizes.append((height, width))
+        return resize(image, height, width)
+
+    monkeypatch.setattr(cpu, "resize", counted)
+    assert (render_center(picture, 224) == 200).all()
+    assert max(sizes[0]) <= 34 * 256
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 40), (3000, 20), (33, 1000)])

@@ -283,6 +283,10 @@ def test_images_keep_their_colours_and_large_ones_are_shrunk() -> None:
     assert bgr[0, 0].tolist() == [0, 0, 200]
 
 
+def test_a_strip_has_a_thumbnail() -> None:
+    assert image_data_url(np.zeros((2, 5000, 3), np.uint8)).startswith("data:image/png")
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"), [(3.4, "3 s"), (163, "2 min 43 s"), (3599.6, "1 h 0 min"), (190000, "2 d 4 h")]
 )

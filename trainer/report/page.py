@@ -66,7 +66,8 @@ def image_data_url(image: Image, max_side: int = THUMBNAIL_SIDE, jpeg_if_shrunk:
         raise ValueError(f"got an image of {image.dtype} {list(image.shape)}, need uint8 [H, W, 3]")
     scale = max_side / max(image.shape[:2])
     if scale < 1:
-        image = cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        height, width = (max(1, round(scale * side)) for side in image.shape[:2])
+        image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
     kind, options = ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 85]) if jpeg_if_shrunk and scale < 1 else ("png", [])
     encoded, data = cv2.imencode(f".{kind}", image[:, :, ::-1], options)
     assert encoded, f"OpenCV did not encode a {kind.upper()}"

@@ -20,6 +20,7 @@ the CPU backend makes the batch of that step, and a new pipeline continues after
 import logging
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
+from contextlib import nullcontext
 
 import numpy as np
 import torch
@@ -265,7 +266,7 @@ def make_batches(
             failed = 0
             views = _to_torch(outputs, stream)
             del outputs
-            yield _without_missing(Batch(views, *feed.complete()))
+            yield _without_missing(Batch(views, *feed.complete()), stream)
             del views
             step += 1
         else:
@@ -275,12 +276,16 @@ def make_batches(
         step += 1
 
 
-def _without_missing(batch: Batch) -> Batch:
-    """Leave out the views of images that could not be read."""
+def _without_missing(batch: Batch, stream: torch.cuda.Stream | None) -> Batch:
+    """Leave out the views of images that could not be read. The views are complete, before and after."""
     is_shown = batch.samples >= 0
     if is_shown.all():
         return batch
-    views = [view[is_shown.to(view.device)] for view in batch.views]
+    # On the stream of `_to_torch`, which uses the memory of the whole views again for the next batch.
+    with torch.cuda.stream(stream) if stream else nullcontext():
+        views = [view[is_shown.to(view.device)] for view in batch.views]
+    if stream:
+        stream.synchronize()
     return Batch(views, batch.samples[is_shown], batch.unreadable)
 
 

@@ -24,7 +24,7 @@ from data.cpu import render_center
 from data.loader import train_batches
 from data.order import epoch_order
 from data.settings import DataSettings
-from data.sources.base import Source, UnreadableImage
+from data.sources.base import LabelledSource, Source, UnreadableImage
 from data.sources.index import Listing
 from data.sources.open import open_source
 from data.sources.parquet import ParquetFiles
@@ -110,8 +110,13 @@ def write_shards(path: str, dest: Path, samples: int, threads: int, seed: int | 
     """
     _refuse_existing(dest)
     source = open_source(path)
-    if not isinstance(source.read(0), bytes):
+    try:
+        stored = source.read(0)
+    except UnreadableImage as error:
+        raise _without_image(error) from error
+    if not isinstance(stored, bytes):
         raise ValueError(f"{path} stores pixels, not encoded images, so there are no bytes to copy")
+    assert isinstance(source, LabelledSource)  # a data set of the user's gives pixels
     if isinstance(source, ParquetFiles) and seed is not None:
         raise ValueError(
             f"{path} is read in groups of rows, and a shuffled order would read a group per image: give --no-shuffle"
@@ -125,7 +130,7 @@ def write_shards(path: str, dest: Path, samples: int, threads: int, seed: int | 
         "images": len(source),
         "shards": shards,
         "seed": seed,
-        "labels": zlib.crc32(source.labels.tobytes()),
+        "content": {name: zlib.crc32(np.ascontiguousarray(x)) for name, x in source.identity().items()},
     }
     with _claimed(partial, plan), _progress_bar() as bar:
         task = bar.add_task("", total=len(source))
@@ -207,9 +212,7 @@ def _write_shard(source: Source, samples: NDArray[np.int64], target: Path) -> No
                 try:
                     data = source.read(i)
                 except UnreadableImage as error:
-                    raise ValueError(
-                        f"{error}; `data verify SRC --out good.npz` makes an index without this image"
-                    ) from error
+                    raise _without_image(error) from error
                 assert isinstance(data, bytes)
                 key, ending = _member_name(source.name(i), i, data)
                 _add(tar, key + ending, data)
@@ -217,6 +220,10 @@ def _write_shard(source: Source, samples: NDArray[np.int64], target: Path) -> No
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, target)
+
+
+def _without_image(error: UnreadableImage) -> ValueError:
+    return ValueError(f"{error}; `data verify SRC --out good.npz` makes an index without this image")
 
 
 def _member_name(name: str, i: int, data: bytes) -> tuple[str, str]:

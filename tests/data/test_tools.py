@@ -120,6 +120,13 @@ def test_members_have_webdatasets_layout(folder: Path, tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name in names[1::2]} == {"cls"}
 
 
+def test_an_unreadable_first_image_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "c0" / "0.png").unlink()
+    (folder / "c0" / "0.png").symlink_to(tmp_path / "missing.png")
+    with pytest.raises(ValueError, match=r"0\.png: .*good\.npz"):
+        run("shard", folder, tmp_path / "out", "--no-shuffle")
+
+
 def test_shards_are_the_same_every_time(folder: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run("shard", folder, tmp_path / name, "--samples", 10, "--seed", seed, "--threads", 3)
@@ -169,6 +176,12 @@ def test_interrupted_work_continues(folder: Path, tmp_path: Path, monkeypatch: p
     for changed in ({"samples": 6}, {"seed": 1}):
         with pytest.raises(ValueError, match=r"out\.partial belongs to other work, .*Delete or rename it"):
             tools.write_shards(str(folder), tmp_path / "out", **{"samples": 5, "threads": 1, "seed": 0} | changed)
+
+    first = min(path for path in folder.rglob("*") if path.is_file())
+    moved = first.rename(first.with_name(f"z-{first.name}"))  # the same number of images, in another order
+    with pytest.raises(ValueError, match=r"out\.partial belongs to other work, .*Delete or rename it"):
+        tools.write_shards(str(folder), tmp_path / "out", 5, 1, 0)
+    moved.rename(first)
 
     again: list[str] = []
 

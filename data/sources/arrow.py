@@ -29,6 +29,8 @@ class Columns(NamedTuple):
 
 def find_columns(schema: Any, file: Path) -> Columns:
     """Return the columns in a pyarrow schema. Raises ValueError if there is no image column."""
+    import pyarrow as pa
+
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     features = (described.get("info") or {}).get("features") or {}
     kinds = {name: feature.get("_type") for name, feature in features.items() if isinstance(feature, dict)}
@@ -38,8 +40,9 @@ def find_columns(schema: Any, file: Path) -> Columns:
         raise ValueError(f"{file} has no column of images, only {', '.join(schema.names)}")
     labels = [name for name in schema.names if kinds.get(name) == "ClassLabel"]
     labels += [name for name in ("label",) if name in schema.names]
-    label = labels[0] if labels else None
-    classes = features[label].get("names") if label in features else None
+    # A list of labels, or an image as of a data set for segmentation, says no class.
+    label = next((name for name in labels if not pa.types.is_nested(schema.field(name).type)), None)
+    classes = features[label].get("names") if label in kinds else None
     return Columns(images[0], label, [to_text(name) for name in classes] if classes else None)
 
 
@@ -100,7 +103,7 @@ def scan_arrow(file: Path) -> ShardContents:
                     batch_keys, batch_labels = encode_labels(batch.column(columns.label))
                 labels.append(np.where(batch_labels < 0, -1, batch_labels + len(keys)))
                 keys += batch_keys
-    except (pa.ArrowInvalid, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file} is not an Arrow file, or damaged: {error}") from error
     names = [str(row) for row in range(sum(map(len, starts)))]
     arrays = np.concatenate(labels), np.concatenate(starts), np.concatenate(sizes)

@@ -47,7 +47,7 @@ class ParquetFiles(LabelledSource):
                     found = np.full(sum(groups), -1)
                     if label and groups:
                         keys, found = encode_labels(parquet.read([label]).column(0).combine_chunks())
-            except (pa.ArrowInvalid, OSError) as error:
+            except (pa.ArrowException, OSError) as error:
                 raise ValueError(f"{file} is not a Parquet file, or damaged: {error}") from error
             self._columns.append(column)
             names = require_same_classes(names, file_names, file)

@@ -351,6 +351,17 @@ def test_hugging_face_refusals(tmp_path: Path, kind: str) -> None:
             open_source(path)
 
 
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("feature", [{"_type": "Image"}, [{"_type": "Value"}], None])
+def test_labels_that_are_no_classes_are_ignored(tmp_path: Path, kind: str, feature: Any) -> None:
+    labels = [{"bytes": png(5), "path": None}] * 2 if feature == {"_type": "Image"} else [[1, 2], [3]]
+    described = {"huggingface": json.dumps({"info": {"features": {"image": {"_type": "Image"}, "label": feature}}})}
+    data = pa.table({"image": pa.array([{"bytes": png(i)} for i in range(2)]), "label": pa.array(labels)})
+    source = open_source(WRITERS[kind](tmp_path / f"x.{kind}", data.replace_schema_metadata(described)))
+    assert [source.read(i) for i in range(2)] == [png(0), png(1)]
+    assert len(source.classes) == 1
+
+
 def test_images_outside_of_their_file(tmp_path: Path) -> None:
     outside = pa.table({"image": pa.array([{"bytes": None, "path": "/data/0.png"}, {"bytes": png(1), "path": None}])})
     with pytest.raises(ValueError, match="1 rows have no bytes"):

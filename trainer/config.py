@@ -267,6 +267,12 @@ def check_world(config: Config, world_size: int, ranks_per_node: int) -> None:
         )
     if config.method.bn != "sync" and batch // (world_size * accumulate) < 2:
         raise ValueError(f"data.batch_size: {batch} gives micro-batches of one image, BatchNorm needs at least 2")
+    micro_batch, group = batch // (world_size * accumulate), config.method.bn_group
+    if group and micro_batch // -(-micro_batch // group) < 2:
+        raise ValueError(
+            f"method.bn_group: {group} divides micro-batches of {micro_batch} images into groups of which some have "
+            "one image, BatchNorm needs at least 2"
+        )
     if negatives and (shards - 1) * -(-negatives // shards) >= negatives:
         raise ValueError(
             f"bank.size: {negatives} negatives do not give each of {shards} ranks at least one; "

@@ -127,14 +127,16 @@ class Bank(Negatives):
         if self.stats is None:
             return {}
         norm = torch.stack([torch.linalg.vector_norm(w_KD, dim=1).sum() for _, w_KD in self._tiles()]).sum()
-        mass_K = self.stats.mass_K
-        sums = torch.stack([self.stats.grad_K.sum(), norm, mass_K.sum(), mass_K.square().sum()])
+        grad_K, mass_K = self.stats.grad_K, self.stats.mass_K
+        # In fp32 the square of a mass of 1e-23 is 0, and negatives without weight have less.
+        squares = torch.linalg.vector_norm(mass_K, dtype=torch.float64).square()
+        sums = torch.stack([grad_K.sum().double(), norm.double(), mass_K.sum(dtype=torch.float64), squares])
         dist.all_reduce(sums, group=self.mesh.get_group("shard"))
-        grad, norm_sum, mass, squares = sums.tolist()
+        grad, norm_sum, mass, square_mass = sums.tolist()
         return {
             "adversary_grad_norm": grad / self.size,
             "bank_norm": norm_sum / self.size,
-            "bank_share": mass**2 / (self.size * squares),
+            "bank_share": mass**2 / (self.size * square_mass) if square_mass else 0.0,
         }
 
     def state_dict(self) -> dict[str, Tensor]:

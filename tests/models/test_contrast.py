@@ -243,6 +243,25 @@ def test_the_hardest_negative_is_not_the_own_key() -> None:
     run_ranks(1, hardest)
 
 
+def shares_of_small_masses() -> list[float]:
+    bank = make_bank("sharded", dist.get_world_size())
+    bank.update([[BankUpdate(unit(B, D, seed=5).float(), torch.full((B,), 0.01))]], lr=0.0, seed=0)
+    assert bank.stats
+    mass_K = bank.stats.mass_K.clone()
+    found = []
+    for factor in (1.0, 1e-25, 0.0):
+        bank.stats = bank.stats._replace(mass_K=mass_K * factor)
+        found.append(bank.metrics()["bank_share"])
+    return found
+
+
+def test_the_share_of_negatives_that_have_no_weight() -> None:
+    """Squares of these masses are 0 in fp32."""
+    ((ordinary, small, none),) = run_ranks(1, shares_of_small_masses)
+    assert small == pytest.approx(ordinary, rel=1e-3)
+    assert none == 0
+
+
 def statistics() -> tuple[dict[str, float], float, float]:
     bank = make_bank("sharded", dist.get_world_size())
     q_ND = unit(B, D, seed=5).float()

@@ -469,6 +469,10 @@ def test_batch_norm_needs_two_images() -> None:
     with pytest.raises(ValueError, match="BatchNorm needs at least 2"):
         check_world(config(), 256, 1)
     check_world(changed(config(), method={"bn": "sync"}), 256, 1)
+    in_groups = changed(config(), method={"bn_group": 2}, data={"batch_size": 9})
+    with pytest.raises(ValueError, match=r"bn_group: 2 divides micro-batches of 9 images"):
+        check_world(in_groups, 1, 1)
+    check_world(changed(in_groups, method={"bn_group": 3}), 1, 1)
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def write_shards(path: str, dest: Path, samples: int, threads: int, seed: int | 
         "images": len(source),
         "shards": shards,
         "seed": seed,
-        "content": {name: zlib.crc32(np.ascontiguousarray(x)) for name, x in source.identity().items()},
+        "content": {name: zlib.crc32(np.ascontiguousarray(x).data) for name, x in source.identity().items()},
     }
     with _claimed(partial, plan), _progress_bar() as bar:
         task = bar.add_task("", total=len(source))

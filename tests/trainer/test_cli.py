@@ -81,15 +81,41 @@ def mistake(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ("kernels", "--repeats", "0"),
+        ("bank", "--steps", "0"),
+        ("step", "configs/demo.yaml", "--repeats", "0"),
+        ("data", "configs/demo.yaml", "--seconds", "0"),
+        ("feed", "configs/demo.yaml", "--batch-size", "0"),
+        ("traffic", "--ranks", "0"),
+    ],
+    ids=" ".join,
+)
+def test_numbers_of_nothing_are_refused(words: tuple[str, ...]) -> None:
+    result = CliRunner().invoke(app, ["bench", *words])
+    assert result.exit_code == 2
+    assert "Invalid value" in result.output
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
+        (
+            ("scale", "submit", "configs/demo.yaml", "study", "--sizes", "2,0"),
+            "error: --sizes: got 2,0, need numbers from 1 on, such as 1,2,4\n",
+        ),
+        (
+            ("bench", "kernels", "--tune", "--out", "x.json"),
+            "error: bench kernels: got --tune and --out, but --tune writes kernels/triton/tiles.csv only\n",
+        ),
         (("pretrain", "nowhere.yaml"), "error: nowhere.yaml: No such file or directory\n"),
         (("doctor", "nowhere.yaml"), "error: nowhere.yaml: No such file or directory\n"),
         (("report", "nowhere"), f"error: {Path.cwd()}/nowhere is not a run: it has no config.yaml\n"),
         (("knn", "nowhere", "eval.k=20"), f"error: {Path.cwd()}/nowhere is not a run: it has no config.yaml\n"),
     ],
 )
-def test_files_that_are_missing(
+def test_bad_arguments_get_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
 ) -> None:
     assert mistake(monkeypatch, capsys, *words) == message

@@ -14,11 +14,12 @@ from tests.trainer.small import VIT, VIT_ARGS, small_config
 from trainer.__main__ import app
 from trainer.bench import throughput
 from trainer.config import Config
-from trainer.plan.calibrate import calibration_factors
+from trainer.plan.calibrate import Calibration, calibration_factors
+from trainer.plan.cases import PlanCase
 from trainer.plan.collectives import Collective
 from trainer.plan.hardware import GPUS, make_cluster
 from trainer.plan.nccl import collective_seconds
-from trainer.plan.planner import make_plan
+from trainer.plan.planner import DryRuns, _Planner, make_plan
 from trainer.plan.predict import (
     BANDWIDTH,
     CUDA_CORES,
@@ -244,6 +245,16 @@ def test_plan_for_gpus(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert max(map(len, printed.splitlines())) <= WIDTH
     assert "best: engine.kind=" in printed
     assert "1e+09" not in printed
+
+
+def test_batches_that_the_method_refuses_are_not_compared() -> None:
+    """A queue of 256 rows holds the keys of one direction of 256 images, not of 512."""
+    config = small(method={"name": "moco", "symmetric": False}, bank={"size": 256})
+    dry_runs = DryRuns(config, "a100")
+    planner = _Planner(config, 10_000, make_cluster("a100", 8, "ib-hdr"), Calibration(None, None), dry_runs)
+    cases = planner._other_batches(PlanCase("ddp", "sharded", 1, 8), 8, larger=True)
+    assert [case.images for case in cases] == [8, 16, 32]
+    assert [case.images for case in planner._other_batches(cases[0], 8, larger=False)] == [8, 4, 2]
 
 
 @pytest.mark.slow

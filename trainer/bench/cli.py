@@ -27,11 +27,11 @@ def bench() -> None:
 
 @bench_app.command("kernels")
 def bench_kernels(
-    rows: Annotated[int, typer.Option(help="Number of queries N, and of keys")] = 1024,
-    negatives: Annotated[int, typer.Option(help="Number of negatives K")] = 65536,
-    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding")] = 128,
+    rows: Annotated[int, typer.Option(help="Number of queries N, and of keys", min=1)] = 1024,
+    negatives: Annotated[int, typer.Option(help="Number of negatives K", min=1)] = 65536,
+    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding", min=1)] = 128,
     dtype: Annotated[str, typer.Option(help="float32 or float64")] = "float32",
-    repeats: Annotated[int, typer.Option(help="Number of repetitions; results are medians")] = 7,
+    repeats: Annotated[int, typer.Option(help="Number of repetitions; results are medians", min=1)] = 7,
     static: Annotated[bool, typer.Option("--static", help="Count registers and instructions; needs no GPU")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="Find and store this GPU's fastest tile sizes")] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the results to this JSON file (--static: CSV).")] = None,
@@ -43,6 +43,8 @@ def bench_kernels(
     """
     if static and tune:
         raise ValueError("bench kernels: got --static and --tune, need one of them")
+    if tune and out:
+        raise ValueError("bench kernels: got --tune and --out, but --tune writes kernels/triton/tiles.csv only")
     if static:
         from trainer.bench import static as compiled
         from trainer.plan import roofline
@@ -81,13 +83,13 @@ def bench_gpu(
 
 @bench_app.command("bank")
 def bench_bank(
-    negatives: Annotated[int, typer.Option(help="Number of negatives K")] = 2**20,
-    rows: Annotated[int, typer.Option(help="Number of queries N, and of keys")] = 256,
-    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding")] = 128,
+    negatives: Annotated[int, typer.Option(help="Number of negatives K", min=1)] = 2**20,
+    rows: Annotated[int, typer.Option(help="Number of queries N, and of keys", min=1)] = 256,
+    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding", min=1)] = 128,
     precision: Annotated[Precision, typer.Option(help="Type of queries, keys and unit rows in products")] = "fp32",
     weights: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights")] = "fp32",
     velocity: Annotated[Literal["fp32", "bf16", "none"], typer.Option(help="Type of the velocity")] = "fp32",
-    steps: Annotated[int, typer.Option(help="Number of steps")] = 3,
+    steps: Annotated[int, typer.Option(help="Number of steps", min=1)] = 3,
     out: OutPath = None,
 ) -> None:
     """Time one process's bank update, and compare its memory with that of storing N x K tensors."""
@@ -100,7 +102,7 @@ def bench_bank(
 def bench_step(
     config: ConfigPath,
     overrides: Overrides = None,
-    repeats: Annotated[int, typer.Option(help="Number of repetitions; results are medians")] = 15,
+    repeats: Annotated[int, typer.Option(help="Number of repetitions; results are medians", min=1)] = 15,
     out: OutPath = None,
 ) -> None:
     """Time a training step of CONFIG against the bare forward, backward, optimizer and moving average."""
@@ -161,11 +163,11 @@ def bench_save(
 
 @bench_app.command("traffic")
 def bench_traffic(
-    rows: Annotated[int, typer.Option(help="Number of queries N over all ranks, and of keys")] = 4096,
-    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding")] = 128,
-    negatives: Annotated[list[int], typer.Option(help="Number of negatives K (repeatable)")] = [65536, 2**20],  # noqa: B006
+    rows: Annotated[int, typer.Option(help="Number of queries N over all ranks, and of keys", min=1)] = 4096,
+    dim: Annotated[int, typer.Option(help="Dimensions D of an embedding", min=1)] = 128,
+    negatives: Annotated[list[int], typer.Option(help="Number of negatives K (repeatable)", min=1)] = [65536, 2**20],  # noqa: B006
     ranks: Annotated[
-        list[int], typer.Option(help="Number of ranks (repeatable); up to 8 are processes, more are simulated")
+        list[int], typer.Option(help="Number of ranks (repeatable); up to 8 are processes, more are simulated", min=1)
     ] = [64, 1024],  # noqa: B006
     out: OutPath = None,
 ) -> None:
@@ -179,9 +181,9 @@ def bench_traffic(
 def bench_data(
     config: ConfigPath,
     overrides: Overrides = None,
-    seconds: Annotated[float, typer.Option(help="Seconds per measurement of a backend")] = 5.0,
-    repeats: Annotated[int, typer.Option(help="Number of measurements; results are medians")] = 3,
-    workers: Annotated[int | None, typer.Option(help="Worker processes of the backends cpu and dali")] = None,
+    seconds: Annotated[float, typer.Option(help="Seconds per measurement of a backend", min=0.1)] = 5.0,
+    repeats: Annotated[int, typer.Option(help="Number of measurements; results are medians", min=1)] = 3,
+    workers: Annotated[int | None, typer.Option(help="Worker processes of the backends cpu and dali", min=1)] = None,
     out: OutPath = None,
 ) -> None:
     """Measure images/s of each data backend, the cost of each operation, and images/s that training needs."""
@@ -198,7 +200,7 @@ def bench_data(
 def bench_feed(
     config: ConfigPath,
     overrides: Overrides = None,
-    batch_size: Annotated[list[int], typer.Option(help="Images per batch (repeatable)")] = [32, 256],  # noqa: B006
+    batch_size: Annotated[list[int], typer.Option(help="Images per batch (repeatable)", min=1)] = [32, 256],  # noqa: B006
     batches: Annotated[int, typer.Option(help="Number of batches per measurement", min=1)] = 20,
     repeats: Annotated[int, typer.Option(help="Number of measurements; results are medians", min=1)] = 3,
     out: OutPath = None,
@@ -234,7 +236,9 @@ def scale_submit(
     try:
         numbers = [int(size) for size in sizes.split(",")]
     except ValueError:
-        raise ValueError(f"--sizes: got {sizes}, need numbers such as 1,2,4") from None
+        numbers = [0]
+    if min(numbers) < 1:
+        raise ValueError(f"--sizes: got {sizes}, need numbers from 1 on, such as 1,2,4")
     arguments = ["--mode", mode, "--steps", str(steps), "--warmup", str(warmup)]
     kinds = ["strong", "weak"] if kind == "both" else [kind]
     for line in submit(config, overrides or [], folder, numbers, kinds, local, shlex.split(sbatch), arguments):  # type: ignore[arg-type]

@@ -97,6 +97,8 @@ def _measure(
     """Return the figures of one mode; without a training step, batches are only made and normalised."""
     device, batch_size = rank_info.device, config.data.batch_size
     phases = train_step.phases if train_step else PhaseTimer(device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)  # of the mode before
     if mode == "synthetic":
         batches: Iterator[Batch] = repeat(random_batch(config, rank_info))
     else:
@@ -139,13 +141,13 @@ def _measure(
         "step_seconds_90": _mean(tenths[-1]),
         "data_wait": phase_times["data"].mean / _mean(statistics.mean(seconds)),
         "phases": phase_metrics(phase_times),
-        **peak_memory(device),
     }
     if train_step and rank_info.world_size > 1:
         figures["communication"] = _communication(step, device, warmup + steps) / step_seconds
     if watts:
         figures["watts_per_rank"] = _mean(statistics.mean(watts))
     if train_step:
+        figures |= peak_memory(device)
         flops = step_flops(config) / step_seconds / rank_info.world_size
         figures["teraflops"] = flops / 1e12
         if rated := peak_flops(device):

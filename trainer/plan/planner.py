@@ -226,8 +226,15 @@ class _Planner(NamedTuple):
     def _other_batches(self, case: PlanCase, images: int, larger: bool) -> list[PlanCase]:
         """Return the case with the given images per GPU, and with 2, 4 and 8 times as many or as few."""
         sizes = [images, *(images * 2**i if larger else images // 2**i for i in (1, 2, 3))]
-        least, most = 2 * self.config.optim.accumulate, self.images // (case.nodes * self.cluster.gpus_per_node)
-        return [case._replace(images=size) for size in sizes if least <= size <= most]
+        gpus, cases = case.nodes * self.cluster.gpus_per_node, []
+        for size in sizes:
+            if 0 < size <= self.images // gpus:
+                try:
+                    check_ranks(self.config, size * gpus, gpus, self.cluster.gpus_per_node)
+                except ValueError:  # a queue must hold a batch's keys, for example
+                    continue
+                cases.append(case._replace(images=size))
+        return cases
 
 
 def _as_launched(events: list[Event], config: Config, engine: str) -> list[Event]:

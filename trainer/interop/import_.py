@@ -293,7 +293,9 @@ def _convert_by_timm(tensors: Tensors, config: Config, expected: Tensors) -> Ten
         return tensors
     converted: Tensors = convert(dict(backbone), model)
     resized = {x.numel() for x in converted.values()} - {x.numel() for x in backbone.values()}
-    if resized or any(f"backbone.{name}" not in expected and name not in backbone for name in converted):
+    # A renamed classifier is unknown, too, but `fit` leaves it out.
+    new = [name for name in converted if name not in backbone and not OTHER_TENSORS.search(name)]
+    if resized or any(f"backbone.{name}" not in expected for name in new):
         return tensors
     others = {name: x for name, x in tensors.items() if not name.startswith("backbone.")}
     return others | {f"backbone.{name}": x for name, x in converted.items()}

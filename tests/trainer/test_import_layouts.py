@@ -642,6 +642,26 @@ def test_classifiers_of_files_that_timm_converts_itself(
     same(tmp_path / "run", network, side=64)
 
 
+def wrong_networks() -> dict[str, tuple[State, str, dict[str, Any]]]:
+    """Returns files of another network than the named one: the tensors, the name, and its arguments."""
+    deeper = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **SWIN | {"depths": (1, 1, 3, 1)})
+    linears = {"features.0.0.weight": torch.zeros(8, 3, 4, 4), "features.1.0.block.3.weight": torch.zeros(32, 8)}
+    return {
+        "torchvision's ConvNeXt": (linears | {"classifier.2.weight": torch.zeros(9, 16)}, "convnext_tiny", CONVNEXT),
+        "a ResNet": (renamed(narrow_resnet(1), "") | {"fc.weight": torch.zeros(9, 16)}, "convnext_tiny", CONVNEXT),
+        "a deeper Swin": (swin_of_its_authors(deeper), "swin_tiny_patch4_window7_224", SWIN),
+    }
+
+
+@pytest.mark.parametrize("case", ["torchvision's ConvNeXt", "a ResNet", "a deeper Swin"])
+def test_errors_of_timm_s_converter_end_in_the_names_that_differ(tmp_path: Path, case: str) -> None:
+    state, name, arguments = wrong_networks()[case]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"is not of {name} as configured: .*missing: .*unknown: "):
+        import_weights(tmp_path / "a.pth", tmp_path / "run", name, [], as_words(arguments))
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("key", ["weights", "my_encoder"])
 def test_tensors_in_an_entry_of_any_name(tmp_path: Path, key: str) -> None:
     network = narrow_resnet(1)

@@ -97,13 +97,24 @@ def _create_model(name: str, arguments: dict[str, Any], small_images: bool, stem
     # Importing timm takes as long as importing torch, and commands that only read a configuration do not need it.
     import timm
 
+    def create() -> Any:
+        return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+
     is_vit = name.startswith(("vit_", "deit"))
-    if is_vit:
-        arguments.setdefault("dynamic_img_size", True)  # for crops of several sizes
-        if small_images:
-            arguments.setdefault("patch_size", 4)
+    any_size = is_vit and "dynamic_img_size" not in arguments
+    if any_size:
+        arguments["dynamic_img_size"] = True  # for crops of several sizes
+    if is_vit and small_images:
+        arguments.setdefault("patch_size", 4)
     try:
-        backbone = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        try:
+            backbone = create()
+        except TypeError as error:
+            # ViTs with relative positions (vit_relpos_*, vit_srelpos_*) have a fixed size and lack the argument.
+            if not any_size or "'dynamic_img_size'" not in str(error):
+                raise
+            del arguments["dynamic_img_size"]
+            backbone = create()
     except RuntimeError as error:
         raise ValueError(f"model.backbone: timm has no model {name!r} ({error})") from error
     except (TypeError, AssertionError) as error:  # timm asserts that the heads divide the width

@@ -14,6 +14,8 @@ class Encoder(nn.Module):
     """Maps images to unit embeddings: a backbone, a projection head and, for some methods, a predictor.
 
     Attributes:
+        backbone_args: All arguments that the backbone was built with: the given ones, and those for any image size and
+            for small images.
         keeps_features: Whether each forward pass keeps the backbone's features.
         features_NF: These features of the last forward pass, detached [V * B, F]; None if there are none.
     """
@@ -60,11 +62,11 @@ class Encoder(nn.Module):
             ValueError: If the backbone is unknown, does not take the arguments or has no stem for small images.
         """
         super().__init__()
-        arguments = dict(backbone_args or {})
+        self.backbone_args = dict(backbone_args or {})
         self.backbone = (
-            _create_model(backbone, arguments, small_images, stem_stride, stem_padding)
+            _create_model(backbone, self.backbone_args, small_images, stem_stride, stem_padding)
             if isinstance(backbone, str)
-            else _call(backbone, arguments, small_images)
+            else _call(backbone, self.backbone_args, small_images)
         )
         # Some models (MobileNetV3) have a further layer after pooling.
         features = getattr(self.backbone, "head_hidden_size", self.backbone.num_features)
@@ -93,17 +95,28 @@ class Encoder(nn.Module):
 
 
 def _create_model(name: str, arguments: dict[str, Any], small_images: bool, stem_stride: int, stem_padding: int) -> Any:
-    """Build a model of timm."""
+    """Build a model of timm, and add to `arguments` what it needs for any image size and for small images."""
     # Importing timm takes as long as importing torch, and commands that only read a configuration do not need it.
     import timm
 
+    def create() -> Any:
+        return timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+
     is_vit = name.startswith(("vit_", "deit"))
-    if is_vit:
-        arguments.setdefault("dynamic_img_size", True)  # for crops of several sizes
-        if small_images:
-            arguments.setdefault("patch_size", 4)
+    any_size = is_vit and "dynamic_img_size" not in arguments
+    if any_size:
+        arguments["dynamic_img_size"] = True  # for crops of several sizes
+    if is_vit and small_images:
+        arguments.setdefault("patch_size", 4)
     try:
-        backbone = timm.create_model(name, pretrained=False, num_classes=0, **arguments)
+        try:
+            backbone = create()
+        except TypeError as error:
+            # ViTs with relative positions (vit_relpos_*, vit_srelpos_*) have a fixed size and lack the argument.
+            if not any_size or "'dynamic_img_size'" not in str(error):
+                raise
+            del arguments["dynamic_img_size"]
+            backbone = create()
     except RuntimeError as error:
         raise ValueError(f"model.backbone: timm has no model {name!r} ({error})") from error
     except (TypeError, AssertionError) as error:  # timm asserts that the heads divide the width

@@ -140,6 +140,19 @@ def test_a_backbone_that_widens_its_features_after_pooling() -> None:
     assert encoder([torch.rand(2, 3, 64, 64)]).shape == (2, 16)
 
 
+@pytest.mark.parametrize("name", ["vit_relpos_small_patch16_224", "vit_srelpos_small_patch16_224"])
+def test_vits_of_a_fixed_size(name: str) -> None:
+    """timm's ViTs with relative positions do not take dynamic_img_size."""
+    arguments = {"depth": 1, "embed_dim": 32, "num_heads": 2, "img_size": 32}
+    encoder = Encoder(name, dim=16, small_images=True, backbone_args=arguments)
+    assert encoder([torch.rand(2, 3, 32, 32)]).shape == (2, 16)
+    assert encoder.backbone.patch_embed.patch_size == (4, 4)
+    with pytest.raises(ValueError, match=rf"{name} does not take .*'colour'"):
+        Encoder(name, backbone_args={"colour": "red"})
+    with pytest.raises(ValueError, match=rf"{name} does not take .*'dynamic_img_size'"):
+        Encoder(name, backbone_args={"dynamic_img_size": True})
+
+
 def test_unknown_backbone() -> None:
     with pytest.raises(ValueError, match=r"model\.backbone: timm has no model 'resnet19'"):
         Encoder("resnet19")

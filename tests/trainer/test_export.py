@@ -99,6 +99,33 @@ def test_timm(resnet18: Path, tmp_path: Path, images: Tensor) -> None:
     assert torch.equal(ours(again, images), ours(resnet18, images))
 
 
+@pytest.mark.parametrize(
+    ("backbone", "side", "small_images"),
+    [
+        ("vit_tiny_patch16_224", 64, False),  # as DINOv2's positions are for 518 pixels, and images have 224
+        ("vit_tiny_patch16_224", 64, True),
+        ("vit_pe_core_tiny_patch16_384", 64, True),  # another class than VisionTransformer
+        ("vit_relpos_small_patch16_224", SIDE, True),  # of a fixed size
+    ],
+)
+def test_vits_for_images_of_the_evaluated_size(
+    tmp_path: Path, images: Tensor, backbone: str, side: int, small_images: bool
+) -> None:
+    """The printed call has what the encoder adds to the arguments of the configuration."""
+    torch.manual_seed(0)
+    arguments = {"depth": 2, "embed_dim": 32, "num_heads": 2, "img_size": side}
+    patch_size = {"patch_size": 4} if small_images else {}
+    torch.save(timm.create_model(backbone, num_classes=0, **arguments, **patch_size).state_dict(), tmp_path / "a.pth")
+    given = [f"model.backbone_args={json.dumps(arguments)}", f"model.small_images={json.dumps(small_images)}"]
+    run = tmp_path / "run"
+    import_weights(tmp_path / "a.pth", run, backbone, [f"eval.size={SIDE}", "run.device=cpu", *given])
+    usage = export(run, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
+    (how,) = re.findall(r"timm\.create_model\(.*\)", usage)
+    check(eval(how, {"timm": timm}), run, images)
+    export(run, "huggingface", tmp_path / "folder", NEWEST, "unknown")
+    check(timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True), run, images)
+
+
 def test_torchvision(resnet18: Path, vit: Path, tmp_path: Path, images: Tensor) -> None:
     export(resnet18, "torchvision", tmp_path / "resnet.safetensors", NEWEST, "unknown")
     network = torchvision.models.resnet18()

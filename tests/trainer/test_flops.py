@@ -42,8 +42,20 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
         "NVIDIA A100-SXM4-80GB": 312e12,
         "NVIDIA H100 PCIe": 756e12,
         "NVIDIA H100 80GB HBM3": 989e12,
+        "NVIDIA H100 NVL": 835e12,
+        "NVIDIA H200": 989e12,
+        "NVIDIA GH200 480GB": 989e12,
+        "NVIDIA B200": 2250e12,
+        "NVIDIA GB200": 2500e12,
+        "Tesla V100-SXM2-32GB": 125e12,
+        "NVIDIA A40": 150e12,
+        "NVIDIA L4": 121e12,
+        "NVIDIA L40S": 362e12,
+        "NVIDIA L40": None,
+        "NVIDIA RTX A3000 Laptop GPU": None,
+        "NVIDIA RTX A4000": None,
         "Other": None,
     }
     for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
-        assert peak_flops(torch.device("cuda")) == flops
+        assert peak_flops(torch.device("cuda")) == flops, name

@@ -573,7 +573,7 @@ def test_children_of_lightly_s_generator_are_another_network(tmp_path: Path, ove
         import_weights(tmp_path / "a.ckpt", tmp_path / "run", "resnet18", overrides, NARROW)
 
 
-def convnext_of_its_authors(network: nn.Module) -> State:
+def convnext_of_its_authors(network: nn.Module, prefix: str = "backbone.") -> State:
     """Returns the names of facebookresearch/ConvNeXt, which solo-learn has too."""
     names = (
         (r"^stem\.(\d)", r"downsample_layers.0.\1"),
@@ -582,26 +582,84 @@ def convnext_of_its_authors(network: nn.Module) -> State:
         (r"\.conv_dw\.", ".dwconv."),
         (r"\.mlp\.fc(\d)\.", r".pwconv\1."),
         (r"^head\.norm\.", "norm."),
+        (r"^head\.fc\.", "head."),
     )
     state: State = {}
     for name, x in network.state_dict().items():
         for pattern, new in names:
             name = re.sub(pattern, new, name)
-        state[f"backbone.{name}"] = x
+        state[prefix + name] = x
     return state
 
 
+def swin_of_its_authors(network: nn.Module) -> State:
+    """Returns the names of microsoft/Swin-Transformer, whose stages end with the downsampling, and its buffers."""
+    state: State = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(16, 16, dtype=torch.long)}
+    for name, x in network.state_dict().items():
+        name = re.sub(r"^layers\.(\d)\.downsample\.", lambda match: f"layers.{int(match[1]) - 1}.downsample.", name)
+        state[name.replace("head.fc.", "head.")] = x
+    return state
+
+
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
+SWIN = {"embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2), "img_size": 64, "window_size": 2}
+
+
+def as_words(arguments: dict[str, Any]) -> list[str]:
+    """Returns the values of --backbone-args."""
+    return [f"{key}={json.dumps(value)}" for key, value in arguments.items()]
+
+
 def test_names_that_timm_converts_itself(tmp_path: Path) -> None:
-    arguments = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 16)}
-    network = timm.create_model("convnext_tiny", num_classes=0, **arguments)
+    network = timm.create_model("convnext_tiny", num_classes=0, **CONVNEXT)
     state = {**convnext_of_its_authors(network), "classifier.weight": torch.zeros(10, 16)}
     torch.save(
         {**LIGHTNING, "hyper_parameters": {"backbone": {"name": "convnext_tiny"}}, "state_dict": state},
         tmp_path / "a.ckpt",
     )
-    given = ["depths=[1, 1, 1, 1]", "dims=[8, 8, 8, 16]"]
-    import_weights(tmp_path / "a.ckpt", tmp_path / "run", None, ["run.device=cpu"], given)
+    import_weights(tmp_path / "a.ckpt", tmp_path / "run", None, ["run.device=cpu"], as_words(CONVNEXT))
     same(tmp_path / "run", network, side=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "rename"),
+    [
+        ("convnext_tiny", CONVNEXT, lambda network: convnext_of_its_authors(network, "")),
+        ("swin_tiny_patch4_window7_224", SWIN, swin_of_its_authors),
+    ],
+)
+def test_classifiers_of_files_that_timm_converts_itself(
+    tmp_path: Path, name: str, arguments: dict[str, Any], rename: Callable[[nn.Module], State]
+) -> None:
+    """The authors' own files have a classifier, which timm's converter renames to one that the encoder lacks."""
+    network = timm.create_model(name, num_classes=10, **arguments)
+    state = rename(network)
+    assert {"norm.weight", "head.weight", "head.bias"} <= state.keys()
+    torch.save({"model": state}, tmp_path / "a.pth")
+    summary = import_weights(tmp_path / "a.pth", tmp_path / "run", name, ["run.device=cpu"], as_words(arguments))
+    assert "left out: head.fc.weight, head.fc.bias (not of the encoder)" in summary
+    network.reset_classifier(0)
+    same(tmp_path / "run", network, side=64)
+
+
+def wrong_networks() -> dict[str, tuple[State, str, dict[str, Any]]]:
+    """Returns files of another network than the named one: the tensors, the name, and its arguments."""
+    deeper = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **SWIN | {"depths": (1, 1, 3, 1)})
+    linears = {"features.0.0.weight": torch.zeros(8, 3, 4, 4), "features.1.0.block.3.weight": torch.zeros(32, 8)}
+    return {
+        "torchvision's ConvNeXt": (linears | {"classifier.2.weight": torch.zeros(9, 16)}, "convnext_tiny", CONVNEXT),
+        "a ResNet": (renamed(narrow_resnet(1), "") | {"fc.weight": torch.zeros(9, 16)}, "convnext_tiny", CONVNEXT),
+        "a deeper Swin": (swin_of_its_authors(deeper), "swin_tiny_patch4_window7_224", SWIN),
+    }
+
+
+@pytest.mark.parametrize("case", ["torchvision's ConvNeXt", "a ResNet", "a deeper Swin"])
+def test_errors_of_timm_s_converter_end_in_the_names_that_differ(tmp_path: Path, case: str) -> None:
+    state, name, arguments = wrong_networks()[case]
+    torch.save(state, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=rf"is not of {name} as configured: .*missing: .*unknown: "):
+        import_weights(tmp_path / "a.pth", tmp_path / "run", name, [], as_words(arguments))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("key", ["weights", "my_encoder"])

@@ -373,6 +373,25 @@ def test_blocks_and_shards_train_and_go_on(tmp_path: Path, images: Path) -> None
     assert checksums(tmp_path / "cut") == checksums(tmp_path / "run")
 
 
+@pytest.mark.parametrize("backbone", ["vit_relpos_small_patch16_224", "swin_tiny_patch4_window7_224"])
+def test_images_of_other_sizes_than_the_backbone_takes(tmp_path: Path, images: Path, backbone: str) -> None:
+    small: dict[str, dict[str, Any]] = {
+        "vit_relpos_small_patch16_224": {"depth": 1, "embed_dim": 32, "num_heads": 2, "patch_size": 8},
+        "swin_tiny_patch4_window7_224": {"embed_dim": 8, "depths": [1, 1, 1, 1], "num_heads": [1, 1, 1, 1]},
+    }
+    arguments = small[backbone]
+    sections: dict[str, Any] = {"run": {"epochs": 1}, "bank": {"init": "random"}, "eval": {"knn_every": 0}}
+    model = {"backbone": backbone, "backbone_args": arguments}
+    message = rf"model\.backbone: {backbone} takes only images of 224 x 224 pixels, .* have 16; .*img_size: SIZE"
+    with pytest.raises(ValueError, match=message):
+        pretrain(small_config(tmp_path / "a", images, model=model, **sections))
+    model = {"backbone": backbone, "backbone_args": {**arguments, "img_size": 16}}
+    views = {"views": [{"size": 16}, {"size": 16}, {"size": 8}]}
+    with pytest.raises(ValueError, match=r"takes only images of 16 x 16 pixels, .* have 8, 16; "):
+        pretrain(small_config(tmp_path / "b", images, model=model, data=views, **sections))
+    pretrain(small_config(tmp_path / "c", images, model=model, **sections))
+
+
 def test_a_truncated_checkpoint_is_skipped_for_the_one_before(
     tmp_path: Path, images: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -46,9 +46,13 @@ TOLERANCE = 1e-4  # relative to the largest feature; the order of summation diff
 
 
 class Export(NamedTuple):
-    """A network to export, in evaluation mode, and its origin. `size` is the side of its images in pixels."""
+    """A network to export, in evaluation mode, and its origin.
+
+    `arguments` are those that timm.create_model built it with. `size` is the side of its images in pixels.
+    """
 
     network: Any
+    arguments: dict[str, Any]
     config: Config
     size: int
     run: Path
@@ -65,7 +69,7 @@ class Export(NamedTuple):
     @property
     def small_resnet(self) -> bool:
         """True for a ResNet with a stem for small images, which no other program has."""
-        return self.config.model.small_images and not isinstance(self.network, VisionTransformer)
+        return self.config.model.small_images and hasattr(self.network, "conv1")
 
     def weights(self) -> dict[str, Tensor]:
         """Returns parameters and buffers by timm's names."""
@@ -105,7 +109,9 @@ def export(run: Path, to: Format, out: Path, choice: CheckpointChoice, licence: 
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.{os.getpid()}")
     try:
-        usage = WRITERS[to](Export(network, config, size, run, choice, step, out, licence), partial)
+        usage = WRITERS[to](
+            Export(network, encoder.backbone_args, config, size, run, choice, step, out, licence), partial
+        )
         os.rename(partial, out)
     except (OSError, SafetensorError) as error:
         cause = as_os_error(error, out) if isinstance(error, SafetensorError) else error
@@ -125,11 +131,10 @@ def write_timm(export: Export, path: Path) -> str:
     path.write_bytes(save(export.weights(), {"format": "pt"}))
     model = export.config.model
     if export.small_resnet:
-        call = _call_in_timm(model.backbone, model.backbone_args)
+        call = _call_in_timm(model.backbone, export.arguments)
         conv = f"nn.Conv2d(3, conv1.out_channels, 3, {model.stem_stride}, padding={model.stem_padding}, bias=False)"
         return f"{call} once its conv1 is {conv} and its maxpool nn.Identity()"
-    arguments = {**({"patch_size": 4} if model.small_images else {}), **model.backbone_args}
-    return _call_in_timm(model.backbone, {**arguments, "checkpoint_path": str(export.out)})
+    return _call_in_timm(model.backbone, {**export.arguments, "checkpoint_path": str(export.out)})
 
 
 def _call_in_timm(name: str, arguments: dict[str, Any]) -> str:

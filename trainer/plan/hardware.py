@@ -1,6 +1,7 @@
 """GPUs, networks and clusters: the one table of their constants. docs/plan.md lists the sources."""
 
 import math
+import re
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ class Gpu(NamedTuple):
     """Peak rates and memory of a GPU.
 
     Attributes:
-        name: The model, which is a part of the name that CUDA reports, and the variant.
+        name: The model, which is a word of the name that CUDA reports, and the variant.
         flops: Dense matrix products on tensor cores, in FLOP/s by input type ("bfloat16", "float16" or "tf32").
         fp32_flops: FLOP/s without tensor cores.
         exponentials: Exponentials per second on the special function units.
@@ -58,8 +59,9 @@ GPUS = {
 }
 # Placeholder rates: the planner uses only ratios of them, which `--calibrate` turns into times.
 CPU = Gpu("CPU", {}, fp32_flops=100e9, exponentials=1e9, bandwidth=20e9, memory=2**62, nvlink=5e9)
-# GPUs of which only the FLOP/s of bf16 products are needed, by a part of the name that CUDA reports (datasheets).
+# GPUs of which only the FLOP/s of bf16 products are needed, by words of the name that CUDA reports (datasheets).
 _OTHER_PEAKS = {
+    "GB200": 2500e12,
     "B200": 2250e12,
     "GH200": 989e12,
     "H100 PCIe": 756e12,
@@ -77,7 +79,8 @@ def peak_flops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     peaks = {**_OTHER_PEAKS, **{gpu.model: max(gpu.flops.values()) for gpu in GPUS.values()}}
-    return next((flops for part, flops in peaks.items() if part in name), None)
+    # Only whole words count: "NVIDIA L40" contains L4, and "NVIDIA RTX A4000" contains A40.
+    return next((flops for words, flops in peaks.items() if re.search(rf"\b{words}\b", name)), None)
 
 
 class Network(NamedTuple):

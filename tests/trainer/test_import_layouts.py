@@ -642,6 +642,22 @@ def test_classifiers_of_files_that_timm_converts_itself(
     same(tmp_path / "run", network, side=64)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("beit_base_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64}),
+        ("vit_small_patch16_dinov3", {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 64}),
+    ],
+)
+def test_layer_scale_that_timm_calls_gamma(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
+    """In DeiT III's file it has the same name, but timm's ViT calls it ls1.gamma."""
+    network = timm.create_model(name, num_classes=0, **arguments)
+    assert "blocks.0.gamma_1" in network.state_dict()
+    save_file(network.state_dict(), tmp_path / "model.safetensors")
+    import_weights(tmp_path / "model.safetensors", tmp_path / "run", name, ["run.device=cpu"], as_words(arguments))
+    same(tmp_path / "run", network, side=64)
+
+
 def wrong_networks() -> dict[str, tuple[State, str, dict[str, Any]]]:
     """Returns files of another network than the named one: the tensors, the name, and its arguments."""
     deeper = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, **SWIN | {"depths": (1, 1, 3, 1)})

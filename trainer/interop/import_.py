@@ -5,6 +5,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -288,6 +289,9 @@ def _convert_by_timm(tensors: Tensors, config: Config, expected: Tensors) -> Ten
     with torch.device("meta"):
         model = build_encoder(config).backbone
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if "backbone.blocks.0.gamma_1" in expected:  # BEiT and EVA, whose files look like those of DeiT III, a plain ViT
+        tensors = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): x for name, x in tensors.items()}
+        backbone = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): x for name, x in backbone.items()}
     missing = {name for name in expected if name.startswith("backbone.")} - tensors.keys()
     if not missing or convert is None or isinstance(model, VisionTransformer):
         return tensors

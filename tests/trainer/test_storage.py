@@ -443,7 +443,7 @@ FAKE_SLURM = {
         source ./training
     """,
     "squeue": "echo RUNNING",
-    "scontrol": 'echo "$*" >> requeued',
+    "scontrol": 'echo "$*" >> "${REQUEUED:-requeued}"',
 }
 # Ask the job's script for a stop and fail once it has passed that on, by the file that it makes.
 ASK = "rm -f run/stop; kill -USR1 $(ps -o ppid= -p $PPID); until [ -e run/stop ]; do sleep 0.05; done; exit 1"
@@ -451,7 +451,7 @@ ASK = "rm -f run/stop; kill -USR1 $(ps -o ppid= -p $PPID); until [ -e run/stop ]
 
 def run_job(tmp_path: Path, training: str, starts: int = 3, **variables: str) -> tuple[list[int], str]:
     """Run slurm/run.sh that many times; returns the exit codes and the log."""
-    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin").mkdir(exist_ok=True)
     for name, text in FAKE_SLURM.items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
@@ -474,7 +474,8 @@ def run_job(tmp_path: Path, training: str, starts: int = 3, **variables: str) ->
     }
     codes = []
     with (tmp_path / "log").open("w") as log:
-        for _ in range(starts):
+        for start in range(starts):
+            environment["SLURM_RESTART_COUNT"] = str(start)
             line = ["bash", "job/code/slurm/run.sh", "job"]
             job_script = subprocess.Popen(
                 line, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -504,6 +505,41 @@ def test_a_crash_before_training_begins_is_a_failure(tmp_path: Path) -> None:
     codes, log = run_job(tmp_path, "exit 3")
     assert codes == [0, 0, 1], log
     assert "giving up: training failed with exit code 3; 3 starts in a row without a new checkpoint" in log
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_job_on_a_full_disk_is_requeued(tmp_path: Path, asked: bool) -> None:
+    """Its log, the counter of failures and the file that asks for a stop are on that disk."""
+    training = f"""
+        rm -f run/stopped.json
+        cat /dev/zero > ballast; tr '\\0' ' ' < /dev/zero  # tr fills the last block of the log
+        {ASK if asked else "exit 1"}
+    """
+    with small_disk(tmp_path / "disk", kib=512) as disk:
+        codes, log = run_job(disk, training, REQUEUED=f"{tmp_path}/requeued")
+        assert shutil.disk_usage(disk).free == 0
+    assert codes == [0, 0, 1], log
+    assert (tmp_path / "requeued").read_text().count("requeue 7") == 2
+
+
+def test_the_stop_of_a_job_on_a_full_disk_does_not_stop_its_next_start(tmp_path: Path) -> None:
+    """The ranks fail before they have seen the file, so that it is still there."""
+    training = f"""
+        ls run > {tmp_path}/files
+        [[ $SLURM_RESTART_COUNT != 0 ]] && exit
+        cat /dev/zero > ballast 2>/dev/null; {ASK}
+    """
+    with small_disk(tmp_path / "disk", kib=512) as disk:
+        run_job(disk, training, starts=2)
+    assert (tmp_path / "files").read_text() == "stopped.json\n"
+
+
+def test_failures_that_cannot_be_counted_end(tmp_path: Path) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "ln").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "bin" / "ln").chmod(0o755)
+    codes, log = run_job(tmp_path, "exit 3")
+    assert codes == [0, 0, 1], log
 
 
 def test_fine_tuning_makes_progress_in_the_directories_of_its_seeds(tmp_path: Path) -> None:

@@ -56,7 +56,9 @@ newest_step() { # of the checkpoints, 0 if there is none; of fine-tuning, the su
     local total=0 step folder path
     for folder in "$run_dir" "$run_dir"/seed-*; do
         step=0
-        for path in "$folder"/checkpoints/step-*; do [[ ! -d $path ]] || step=$((10#${path##*-})); done
+        for path in "$folder"/checkpoints/step-*; do # a user may have renamed some
+            if [[ -d $path && $path =~ /step-([0-9]+)$ ]]; then step=$((10#${BASH_REMATCH[1]})); fi
+        done
         total=$((total + step))
     done
     echo "$total"

@@ -542,6 +542,14 @@ def test_failures_that_cannot_be_counted_end(tmp_path: Path) -> None:
     assert codes == [0, 0, 1], log
 
 
+def test_checkpoints_that_a_user_renamed_do_not_count(tmp_path: Path) -> None:
+    names = ("step-00000090", "step-00000095.bak", "step-00000095-good", "step-best")
+    training = f"cd run; mkdir -p checkpoints/{{{','.join(names)}}}; rm stopped.json; exit 1"
+    codes, log = run_job(tmp_path, training, MAX_FAILURES="4")
+    assert codes == [0, 0, 0], log
+    assert "requeued: training failed with exit code 1, 3 of 4 without a new checkpoint (newest: step 90)" in log
+
+
 def test_fine_tuning_makes_progress_in_the_directories_of_its_seeds(tmp_path: Path) -> None:
     """Each start fails after a checkpoint of the next seed, whose steps begin at 1 again."""
     training = """

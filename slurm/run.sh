@@ -12,6 +12,7 @@ job=$1
 shift
 MAX_FAILURES=${MAX_FAILURES:-3}
 STOP_SECONDS=${STOP_SECONDS:-240} # after which a job that was asked to stop and has not is requeued as it is
+ANSWER_SECONDS=${ANSWER_SECONDS:-300} # for which SLURM, which may be restarting, is asked again if it does not answer
 
 # shellcheck source=slurm/launch.sh
 source "$job/code/slurm/launch.sh"
@@ -30,7 +31,12 @@ await() { # COMMAND…: as it stands, but signals are handled meanwhile
 this_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 
 back_to_queue() { # a job that was cancelled meanwhile is not running any more, and requeueing would bring it back
-    [[ $(squeue --noheader --jobs="$this_job" --format=%T) == RUNNING ]] && scontrol requeue "$this_job"
+    local answer end=$((SECONDS + ANSWER_SECONDS))
+    until answer=$(squeue --noheader --jobs="$this_job" --Format=State,Requeue) &&
+        { [[ $answer =~ ^RUNNING\ +1 ]] || return 1; } && scontrol requeue "$this_job"; do
+        ((SECONDS < end)) || return 1
+        sleep 5
+    done
 }
 
 requeue() { # REASON

@@ -442,17 +442,19 @@ FAKE_SLURM = {
         case "$*" in *" config "*) echo run && exit ;; esac
         source ./training
     """,
-    "squeue": "echo RUNNING",
+    "squeue": "echo RUNNING 1",
     "scontrol": 'echo "$*" >> "${REQUEUED:-requeued}"',
 }
 # Ask the job's script for a stop and fail once it has passed that on, by the file that it makes.
 ASK = "rm -f run/stop; kill -USR1 $(ps -o ppid= -p $PPID); until [ -e run/stop ]; do sleep 0.05; done; exit 1"
 
 
-def run_job(tmp_path: Path, training: str, starts: int = 3, **variables: str) -> tuple[list[int], str]:
-    """Run slurm/run.sh that many times; returns the exit codes and the log."""
-    (tmp_path / "bin").mkdir(exist_ok=True)
-    for name, text in FAKE_SLURM.items():
+def run_job(
+    tmp_path: Path, training: str, starts: int = 3, commands: dict[str, str] | None = None, **variables: str
+) -> tuple[list[int], str]:
+    """Run slurm/run.sh that many times, with further or other fake commands; returns the exit codes and the log."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (FAKE_SLURM | (commands or {})).items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "training").write_text(training)
@@ -535,10 +537,7 @@ def test_the_stop_of_a_job_on_a_full_disk_does_not_stop_its_next_start(tmp_path:
 
 
 def test_failures_that_cannot_be_counted_end(tmp_path: Path) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "ln").write_text("#!/bin/sh\nexit 1\n")
-    (tmp_path / "bin" / "ln").chmod(0o755)
-    codes, log = run_job(tmp_path, "exit 3")
+    codes, log = run_job(tmp_path, "exit 3", commands={"ln": "exit 1"})
     assert codes == [0, 0, 1], log
 
 
@@ -548,6 +547,38 @@ def test_checkpoints_that_a_user_renamed_do_not_count(tmp_path: Path) -> None:
     codes, log = run_job(tmp_path, training, MAX_FAILURES="4")
     assert codes == [0, 0, 0], log
     assert "requeued: training failed with exit code 1, 3 of 4 without a new checkpoint (newest: step 90)" in log
+
+
+def fails_at_first(times: int, name: str, text: str) -> str:
+    """Return a command that SLURM does not answer at its first calls."""
+    return f"""
+        echo >> {name}-calls
+        (($(wc -l < {name}-calls) > {times})) || {{ echo "Socket timed out on send/recv operation" >&2; exit 1; }}
+        {text}
+    """
+
+
+def test_a_job_is_requeued_when_slurm_answers_again(tmp_path: Path) -> None:
+    commands = {name: fails_at_first(2, name, FAKE_SLURM[name]) for name in ("squeue", "scontrol")}
+    codes, log = run_job(tmp_path, "exit 3", starts=1, commands=commands | {"sleep": "exec /bin/sleep 0.1"})
+    assert codes == [0], log
+    assert "slurm: requeued: training failed with exit code 3" in log
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("answer", ["COMPLETING 1", "RUNNING 0", ""])
+def test_a_job_is_not_requeued_if_slurm_says_that_it_was_cancelled_or_may_not_be(tmp_path: Path, answer: str) -> None:
+    codes, log = run_job(tmp_path, "exit 3", starts=1, commands={"squeue": f"echo {answer}"})
+    assert codes == [1], log
+    assert "slurm: not requeued: training failed with exit code 3" in log
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_gives_up_if_slurm_never_answers(tmp_path: Path) -> None:
+    commands = {"squeue": "exit 1", "sleep": "exec /bin/sleep 0.1"}
+    codes, log = run_job(tmp_path, "exit 3", starts=1, commands=commands, ANSWER_SECONDS="1")
+    assert codes == [1], log
+    assert "slurm: not requeued: training failed with exit code 3" in log
 
 
 def test_fine_tuning_makes_progress_in_the_directories_of_its_seeds(tmp_path: Path) -> None:

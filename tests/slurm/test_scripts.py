@@ -71,3 +71,50 @@ def test_a_job_that_cannot_copy_its_code_does_not_start(tmp_path: Path, wrong: d
     done = run(tmp_path, environment | {"SLURM_SUBMIT_DIR": str(tmp_path)}, "bash", "bin/slurm_script")
     assert done.returncode == 1, done.stderr
     assert not (tmp_path / "started").exists()
+
+
+# Each host does what the file `doctor` or `pretrain` says. `interrupt` is Ctrl-C in the terminal of the script.
+FAKE_HOSTS = {
+    "python": "echo runs/small",
+    "ssh": """
+        interrupt() { kill -INT $PPID; sleep 0.5; }
+        case "$*" in *" doctor "*) source ./doctor ;; *) source ./pretrain ;; esac
+    """,
+}
+WAIT = "until [[ -e runs/small/stop ]]; do sleep 0.05; done"
+
+
+def train_over_ssh(site: Path, doctor: str, pretrain: str) -> tuple[int, str]:
+    """Returns the exit code of slurm/ssh.sh and what the hosts wrote to the file `out`."""
+    environment = make_site(site, FAKE_HOSTS)
+    (site / "doctor").write_text(doctor)
+    (site / "pretrain").write_text(pretrain)
+    (site / "hosts").write_text("n1\n")
+    done = run(site, environment, "slurm/ssh.sh", "hosts", "configs/small.yaml")
+    return done.returncode, (site / "out").read_text() if (site / "out").exists() else ""
+
+
+def test_an_interrupt_of_the_preflight_does_not_stop_the_next_run(tmp_path: Path) -> None:
+    assert train_over_ssh(tmp_path, "interrupt", "echo trained >> out") == (0, "")
+    assert not (tmp_path / "runs" / "small" / "stop").exists()
+
+
+def test_an_interrupt_makes_the_ranks_save_and_stop(tmp_path: Path) -> None:
+    pretrain = f"interrupt; {WAIT}; rm runs/small/stop; echo saved >> out"
+    assert train_over_ssh(tmp_path, "true", pretrain) == (0, "saved\n")
+    assert not (tmp_path / "runs" / "small" / "stop").exists()
+
+
+def test_a_second_interrupt_does_not_stop_the_next_run(tmp_path: Path) -> None:
+    """It comes when the ranks have deleted the file and are saving."""
+    pretrain = f"interrupt; {WAIT}; rm runs/small/stop; interrupt; {WAIT}; echo saved >> out"
+    assert train_over_ssh(tmp_path, "true", pretrain) == (0, "saved\n")
+    assert not (tmp_path / "runs" / "small" / "stop").exists()
+
+
+def test_a_stop_of_the_user_stays(tmp_path: Path) -> None:
+    """Nothing was trained that could have seen it."""
+    (tmp_path / "runs" / "small").mkdir(parents=True)
+    (tmp_path / "runs" / "small" / "stop").touch()
+    assert train_over_ssh(tmp_path, "interrupt", "true") == (0, "")
+    assert (tmp_path / "runs" / "small" / "stop").exists()

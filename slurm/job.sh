@@ -7,25 +7,36 @@
 # All nodes, restarts and tasks of an array use the copy in runs/slurm/JOB/code. Later edits affect only later jobs.
 set -euo pipefail
 
-snapshot() { # into runs/slurm/$1
-    local new=runs/slurm/.$1.$$
-    [[ -f $CONFIG ]] || { echo "error: CONFIG=$CONFIG: no such file in $PWD" >&2 && exit 1; }
+check_files() {
+    local name
+    for name in CONFIG ${SWEEP:+SWEEP}; do
+        [[ -f ${!name} ]] || { echo "error: $name=${!name}: no such file in $PWD" >&2 && exit 1; }
+    done
+}
+
+snapshot() { # into runs/slurm/$1; not in a condition, in which bash would go on after an error
+    new=runs/slurm/.$1.$$
+    check_files
     mkdir -p "$new/configs"
     cp -rp trainer models data kernels slurm "$new"
     cp -p "$(dirname "$CONFIG")"/*.yaml "$new/configs" # all of them, because a file may extend another
     if [[ -n ${SWEEP:-} ]]; then cp "$SWEEP" "$new/sweep"; fi
     mkdir -p "runs/slurm/$1"
     mv -T "$new" "runs/slurm/$1/code" 2>/dev/null || rm -rf "$new" # another task of the array has already copied
+    [[ -d runs/slurm/$1/code ]]
 }
 
 if [[ ${0##*/} != slurm_script ]]; then # SLURM's name of its copy; SLURM_JOB_ID is also set in a shell of salloc
     for name in "${!SLURM_@}"; do [[ $name == SLURM_CONF ]] || unset "$name"; done # sbatch would take them as options
     options=()
     while (($#)) && [[ ! $1 =~ ^[a-z_]+\.[a-z_.]+= ]]; do options+=("$1") && shift; done
+    check_files
     id=$(sbatch --parsable --hold "${options[@]}" "slurm/${0##*/}" "$@")
     id=${id%%;*}
-    snapshot "$id" || { scancel "$id" && exit 1; }
+    trap 'scancel "$id"; rm -rf "${new:-}"; echo "error: job $id could not be prepared: cancelled" >&2' EXIT
+    snapshot "$id"
     scontrol release "$id"
+    trap - EXIT
     echo "Submitted batch job $id, code and configuration as they are now"
     exit
 fi

@@ -14,7 +14,7 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > ranks ? SRUN_CPUS_PER_TASK / ranks : 1))}
 port=$((10000 + (SLURM_JOB_ID + 8191 * restarts) % 20000))
 
-say() { echo "$(date '+%F %T') slurm: $*"; }
+say() { echo "$(date '+%F %T') slurm: $*" || true; } # a log on a full disk must not end the job
 
 launch() { # VERB ARGUMENT…: runs python -m trainer on every rank
     srun --kill-on-bad-exit=1 "${srun_options[@]}" "${container[@]}" \

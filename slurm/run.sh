@@ -12,6 +12,7 @@ job=$1
 shift
 MAX_FAILURES=${MAX_FAILURES:-3}
 STOP_SECONDS=${STOP_SECONDS:-240} # after which a job that was asked to stop and has not is requeued as it is
+ANSWER_SECONDS=${ANSWER_SECONDS:-300} # for which SLURM, which may be restarting, is asked again if it does not answer
 
 # shellcheck source=slurm/launch.sh
 source "$job/code/slurm/launch.sh"
@@ -30,7 +31,12 @@ await() { # COMMAND…: as it stands, but signals are handled meanwhile
 this_job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 
 back_to_queue() { # a job that was cancelled meanwhile is not running any more, and requeueing would bring it back
-    [[ $(squeue --noheader --jobs="$this_job" --format=%T) == RUNNING ]] && scontrol requeue "$this_job"
+    local answer end=$((SECONDS + ANSWER_SECONDS))
+    until answer=$(squeue --noheader --jobs="$this_job" --Format=State,Requeue) &&
+        { [[ $answer =~ ^RUNNING\ +1 ]] || return 1; } && scontrol requeue "$this_job"; do
+        ((SECONDS < end)) || return 1
+        sleep 5
+    done
 }
 
 requeue() { # REASON
@@ -45,7 +51,10 @@ requeue() { # REASON
 ask_to_stop() { # SIGNAL
     asked=$1
     say "$1: asking all ranks to save and stop"
-    if [[ -n $run_dir ]]; then mkdir -p "$run_dir" && echo "job $SLURM_JOB_ID" >"$run_dir/stop"; fi
+    if [[ -n $run_dir ]]; then
+        # An empty file fits on a full disk. Its date, 1970, tells the next start that it is not a user's.
+        { mkdir -p "$run_dir" && touch -d @0 "$run_dir/stop"; } || say "$run_dir/stop could not be written"
+    fi
     { sleep "$STOP_SECONDS" && back_to_queue; } &
 }
 
@@ -53,19 +62,21 @@ newest_step() { # of the checkpoints, 0 if there is none; of fine-tuning, the su
     local total=0 step folder path
     for folder in "$run_dir" "$run_dir"/seed-*; do
         step=0
-        for path in "$folder"/checkpoints/step-*; do [[ ! -d $path ]] || step=$((10#${path##*-})); done
+        for path in "$folder"/checkpoints/step-*; do # a user may have renamed some
+            if [[ -d $path && $path =~ /step-([0-9]+)$ ]]; then step=$((10#${BASH_REMATCH[1]})); fi
+        done
         total=$((total + step))
     done
     echo "$total"
 }
 
 failed() { # WHAT; a stop that could not save counts as well, or a full disk would requeue the job for ever
-    local step failures=0 at=0
+    local step count failures
     step=$(newest_step)
-    if [[ -f $state/failures ]]; then read -r failures at <"$state/failures"; fi
-    if ((step > at)); then failures=0; fi
-    failures=$((failures + 1))
-    echo "$failures $step" >"$state/failures"
+    count=$(readlink "$state/failures") || count="0 0" # failures in a row, and the newest step at the last of them
+    failures=$((step > ${count#* } ? 1 : ${count% *} + 1))
+    # A link holds its text even if the disk is full. If it cannot be written either, every start counts as a failure.
+    ln -sfn "$failures $step" "$state/failures" || failures=$((restarts + 1))
     if ((failures >= MAX_FAILURES)); then
         say "giving up: $1; $failures starts in a row without a new checkpoint (newest: step $step)"
         exit 1
@@ -125,7 +136,7 @@ fi
 
 say "start $restarts of job $SLURM_JOB_ID: $SLURM_NNODES nodes ($SLURM_JOB_NODELIST) x $ranks ranks, $run_dir"
 say "code and configuration of $(date -r "$job/code" '+%F %T'), in $job/code"
-if grep -qs '^job ' "$run_dir/stop"; then rm "$run_dir/stop"; fi # of an earlier start
+if [[ $(stat -c %Y "$run_dir/stop" 2>/dev/null) == 0 ]]; then rm "$run_dir/stop"; fi # of an earlier start
 rm -f "$run_dir/stopped.json" "$state/bad-nodes"
 
 if declare -F stage >/dev/null; then
@@ -142,7 +153,7 @@ fi
 [[ -z $asked ]] || requeue "asked to stop by $asked before training"
 # Training deletes this file when it begins. Until then there is nothing to save, and a stop is no failure.
 not_begun='{"reason": "not begun"}'
-mkdir -p "$run_dir" && echo "$not_begun" >"$run_dir/stopped.json"
+{ mkdir -p "$run_dir" && echo "$not_begun" >"$run_dir/stopped.json"; } || interrupted "$run_dir could not be written"
 status=0
 await launch "${work[@]}" "${settings[@]}" || status=$?
 

@@ -31,7 +31,18 @@ everywhere() { # VERB ARGUMENT…: runs python -m trainer on all hosts; the firs
     done
 }
 
+ask_to_stop() {
+    asked=1
+    [[ -n $training ]] || return 0 # the preflight does not read the file, which would stop the next run
+    stop=$run_dir/stop
+    { mkdir -p "$run_dir" && touch "$stop"; } || echo "error: $stop could not be written" >&2
+}
+
 asked=
-trap 'asked=1; mkdir -p "$run_dir" && touch "$run_dir/stop"' INT TERM
+training=
+stop= # set if this script has written the file, which the ranks may not read any more
+trap ask_to_stop INT TERM
+trap 'trap "" INT TERM; rm -f "$stop"' EXIT
 everywhere doctor "$@"
+training=1
 [[ -n $asked ]] || everywhere pretrain "$@"

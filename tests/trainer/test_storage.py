@@ -442,17 +442,19 @@ FAKE_SLURM = {
         case "$*" in *" config "*) echo run && exit ;; esac
         source ./training
     """,
-    "squeue": "echo RUNNING",
-    "scontrol": 'echo "$*" >> requeued',
+    "squeue": "echo RUNNING 1",
+    "scontrol": 'echo "$*" >> "${REQUEUED:-requeued}"',
 }
 # Ask the job's script for a stop and fail once it has passed that on, by the file that it makes.
 ASK = "rm -f run/stop; kill -USR1 $(ps -o ppid= -p $PPID); until [ -e run/stop ]; do sleep 0.05; done; exit 1"
 
 
-def run_job(tmp_path: Path, training: str, starts: int = 3, **variables: str) -> tuple[list[int], str]:
-    """Run slurm/run.sh that many times; returns the exit codes and the log."""
+def run_job(
+    tmp_path: Path, training: str, starts: int = 3, commands: dict[str, str] | None = None, **variables: str
+) -> tuple[list[int], str]:
+    """Run slurm/run.sh that many times, with further or other fake commands; returns the exit codes and the log."""
     (tmp_path / "bin").mkdir()
-    for name, text in FAKE_SLURM.items():
+    for name, text in (FAKE_SLURM | (commands or {})).items():
         (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "training").write_text(training)
@@ -474,7 +476,8 @@ def run_job(tmp_path: Path, training: str, starts: int = 3, **variables: str) ->
     }
     codes = []
     with (tmp_path / "log").open("w") as log:
-        for _ in range(starts):
+        for start in range(starts):
+            environment["SLURM_RESTART_COUNT"] = str(start)
             line = ["bash", "job/code/slurm/run.sh", "job"]
             job_script = subprocess.Popen(
                 line, cwd=tmp_path, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
@@ -504,6 +507,78 @@ def test_a_crash_before_training_begins_is_a_failure(tmp_path: Path) -> None:
     codes, log = run_job(tmp_path, "exit 3")
     assert codes == [0, 0, 1], log
     assert "giving up: training failed with exit code 3; 3 starts in a row without a new checkpoint" in log
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_a_job_on_a_full_disk_is_requeued(tmp_path: Path, asked: bool) -> None:
+    """Its log, the counter of failures and the file that asks for a stop are on that disk."""
+    training = f"""
+        rm -f run/stopped.json
+        cat /dev/zero > ballast; tr '\\0' ' ' < /dev/zero  # tr fills the last block of the log
+        {ASK if asked else "exit 1"}
+    """
+    with small_disk(tmp_path / "disk", kib=512) as disk:
+        codes, log = run_job(disk, training, REQUEUED=f"{tmp_path}/requeued")
+        assert shutil.disk_usage(disk).free == 0
+    assert codes == [0, 0, 1], log
+    assert (tmp_path / "requeued").read_text().count("requeue 7") == 2
+
+
+def test_the_stop_of_a_job_on_a_full_disk_does_not_stop_its_next_start(tmp_path: Path) -> None:
+    """The ranks fail before they have seen the file, so that it is still there."""
+    training = f"""
+        ls run > {tmp_path}/files
+        [[ $SLURM_RESTART_COUNT != 0 ]] && exit
+        cat /dev/zero > ballast 2>/dev/null; {ASK}
+    """
+    with small_disk(tmp_path / "disk", kib=512) as disk:
+        run_job(disk, training, starts=2)
+    assert (tmp_path / "files").read_text() == "stopped.json\n"
+
+
+def test_failures_that_cannot_be_counted_end(tmp_path: Path) -> None:
+    codes, log = run_job(tmp_path, "exit 3", commands={"ln": "exit 1"})
+    assert codes == [0, 0, 1], log
+
+
+def test_checkpoints_that_a_user_renamed_do_not_count(tmp_path: Path) -> None:
+    names = ("step-00000090", "step-00000095.bak", "step-00000095-good", "step-best")
+    training = f"cd run; mkdir -p checkpoints/{{{','.join(names)}}}; rm stopped.json; exit 1"
+    codes, log = run_job(tmp_path, training, MAX_FAILURES="4")
+    assert codes == [0, 0, 0], log
+    assert "requeued: training failed with exit code 1, 3 of 4 without a new checkpoint (newest: step 90)" in log
+
+
+def fails_at_first(times: int, name: str, text: str) -> str:
+    """Return a command that SLURM does not answer at its first calls."""
+    return f"""
+        echo >> {name}-calls
+        (($(wc -l < {name}-calls) > {times})) || {{ echo "Socket timed out on send/recv operation" >&2; exit 1; }}
+        {text}
+    """
+
+
+def test_a_job_is_requeued_when_slurm_answers_again(tmp_path: Path) -> None:
+    commands = {name: fails_at_first(2, name, FAKE_SLURM[name]) for name in ("squeue", "scontrol")}
+    codes, log = run_job(tmp_path, "exit 3", starts=1, commands=commands | {"sleep": "exec /bin/sleep 0.1"})
+    assert codes == [0], log
+    assert "slurm: requeued: training failed with exit code 3" in log
+    assert (tmp_path / "requeued").read_text() == "requeue 7\n"
+
+
+@pytest.mark.parametrize("answer", ["COMPLETING 1", "RUNNING 0", ""])
+def test_a_job_is_not_requeued_if_slurm_says_that_it_was_cancelled_or_may_not_be(tmp_path: Path, answer: str) -> None:
+    codes, log = run_job(tmp_path, "exit 3", starts=1, commands={"squeue": f"echo {answer}"})
+    assert codes == [1], log
+    assert "slurm: not requeued: training failed with exit code 3" in log
+    assert not (tmp_path / "requeued").exists()
+
+
+def test_a_job_gives_up_if_slurm_never_answers(tmp_path: Path) -> None:
+    commands = {"squeue": "exit 1", "sleep": "exec /bin/sleep 0.1"}
+    codes, log = run_job(tmp_path, "exit 3", starts=1, commands=commands, ANSWER_SECONDS="1")
+    assert codes == [1], log
+    assert "slurm: not requeued: training failed with exit code 3" in log
 
 
 def test_fine_tuning_makes_progress_in_the_directories_of_its_seeds(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Trackers: rows in the formats of TensorBoard, Weights & Biases and Prometheus."""
 
+import re
 import resource
 import struct
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,14 +12,16 @@ import pytest
 import wandb
 from prometheus_client.parser import text_string_to_metric_families
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
-from tests.trainer.small import small_config
+from tests.trainer.small import PYTHON, small_config
 from trainer.config import MonitorSettings
 from trainer.config_file import dump
 from trainer.run.console import curve
 from trainer.run.metrics import MetricsLogger
 from trainer.run.results import read_rows
 
+ROOT = Path(__file__).parents[2]
 ROW = {
     "epoch": 1,
     "images": 640,
@@ -89,11 +93,11 @@ def records(path: Path) -> Iterator[bytes]:
 
 
 def wandb_rows(folder: Path, count: int) -> list[dict[str, str]]:
-    """Read the history from the files of offline runs; waits until W&B's own process has written `count` rows."""
+    """Read the history from the files of runs; waits until W&B's own process has written `count` rows."""
     end = time.monotonic() + 30
     while True:
         rows = []
-        for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for path in sorted(folder.glob("wandb/*run-*/*.wandb")):
             for data in records(path):
                 record = Record.FromString(data)
                 if record.HasField("history"):
@@ -132,6 +136,112 @@ def test_without_a_network_training_goes_on(
     record(tmp_path, 0, MonitorSettings(wandb="project"), 10)
     assert "Weights & Biases is not available: timed out" in caplog.text
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10]
+
+
+class FakeRun:
+    """A run of W&B whose method `failing` raises `error`."""
+
+    def __init__(self, failing: str, error: Exception) -> None:
+        self.failing, self.error = failing, error
+
+    def define_metric(self, *_: object, **__: object) -> None:
+        self.fail_in("define_metric")
+
+    def log(self, _: object) -> None:
+        self.fail_in("log")
+
+    def finish(self) -> None:
+        self.fail_in("finish")
+
+    def fail_in(self, method: str) -> None:
+        if method == self.failing:
+            raise self.error
+
+
+@pytest.mark.parametrize(
+    ("failing", "error", "warning"),
+    [
+        ("define_metric", MailboxClosedError(), "Weights & Biases is not available: MailboxClosedError"),
+        ("log", wandb.Error("gone"), "Weights & Biases gets no more rows until the next start: gone"),
+        ("log", ConnectionResetError("lost"), "Weights & Biases gets no more rows until the next start: lost"),
+        ("finish", TimeoutError("late"), "the last rows were not written to Weights & Biases: late"),
+        ("finish", MailboxClosedError(), "the last rows were not written to Weights & Biases: MailboxClosedError"),
+        ("finish", HandleAbandonedError(), "the last rows were not written to Weights & Biases: HandleAbandonedError"),
+    ],
+)
+def test_errors_of_weights_and_biases_are_warnings(
+    tmp_path: Path,
+    group: None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    failing: str,
+    error: Exception,
+    warning: str,
+) -> None:
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun(failing, error))
+    (tmp_path / "config.yaml").write_text(dump(small_config(tmp_path, tmp_path)))
+    record(tmp_path, 0, MonitorSettings(wandb="project"), 10)
+    assert warning in caplog.text
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [10]
+
+
+def test_an_error_that_is_not_of_weights_and_biases_is_raised(
+    tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb, "init", lambda **_: FakeRun("log", TypeError("a wrong argument")))
+    (tmp_path / "config.yaml").write_text(dump(small_config(tmp_path, tmp_path)))
+    with pytest.raises(TypeError, match="a wrong argument"):
+        record(tmp_path, 0, MonitorSettings(wandb="project"), 10)
+
+
+LOST_NETWORK = """
+import json, os, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+from trainer.run import trackers
+
+lost = threading.Event()
+
+class Server(BaseHTTPRequestHandler):
+    def do_POST(self):
+        query = self.rfile.read(int(self.headers["content-length"]))
+        if lost.is_set():
+            time.sleep(600)
+        data = {"model": None}
+        if b"UpsertBucket" in query:
+            project = {"id": "1", "name": "project", "entity": {"id": "1", "name": "me"}}
+            data = {"upsertBucket": {"bucket": {"id": "1", "name": "run", "project": project}, "inserted": True}}
+        answer = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        self.send_header("content-length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+server = ThreadingHTTPServer(("127.0.0.1", 0), Server)
+threading.Thread(target=server.serve_forever, daemon=True).start()
+os.environ |= {"WANDB_BASE_URL": f"http://127.0.0.1:{server.server_port}", "WANDB_API_KEY": 40 * "a"}
+trackers.FINISH_SECONDS = 2
+tracker = trackers.WeightsAndBiases(Path(sys.argv[1]), "project")
+lost.set()
+tracker.add(1, {"loss": 1.0})
+began = time.monotonic()
+try:
+    tracker.close()
+except OSError as error:
+    print(error, round(time.monotonic() - began))
+os._exit(0)  # the end of W&B's own process is not waited for
+"""
+
+
+@pytest.mark.slow
+def test_a_network_that_is_lost_during_training(tmp_path: Path) -> None:
+    """The last rows stay on the disk, for `wandb sync`."""
+    (tmp_path / "config.yaml").write_text(dump(small_config(tmp_path, tmp_path)))
+    command = [PYTHON, "-c", LOST_NETWORK, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert re.match(r"Timed out finishing run. [2-9]$", done.stdout), done.stderr
+    assert [row["loss"] for row in wandb_rows(tmp_path, 1)] == ["1"]
 
 
 def test_a_curve() -> None:

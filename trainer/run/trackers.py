@@ -9,7 +9,8 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,8 @@ from trainer.run.directory import read_config
 from trainer.run.files import write_atomically
 
 log = logging.getLogger(__name__)
+
+FINISH_SECONDS = 30.0  # for which the end of a run waits for W&B; without a network W&B would wait for ever
 
 
 class Tracker(Protocol):
@@ -73,7 +76,8 @@ class WeightsAndBiases:
         run_id = id_file.read_text(encoding="utf-8")
         while list((folder / "wandb").glob(f"*run-{time.strftime('%Y%m%d_%H%M%S')}-{run_id}")):
             time.sleep(0.1)  # wandb loses the rows of a process whose directory, named by second and id, exists already
-        try:
+        settings = wandb.Settings(console="off", silent=True, finish_timeout=FINISH_SECONDS, finish_timeout_raises=True)
+        with _wandb_errors_as_os_errors():
             self.run = wandb.init(
                 project=project,
                 name=folder.name,
@@ -81,20 +85,34 @@ class WeightsAndBiases:
                 resume="allow",
                 dir=folder,
                 config=read_config(folder).model_dump(mode="json"),
-                settings=wandb.Settings(console="off", silent=True),
+                settings=settings,
             )
-        except wandb.Error as error:  # no network or no API key
-            raise OSError(" ".join(str(error).split())) from error
-        self.run.define_metric(f"{self.prefix}*", step_metric=f"{self.prefix}step")
+            self.run.define_metric(f"{self.prefix}*", step_metric=f"{self.prefix}step")
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """See `Tracker`."""
         named = {"step": float(step)} | {name.replace(".", "/"): value for name, value in values.items()}
-        self.run.log({self.prefix + name: value for name, value in named.items()})
+        with _wandb_errors_as_os_errors():
+            self.run.log({self.prefix + name: value for name, value in named.items()})
 
     def close(self) -> None:
-        """See `Tracker`."""
-        self.run.finish()
+        """See `Tracker`. Rows that were not sent in time stay in the run directory, for `wandb sync`."""
+        with _wandb_errors_as_os_errors():
+            self.run.finish()
+
+
+@contextmanager
+def _wandb_errors_as_os_errors() -> Iterator[None]:
+    """Raise OSError for W&B's own errors: no network, no API key, or the end of W&B's process.
+
+    They have no common base class. Other errors pass: an OSError of the connection to W&B's process, or a fault here.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith("wandb."):
+            raise
+        raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 class Prometheus:

@@ -242,6 +242,8 @@ def make_batches(
     dataset: TrainDataset | EvalDataset, settings: DataSettings, start: int, stop: int, device: torch.device
 ) -> Generator[Batch, None, None]:
     """Yield batches whose views are complete and in torch's memory."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # this may be a thread of its own, which would open a context on GPU 0
     if isinstance(dataset, TrainDataset):
         reader: Reader | EvalReader = Reader(dataset)
         sizes, batch_size = [view.size for view in settings.views], settings.batch_size // dataset.world_size

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from data.references import is_reference
 from trainer.config import Config
+from trainer.distributed import graphs
 from trainer.run.phases import PhaseTimer
 
 log = logging.getLogger(__name__)
@@ -104,6 +105,7 @@ class StepGraph:
         self.stream = self.make_stream()
         self.warm_up, self.failed = WARM_UP, False
         self.reset()
+        graphs.add(self)
 
     def reset(self) -> None:
         """Forget the graph, after tensors of the step were replaced; it is captured again after as many steps."""

@@ -6,10 +6,11 @@ import logging
 import os
 import resource
 import signal
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,9 @@ from trainer.ops.numa import bind
 from trainer.ops.peers import PeerMonitor
 
 log = logging.getLogger(__name__)
+
+# All CUDA graphs: NCCL ends a communicator only after every graph that has captured its collectives.
+graphs: "weakref.WeakSet[Any]" = weakref.WeakSet()
 
 _LEAVE_SECONDS = 60  # for leaving the process group
 _MAX_OPEN_FILES = 2**20
@@ -129,16 +133,16 @@ def process_group(device: str) -> Iterator[RankInfo]:
         yield RankInfo(own, rank, world_size, launch.local_world_size, launch.local_rank)
     except BaseException as error:
         if monitor is None:
-            dist.destroy_process_group()
+            _destroy_group()
         else:
             _abandon_group(monitor, error, own)
         raise
     if monitor is None:
-        dist.destroy_process_group()
+        _destroy_group()
         return
     monitor.close()
     with _ends_in_time():
-        dist.destroy_process_group()
+        _destroy_group()
 
 
 def _choose_device(device: str, launch: LaunchVariables) -> tuple[torch.device, str]:
@@ -180,7 +184,18 @@ def _abandon_group(monitor: PeerMonitor, error: BaseException, device: torch.dev
         reason = " ".join(str(error).split()) or type(error).__name__
         monitor.announce(exit_code() if isinstance(error, Stopped) else 1, reason[:500])
         if device.type == "cuda":
+            _forget_graphs()
             dist.distributed_c10d._abort_process_group()  # ends the kernels of collectives that this rank is in
+
+
+def _destroy_group() -> None:
+    _forget_graphs()
+    dist.destroy_process_group()
+
+
+def _forget_graphs() -> None:
+    for graph in graphs:
+        graph.reset()
 
 
 @contextmanager

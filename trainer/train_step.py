@@ -222,6 +222,7 @@ class TrainStep:
     def _discard(self) -> None:
         assert isinstance(self.engine, ddp.DDP)
         self.engine.discard()
+        self.statistics.works.clear()
 
     def _failed(self, overflow: Tensor, own_failed: Tensor) -> Tensor:
         """Return whether the step failed, bool scalar, equal on all ranks.

@@ -18,8 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from tests.trainer.engines import build_train_step, make_config, make_rank_info
+from trainer import distributed
 from trainer.cuda_graph import StepGraph, reason_against
 from trainer.engines.finite import NotFinite
+from trainer.run.phases import PhaseTimer
 from trainer.train_step import Rates, TrainStep
 
 STEPS, WARM_UP = 6, 2
@@ -208,3 +210,13 @@ def test_what_is_known_to_prevent_a_graph_is_said_before_the_first_step(caplog: 
     assert "activation_checkpointing" in (reason_against(config, gpu) or "")
     config = make_config("vit", model={"backbone": f"{__file__}:Backbone"})
     assert "backbone from outside" in (reason_against(config, gpu) or "")
+
+
+def test_graphs_end_before_the_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NCCL would wait for them."""
+    graph = CpuGraph(CPU, PhaseTimer(CPU), lambda: None)
+    graph.replay = lambda: None
+    ended: list[bool] = []
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: ended.append(graph.replay is None))
+    distributed._destroy_group()
+    assert ended == [True]

@@ -91,7 +91,8 @@ def _pretrain(config: Config, rank_info: RankInfo, folder: Path, process_start: 
         batches = train_batches(training, config.data, config.run.seed, rank, world_size, start, settings.steps, device)
     seconds = train(task, batches, start, settings, rank_info)
     rows = read_rows(folder / "metrics.jsonl") if rank_info.rank == 0 else []
-    results = _results(config, rank_info, rows, seconds) if rank_info.rank == 0 else None
+    classes = len(training.classes)
+    results = _results(config, rank_info, rows, seconds, classes) if rank_info.rank == 0 else None
     write_results(folder / "results.json", results)
     if results and sources.val and "knn_initial" in results:
         before, after = results["knn_initial"], results["knn"]
@@ -260,7 +261,7 @@ def _log_start(
         log.info(f"continuing from {saved}")
 
 
-def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: float) -> dict[str, Any]:
+def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: float, classes: int) -> dict[str, Any]:
     """Return what the finished run reached, from its log. Rows lost to a full disk are not included."""
     evaluated = [row for row in rows if "knn" in row]
     trained = [row for row in rows if "loss" in row]
@@ -272,7 +273,7 @@ def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: floa
         results |= {"knn": evaluated[-1]["knn"]}
         results |= {f"knn_{name}": value for name, value in more_knn(evaluated[-1]).items()}
         results |= {key: evaluated[-1][key] for key in ("probe_val_top1",) if key in evaluated[-1]}
-        results |= {"k": config.eval.k, "temperature": config.eval.temperature}
+        results |= {"classes": classes, "k": config.eval.k, "temperature": config.eval.temperature}
     if trained:
         images = np.diff([0, *(row["images"] for row in trained)])
         step_seconds = images / np.array([row["images_per_second"] for row in trained])

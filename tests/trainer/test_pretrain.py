@@ -99,6 +99,7 @@ def test_a_run_leaves_what_a_user_looks_for(tmp_path: Path, images: Path) -> Non
     html = write_report(tmp_path / "run").read_text()
     assert "negative 0" in html
     assert "class-2" in html
+    assert "over chance (33.3 %)" in html
 
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {
@@ -142,6 +143,8 @@ def test_every_option_trains(tmp_path: Path, images: Path, name: str) -> None:
     assert len(training) == 18
     losses = [row["loss"] for row in training]
     assert sum(losses[-6:]) < sum(losses[:6])
+    if config.run.precision != "fp32":
+        assert "negative 0" in write_report(tmp_path / "run").read_text(), "whose type is that of autocast"
 
 
 OTHER_METHODS: dict[str, dict[str, dict[str, Any]]] = {

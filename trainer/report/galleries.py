@@ -14,7 +14,7 @@ from trainer.config import Config
 from trainer.distributed import RankInfo
 from trainer.evaluate.features import embed
 from trainer.interop.weights import find_weights, read_encoder
-from trainer.report.page import Image
+from trainer.report.page import Image, thumbnail
 from trainer.run import checkpoint
 from trainer.run.sources import open_sources
 
@@ -68,7 +68,7 @@ def find_neighbours(
     queries = embed(student.backbone, val, _spread(len(val), MAX_QUERIES), rank_info.device, config)
     images = embed(student.backbone, train, chosen, rank_info.device, config)
     return [
-        _nearest(val.classes[val.labels[i]], val.image(i), images.x_ND @ x_D, images.samples_N, train)
+        _nearest(val.classes[val.labels[i]], thumbnail(val.image(i)), images.x_ND @ x_D, images.samples_N, train)
         for x_D, i in zip(queries.x_ND, queries.samples_N.tolist(), strict=True)
     ]
 
@@ -79,7 +79,7 @@ def find_negatives(
     """Returns some of the negatives, unit rows [K, D], with the `chosen` training images of nearest embeddings."""
     images = embed(student, train, chosen, rank_info.device, config)
     return [
-        _nearest(f"negative {k}", None, images.x_ND @ n_KD[k], images.samples_N, train)
+        _nearest(f"negative {k}", None, images.x_ND @ n_KD[k].float(), images.samples_N, train)
         for k in _spread(len(n_KD), MAX_NEGATIVES).tolist()
     ]
 
@@ -88,7 +88,7 @@ def _nearest(title: str, query: Image | None, similarity_N: Tensor, samples_N: T
     best, positions = similarity_N.float().topk(min(NEAREST, len(similarity_N)))
     images, captions = [], []
     for similarity, i in zip(best.tolist(), samples_N[positions.cpu()].tolist(), strict=True):
-        images.append(source.image(i))
+        images.append(thumbnail(source.image(i)))  # a report has over a hundred images, and each may be a photograph
         captions.append(f"{source.classes[source.labels[i]]} {similarity:.3f}")
     return Gallery(title, query, images, captions)
 

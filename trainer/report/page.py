@@ -62,13 +62,22 @@ def image_data_url(image: Image, max_side: int = THUMBNAIL_SIDE, jpeg_if_shrunk:
     """
     import cv2
 
+    small = thumbnail(image, max_side)
+    is_jpeg = jpeg_if_shrunk and small.shape != image.shape
+    kind, options = ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 85]) if is_jpeg else ("png", [])
+    encoded, data = cv2.imencode(f".{kind}", small[:, :, ::-1], options)
+    assert encoded, f"OpenCV did not encode a {kind.upper()}"
+    return f"data:image/{kind};base64," + base64.b64encode(data.tobytes()).decode()
+
+
+def thumbnail(image: Image, max_side: int = THUMBNAIL_SIDE) -> Image:
+    """Returns an image, uint8 [H, W, 3], shrunk if its longer side exceeds `max_side` pixels."""
+    import cv2
+
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"got an image of {image.dtype} {list(image.shape)}, need uint8 [H, W, 3]")
     scale = max_side / max(image.shape[:2])
     if scale < 1:
         height, width = (max(1, round(scale * side)) for side in image.shape[:2])
         image = cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
-    kind, options = ("jpeg", [cv2.IMWRITE_JPEG_QUALITY, 85]) if jpeg_if_shrunk and scale < 1 else ("png", [])
-    encoded, data = cv2.imencode(f".{kind}", image[:, :, ::-1], options)
-    assert encoded, f"OpenCV did not encode a {kind.upper()}"
-    return f"data:image/{kind};base64," + base64.b64encode(data.tobytes()).decode()
+    return image

@@ -105,7 +105,7 @@ class LoopSettings:
 
     def log_due(self, step: int) -> bool:
         """Return whether a row is logged; also at checkpoints, so that a resumed run averages over the same steps."""
-        return step % self.run.log_every == 0 or step % self.save_every == 0 or step == self.steps
+        return step % self.run.log_every == 0 or self.save_due(step)
 
     def save_due(self, step: int) -> bool:
         """Return whether a checkpoint is saved after `step`."""
@@ -190,8 +190,10 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                 metrics.advance(step)
                 if tracer:
                     tracer.step()
-                check(newest=0 if settings.log_due(step) else 1)
-                values = averages.pop() if settings.log_due(step) else None  # waits for the device
+                stopping = stop.should_stop()
+                logs = settings.log_due(step) or stopping  # what is not logged before a stop is lost
+                check(newest=0 if logs else 1)
+                values = averages.pop() if logs else None  # waits for the device
             if values is not None:
                 if not all(map(math.isfinite, values.values())):
                     raise ValueError(
@@ -203,7 +205,6 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                 seen = min((step - start) * settings.batch_size, settings.num_images)
                 unreadable.check_limit(seen, settings.max_unreadable)
 
-            stopping = stop.should_stop()
             watchdog.expect(f"saving or evaluating after step {step}", run.long_timeout)
             if settings.save_due(step) or settings.evaluation_due(step) or stopping:
                 check(newest=0)

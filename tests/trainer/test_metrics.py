@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.ranks import run_ranks
 from trainer.config import MonitorSettings
-from trainer.run.metrics import Averages, MetricsLogger, peak_memory
+from trainer.run.metrics import Averages, MetricsLogger, peak_memory, set_up_logging
 from trainer.run.results import Row, read_rows
 
 
@@ -159,6 +159,24 @@ def test_a_dashboard_on_a_terminal(tmp_path: Path, group: None, monkeypatch: pyt
         "stats ",
     ):
         assert text in newest
+
+
+def test_warnings_appear_above_the_dashboard(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that keeps the stderr from before would write into the dashboard, which erases it."""
+    screen, before = Screen(), Screen()
+    monkeypatch.setattr("trainer.run.metrics.Console", lambda **_: Console(file=screen, force_terminal=True, width=150))
+    monkeypatch.setattr("sys.stderr", before)
+    set_up_logging(0)
+    with MetricsLogger(tmp_path, 0, 100, MonitorSettings(), active=True) as metrics_logger:
+        metrics_logger.log(row(10))
+        logging.getLogger("trainer.run").warning("the disk is full")
+    assert "the disk is full" in screen.getvalue()
+    assert before.getvalue() == ""
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
 
 
 def test_a_file_that_cannot_be_written(

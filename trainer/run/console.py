@@ -1,5 +1,7 @@
 """The dashboard of a run on a terminal: a progress bar with the latest metrics below it."""
 
+import sys
+
 from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -26,7 +28,8 @@ class Dashboard:
         self.task = self.progress.add_task("training", total=total, completed=start)
         self.losses: list[float] = []
         self.knn: Row | None = None
-        self.live = Live(self.progress, console=console, refresh_per_second=4)
+        # Text on stderr appears above the dashboard, unless stderr is a file, which keeps it.
+        self.live = Live(self.progress, console=console, refresh_per_second=4, redirect_stderr=sys.stderr.isatty())
 
     def advance(self, step: int) -> None:
         """Move the progress bar to `step`."""

@@ -10,6 +10,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+from typing import TextIO
 
 import torch
 import torch.distributed as dist
@@ -98,7 +99,7 @@ class MetricsLogger:
         self.trackers = open_trackers(settings, run or folder, folder, start)
         self.console = Console(stderr=False)
         self.start, self.total = start, total
-        if self.console.is_terminal:
+        if self.console.is_interactive:
             self.dashboard = Dashboard(self.console, start, total)
 
     def __enter__(self) -> "MetricsLogger":
@@ -194,9 +195,21 @@ def _delete_rows_after(path: Path, step: int) -> list[Row]:
     return rows
 
 
+class _StderrHandler(logging.StreamHandler):
+    """Writes to what sys.stderr is now: while a dashboard is on the screen, rich's proxy, which prints above it."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:
+        """The stream that a message is written to."""
+        return sys.stderr
+
+
 def set_up_logging(rank: int) -> None:
     """Log the project's messages to stderr: from level INFO on rank 0, from WARNING on the other ranks."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _StderrHandler()
     handler.setFormatter(logging.Formatter("%(message)s" if rank == 0 else f"rank {rank}: %(message)s"))
     for name in ("trainer", "data", "models", "kernels"):
         logger = logging.getLogger(name)

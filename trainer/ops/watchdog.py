@@ -17,6 +17,7 @@ from trainer.ops import peers
 
 EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
 _POLL_SECONDS = 1.0  # a deadline that moves forward is noticed at most this much later
+_SUSPENDED_SECONDS = 10.0  # a poll that is later than this says that the process was suspended
 _END_SECONDS = 120.0  # after an error: the last rows of the log, and a checkpoint that is being written
 
 
@@ -61,9 +62,12 @@ class Watchdog:
     def _watch(self) -> None:
         with self.wake:
             while (remaining := self.deadline - time.monotonic()) > 0:
+                began = time.monotonic()
                 self.wake.wait(min(remaining, _POLL_SECONDS))
                 if self.closed:
                     return
+                if (late := time.monotonic() - began - _POLL_SECONDS) > _SUSPENDED_SECONDS:
+                    self.deadline += late  # all of the process was stopped, by Ctrl-Z or by SLURM's suspension of jobs
         with self.path.open("w") as file:
             print(f"rank {self.rank} hung in {self.activity}; stacks of its threads:", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)

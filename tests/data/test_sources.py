@@ -252,9 +252,19 @@ def test_index_of_a_folder_as_a_data_set(tmp_path: Path) -> None:
         open_source(tmp_path / "index.npz")
 
 
+class Labels(LabelledSource):
+    """A source without images."""
+
+    def name(self, i: int) -> str:
+        return str(i)
+
+    def read(self, i: int) -> bytes:
+        return b""
+
+
 def test_labels_that_are_kept_outlive_the_move_to_shared_memory() -> None:
     labels = np.arange(50_000)
-    source = LabelledSource(["a"], labels.copy())
+    source = Labels(["a"], labels.copy())
     kept = source.labels
     ForkingPickler.dumps(source)
     others = [np.full_like(labels, -1) for _ in range(4)]  # they get the memory of the labels if it is free

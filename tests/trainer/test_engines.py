@@ -3,6 +3,7 @@
 Importing DeepSpeed takes seconds, so each group of processes runs many cases.
 """
 
+import copy
 import functools
 from pathlib import Path
 from typing import Any
@@ -11,19 +12,22 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from models.encoder import Encoder
 from tests.ranks import run_ranks
 from tests.trainer.engines import Outcome, build_train_step, make_config, make_rank_info, outcome, run, train
 from tests.trainer.small import VIT_ARGS
-from trainer.build import full_student
+from trainer.build import build_encoder, full_student
 from trainer.config import Config
+from trainer.config_file import flatten
 from trainer.engines import zero
-from trainer.engines.base import blocks
+from trainer.engines.base import blocks, named_state, set_named_state
 from trainer.engines.finite import LossScale
+from trainer.engines.optim import Optim, make_optimizer
 from trainer.run import checkpoint
+from trainer.train_step import TrainStep
 
 Sections = dict[str, dict[str, Any]]
 
@@ -434,6 +438,65 @@ def test_blocks(backbone: str, number: int) -> None:
     assert len({id(p) for block in found for p in block.parameters()}) == sum(len(list(b.parameters())) for b in found)
     covered = sum(p.numel() for block in found for p in block.parameters())
     assert covered > 0.8 * sum(p.numel() for p in network.backbone.parameters())
+
+
+def scalar_parameter() -> None:
+    config = make_config("vit", engine=ENGINES["zero1"])
+    student = build_encoder(config)
+    student.scale = nn.Parameter(torch.zeros(()))
+    with pytest.raises(ValueError, match="deepspeed cannot shard scalar parameters, such as scale; need ddp"):
+        TrainStep(config, make_rank_info(), student)
+
+
+def test_scalar_parameters_are_refused_by_zero() -> None:
+    run_ranks(1, scalar_parameter)
+
+
+class TwoBlocks(nn.Module):
+    """A backbone with blocks that are layers in a row, and a parameter that no forward pass uses."""
+
+    num_features = 4
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)),
+            nn.Sequential(nn.Conv2d(4, 4, 3), nn.ReLU(inplace=True)),
+        )
+        self.pooler = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.as_tensor(self.blocks(x)).mean((2, 3))
+
+
+def test_layers_in_a_row_are_a_block() -> None:
+    network = Encoder(TwoBlocks)
+    assert blocks(network) == list(network.backbone.blocks)
+
+
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+def test_parameters_that_are_not_used_do_not_hinder_a_resume(name: str) -> None:
+    def make() -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        network = TwoBlocks()
+        return network, make_optimizer(network, Optim(name=name, lr=0.1))
+
+    def step(network: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        network(torch.ones(2, 3, 8, 8)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    network, optimizer = make()
+    step(network, optimizer)
+    saved = named_state(network, optimizer, None)
+    again, fresh = make()
+    again.load_state_dict(network.state_dict())
+    assert flatten(named_state(again, fresh, None)).keys() == flatten(saved).keys()
+    set_named_state(again, fresh, copy.deepcopy(saved))
+    for pair in ((network, optimizer), (again, fresh)):
+        step(*pair)
+    for x, y in zip(network.parameters(), again.parameters(), strict=True):
+        assert torch.equal(x, y)
 
 
 def test_a_backbone_without_known_blocks() -> None:

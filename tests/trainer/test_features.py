@@ -12,7 +12,7 @@ from data.loader import eval_batches
 from tests.trainer.evaluations import evaluate_here, write_run
 from tests.trainer.small import small_config, write_images
 from trainer.build import build_encoder
-from trainer.evaluate.features import forward_images
+from trainer.evaluate.features import evaluation_mode, forward_images
 from trainer.evaluate.linear import EVALUATOR
 from trainer.run.sources import open_sources
 
@@ -58,3 +58,11 @@ def test_a_linear_classifier_sees_images_of_autocast_type(tmp_path: Path) -> Non
     finally:
         hook.remove()
     assert seen == {(False, torch.bfloat16)}
+
+
+def test_parts_in_evaluation_mode_stay_in_it() -> None:
+    network = nn.Sequential(nn.BatchNorm1d(2), nn.BatchNorm1d(2).eval())
+    with evaluation_mode(network):
+        assert not any(module.training for module in network.modules())
+    assert [module.training for module in network] == [True, False]
+    assert network.training

@@ -18,9 +18,8 @@ IMAGE = 4 * B * C * S * S  # bytes of an activation in fp32
 def traced(backward: bool = False, group: int = B) -> list[Event]:
     """The operators of convolution, BatchNorm, addition, ReLU and convolution, in the phases of a step."""
     with ShapeOnlyMode(), StepTrace(8) as trace:
-        first, norm, last = nn.Conv2d(C, C, 1, bias=False), nn.BatchNorm2d(C), nn.Conv2d(C, C, 1, bias=False)
-        if group < B:
-            norm = GroupBatchNorm(norm, group)
+        first, last = nn.Conv2d(C, C, 1, bias=False), nn.Conv2d(C, C, 1, bias=False)
+        norm = nn.BatchNorm2d(C) if group == B else GroupBatchNorm(nn.BatchNorm2d(C), group)
         x = torch.empty(B, C, S, S)
         trace.events.clear()
         with torch.profiler.record_function("student"):

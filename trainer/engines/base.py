@@ -195,8 +195,22 @@ def named_networks(student: Encoder, teacher: Encoder | None) -> dict[str, Encod
 
 def named_state(student: nn.Module, optimizer: torch.optim.Optimizer, scale: LossScale | None) -> State:
     """Return the optimizer's state by parameter name, created if there was no step yet, and the loss scale."""
+    _complete_state(optimizer)
     state: State = {"optimizer": get_optimizer_state_dict(student, optimizer)["state"]}  # type: ignore[dict-item]
     return {**state, **({"loss_scale": {"state": scale.state}} if scale else {})}
+
+
+def _complete_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give parameters without gradient, such as the pooler of a ViT, a state of zeros once the others have one.
+
+    The checkpoint then has what torch creates for all parameters of a new optimizer before it loads.
+    """
+    if like := next((slots for slots in optimizer.state.values() if slots), None):
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
+            if not optimizer.state[p]:
+                optimizer.state[p] = {
+                    key: torch.zeros_like(p) if x.dim() else torch.zeros_like(x) for key, x in like.items()
+                }
 
 
 def set_named_state(student: nn.Module, optimizer: torch.optim.Optimizer, state: State) -> None:
@@ -231,9 +245,14 @@ def _leaves(module: nn.Module | None) -> list[nn.Module]:
     if module is None:
         return []
     inner = getattr(module, "blocks", module)  # a ConvNeXt stage keeps its blocks in an attribute
-    if isinstance(inner, nn.Sequential | nn.ModuleList):
+    is_layers = isinstance(inner, nn.Sequential) and len(inner) and not any(map(_has_children, inner))
+    if isinstance(inner, nn.Sequential | nn.ModuleList) and not is_layers:  # layers in a row are a block of their own
         return [leaf for child in inner for leaf in _leaves(child)]
     return [module]
+
+
+def _has_children(module: nn.Module) -> bool:
+    return next(module.children(), None) is not None
 
 
 def prepare_blocks(student: Encoder, teacher: Encoder | None, settings: EngineSettings) -> None:

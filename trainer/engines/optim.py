@@ -58,6 +58,12 @@ class Optim(Section):
             raise ValueError(f"lr_final: {self.lr_final} is above optim.lr, {self.lr}")
         return self
 
+    @model_validator(mode="after")
+    def _lars_needs_decay(self) -> "Optim":
+        if self.name == "lars" and not self.weight_decay:
+            raise ValueError("weight_decay: lars adapts what has weight decay; for none give a tiny one, such as 1e-12")
+        return self
+
 
 def cosine(step: int, steps: int, start: float, final: float, warmup_steps: float = 0) -> float:
     """Return a schedule's value: a linear warm-up from 0 to start, then half a cosine to final at `steps`."""

@@ -95,6 +95,8 @@ class Zero:
         self.scale = LossScale(rank_info.device) if precision == torch.float16 else None
         self.mesh = make_mesh("sharded", rank_info.device, rank_info.local_world_size)["shard"]
         self.names = {p: name for name, p in student.named_parameters()}
+        if scalars := [name for p, name in self.names.items() if not p.dim()]:
+            raise ValueError(f"engine.kind: deepspeed cannot shard scalar parameters, such as {scalars[0]}; need ddp")
         prepare_blocks(student, teacher, settings)
         json = make_json(settings, optim, batch_size, rank_info.device, precision)
         optimizer = make_optimizer(student, optim, fused=False)  # DeepSpeed itself skips steps

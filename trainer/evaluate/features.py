@@ -131,10 +131,11 @@ def embed(
 
 @contextmanager
 def evaluation_mode(network: nn.Module) -> Iterator[None]:
-    """Put the network in evaluation mode inside the `with` block."""
-    training = network.training
+    """Put the network in evaluation mode inside the `with` block. Parts that were in it before stay in it."""
+    modes = {module: module.training for module in network.modules()}
     network.eval()
     try:
         yield
     finally:
-        network.train(training)
+        for module, training in modes.items():
+            module.training = training

@@ -76,9 +76,7 @@ class Listing(LabelledSource):
     def load(cls, index: Path, root: Path) -> Self | None:
         """Return the list that `save` wrote, or None if there is no index of this root, or the root has changed since.
 
-        Raises:
-            OSError: The index exists and cannot be read.
-            ValueError: Files have changed since the index was made.
+        Raises OSError if the index exists and cannot be read.
         """
         try:
             found, arrays = read_index(index)
@@ -89,7 +87,11 @@ class Listing(LabelledSource):
             return None
         if found != root.resolve() or arrays.keys() != cls.ARRAYS:
             return None
-        listing = cls.from_arrays(arrays, root)
+        try:
+            listing = cls.from_arrays(arrays, root)
+        except (ValueError, FileNotFoundError) as error:  # a shard was replaced or removed
+            log.info("%s: listing %s again", error, root)
+            return None
         if root.is_dir() and listing.changed_since(index.stat().st_mtime):
             log.info("%s has changed since %s was written: listing it again", root, index)
             return None

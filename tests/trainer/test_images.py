@@ -182,6 +182,8 @@ def test_shards_added_and_replaced(tmp_path: Path) -> None:
     shutil.copytree(tmp_path / "moved", shards)
     write_tar(shards / "a-0.tar", x=b"22", y=b"1", z=b"3", w=b"4")  # another image for each name
     assert "as now, but other sizes" in refusal(run, shards)
+    write_tar(shards / "a-0.tar", x=b"x" * 20_000)  # in place, and of another size
+    assert "it had 4 images in 1 classes, now 1" in refusal(run, shards)
 
 
 def test_formats_without_names(tmp_path: Path) -> None:

@@ -20,6 +20,8 @@ snapshot() { # into runs/slurm/$1; not in a condition, in which bash would go on
     mkdir -p "$new/configs"
     cp -rp trainer models data kernels slurm "$new"
     cp -p "$(dirname "$CONFIG")"/*.yaml "$new/configs" # all of them, because a file may extend another
+    code=$(dirname "$CONFIG")/code # a run's copies of a method or backbone from outside
+    if [[ ${CONFIG##*/} == config.yaml && -d $code ]]; then cp -rp "$code" "$new/configs/code"; fi
     if [[ -n ${SWEEP:-} ]]; then cp "$SWEEP" "$new/sweep"; fi
     mkdir -p "runs/slurm/$1"
     mv -T "$new" "runs/slurm/$1/code" 2>/dev/null || rm -rf "$new" # another task of the array has already copied

@@ -185,11 +185,11 @@ def evaluate_own(
 
 
 @app.command()
-def report(run: RunPath) -> None:
+def report(run: RunPath, overrides: Overrides = None) -> None:
     """Write RUN/report.html, a page with curves, nearest neighbours and the images nearest to the negatives."""
     from trainer.report.run import write_report
 
-    print(write_report(run))
+    print(write_report(run, overrides))
 
 
 @app.command()

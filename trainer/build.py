@@ -43,15 +43,14 @@ def build_encoder(config: Config) -> Encoder:
     )
 
 
-def check_image_sizes(encoder: Encoder, config: Config) -> None:
+def check_image_sizes(encoder: Encoder, config: Config, sizes: set[int]) -> None:
     """Raise ValueError if the backbone has a fixed image size, such as timm's Swin, and images have another one."""
     patches = getattr(encoder.backbone, "patch_embed", None)
     fixed = getattr(patches, "img_size", None) if getattr(patches, "strict_img_size", False) else None
-    sizes = sorted({view.size for view in config.data.views} | ({config.eval.size} if config.eval.size else set()))
     if fixed and any((size, size) != tuple(fixed) for size in sizes):
         raise ValueError(
             f"model.backbone: {config.model.backbone} takes only images of {fixed[0]} x {fixed[1]} pixels, "
-            f"data.views and eval.size have {', '.join(map(str, sizes))}; need one size for all, which "
+            f"data.views and eval.size have {', '.join(map(str, sorted(sizes)))}; need one size for all, which "
             "model.backbone_args={img_size: SIZE} gives the backbone, or a backbone for any size, such as resnet50 or "
             "vit_small_patch16_224"
         )
@@ -72,7 +71,8 @@ def build_method(config: Config, rank_info: RankInfo, student: Encoder | None = 
     mesh = make_mesh(bank.placement, device, rank_info.local_world_size)
     check_world(config, rank_info.world_size, rank_info.local_world_size)
     student = student or build_encoder(config)
-    check_image_sizes(student, config)
+    sizes = {view.size for view in config.data.views}
+    check_image_sizes(student, config, sizes | ({config.eval.size} if config.eval.size else set()))
     if method.bn == "sync":
         synchronise_bn(student, device)
     elif method.bn_group:

@@ -53,7 +53,12 @@ class Run(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="Type of autocast; auto is bf16 on a GPU that supports it, else fp32."
     )
-    log_every: int = Field(50, ge=1, description="Steps between two log rows.", json_schema_extra=RESUMABLE)
+    log_every: int = Field(
+        50,
+        ge=1,
+        description="Steps between two log rows; there is one at each checkpoint and stop, too.",
+        json_schema_extra=RESUMABLE,
+    )
     save_every: int = Field(1000, ge=1, description="Steps between two checkpoints.", json_schema_extra=RESUMABLE)
     keep: int = Field(2, ge=1, description="Number of newest checkpoints to keep.", json_schema_extra=RESUMABLE)
     keep_every: int | None = Field(

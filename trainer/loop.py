@@ -104,7 +104,10 @@ class LoopSettings:
         return self.keep_every > 0 and step % self.keep_every == 0
 
     def log_due(self, step: int) -> bool:
-        """Return whether a row is logged; also at checkpoints, so that a resumed run averages over the same steps."""
+        """Return whether a row is logged; also at checkpoints, so that a resumed run averages over the same steps.
+
+        A stop is logged in any case.
+        """
         return step % self.run.log_every == 0 or self.save_due(step)
 
     def save_due(self, step: int) -> bool:
@@ -203,7 +206,8 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                 values |= task.log_values(step, values) | throughput.take(step) | peak_memory(rank_info.device)
                 metrics.log({**settings.position(step), **values, "unreadable": unreadable.total()})
                 seen = min((step - start) * settings.batch_size, settings.num_images)
-                unreadable.check_limit(seen, settings.max_unreadable)
+                if not stopping:  # which saves first
+                    unreadable.check_limit(seen, settings.max_unreadable)
 
             watchdog.expect(f"saving or evaluating after step {step}", run.long_timeout)
             if settings.save_due(step) or settings.evaluation_due(step) or stopping:

@@ -267,7 +267,8 @@ def _results(config: Config, rank_info: RankInfo, rows: list[Row], seconds: floa
     trained = [row for row in rows if "loss" in row]
     results: dict[str, Any] = {}
     if evaluated:
-        results |= {"knn_initial" if config.model.weights else "knn_untrained": evaluated[0]["knn"]}
+        if evaluated[0]["step"] == 0:  # not if data.val was given to a later start
+            results |= {"knn_initial" if config.model.weights else "knn_untrained": evaluated[0]["knn"]}
         if pixels := [row["knn_pixels"] for row in rows if "knn_pixels" in row]:
             results |= {"knn_pixels": pixels[0]}
         results |= {"knn": evaluated[-1]["knn"]}

@@ -45,6 +45,15 @@ def test_a_job_is_released_with_its_code(tmp_path: Path) -> None:
     assert (tmp_path / "runs" / "slurm" / "7" / "code" / "sweep").read_text() == "optim.lr=0.1\n"
 
 
+def test_a_run_brings_its_own_code(tmp_path: Path) -> None:
+    environment = make_site(tmp_path, FAKE_SLURM)
+    (tmp_path / "run" / "code").mkdir(parents=True)
+    (tmp_path / "run" / "config.yaml").write_text("")
+    (tmp_path / "run" / "code" / "my_method.py").write_text("x = 1\n")
+    assert run(tmp_path, environment, "slurm/evaluate.sh", "run.dir=run").returncode == 0
+    assert (tmp_path / "runs/slurm/7/code/configs/code/my_method.py").read_text() == "x = 1\n"
+
+
 @pytest.mark.parametrize("name", ["CONFIG", "SWEEP"])
 def test_a_job_whose_files_do_not_exist_is_not_submitted(tmp_path: Path, name: str) -> None:
     done = run(tmp_path, make_site(tmp_path, FAKE_SLURM) | {name: "typo"}, "slurm/adco_800ep.sh", "--array=1-8")

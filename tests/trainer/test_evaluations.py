@@ -5,7 +5,9 @@ import sys
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
+import torch
 
 from tests.trainer.evaluations import evaluate_here, write_run
 from tests.trainer.small import small_config, write_images
@@ -54,7 +56,8 @@ def test_a_new_evaluation_is_one_file_and_one_registration(
     run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def count_parameters(context: EvaluationContext) -> Results:
-        return {"kiloparameters": sum(p.numel() for p in context.encoder.backbone.parameters()) / 1000}
+        kilo = sum(p.numel() for p in context.encoder.backbone.parameters()) / 1000
+        return {"kiloparameters": np.float32(kilo), "count": torch.tensor(3), "labels": "all"}
 
     module = ModuleType("parameters")
     module.EVALUATOR = Evaluator(lambda config, trained: "size", lambda config: {}, count_parameters)  # type: ignore[attr-defined]

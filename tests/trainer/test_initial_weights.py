@@ -80,8 +80,12 @@ def test_the_weights_are_read_once(tmp_path: Path, released: Path) -> None:
     shutil.rmtree(weights)
     (tmp_path / "run/results.json").unlink()
     shutil.rmtree(tmp_path / "run/checkpoints/step-00000004")
-    pretrain(config)
+    elsewhere = config.model.model_copy(update={"weights": str(tmp_path / "moved/weights")})
+    pretrain(config.model_copy(update={"model": elsewhere}))
     assert (tmp_path / "run/results.json").exists()
+    without = config.model.model_copy(update={"weights": None})
+    with pytest.raises(ValueError, match=r"model\.weights was .*, now None"):
+        pretrain(config.model_copy(update={"model": without}))
 
 
 def test_a_failed_import_leaves_nothing_in_the_way(tmp_path: Path, released: Path) -> None:

@@ -100,6 +100,9 @@ def test_a_run_leaves_what_a_user_looks_for(tmp_path: Path, images: Path) -> Non
     assert "negative 0" in html
     assert "class-2" in html
     assert "over chance (33.3 %)" in html
+    moved = write_report(tmp_path / "run", [f"data.train={tmp_path}/moved"]).read_text()
+    assert "negative 0" not in moved
+    assert "over chance (33.3 %)" in moved
 
 
 METHODS: dict[str, dict[str, dict[str, Any]]] = {

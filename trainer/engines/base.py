@@ -205,7 +205,7 @@ def _complete_state(optimizer: torch.optim.Optimizer) -> None:
 
     The checkpoint then has what torch creates for all parameters of a new optimizer before it loads.
     """
-    if like := next((slots for slots in optimizer.state.values() if slots), None):
+    if like := next((slots for p, slots in optimizer.state.items() if slots and p.dim()), None):
         for p in (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad):
             if not optimizer.state[p]:
                 optimizer.state[p] = {
@@ -241,13 +241,13 @@ def blocks(network: Encoder) -> list[nn.Module]:
     return found
 
 
-def _leaves(module: nn.Module | None) -> list[nn.Module]:
+def _leaves(module: nn.Module | None, nested: bool = False) -> list[nn.Module]:
     if module is None:
         return []
     inner = getattr(module, "blocks", module)  # a ConvNeXt stage keeps its blocks in an attribute
     is_layers = isinstance(inner, nn.Sequential) and len(inner) and not any(map(_has_children, inner))
-    if isinstance(inner, nn.Sequential | nn.ModuleList) and not is_layers:  # layers in a row are a block of their own
-        return [leaf for child in inner for leaf in _leaves(child)]
+    if isinstance(inner, nn.Sequential | nn.ModuleList) and not (nested and is_layers):  # layers in a row are a block
+        return [leaf for child in inner for leaf in _leaves(child, nested=True)]
     return [module]
 
 

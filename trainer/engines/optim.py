@@ -25,7 +25,7 @@ class Optim(Section):
     )
     warmup: float = Field(0.0, ge=0, description="Length of the linear learning-rate warm-up, in epochs.")
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of sgd and lars; adamw ignores it.")
-    weight_decay: float = Field(1e-4, ge=0, description="Weight decay.")
+    weight_decay: float = Field(1e-4, ge=0, description="Weight decay; lars needs more than 0, however little.")
     decay_norm_and_bias: bool = Field(
         True,
         description="Apply weight decay, and the adaptation of lars, to norms and biases too; false restricts them to "

@@ -25,9 +25,10 @@ from numpy.typing import NDArray
 
 from data.sources.base import Source
 from data.sources.open import open_source
+from trainer.build import check_image_sizes
 from trainer.config import Config
 from trainer.distributed import RankInfo, process_group, raise_on_all_ranks
-from trainer.evaluate.features import forward_images
+from trainer.evaluate.features import forward_images, image_size
 from trainer.interop.weights import CheckpointChoice, load_encoder, to_device
 from trainer.report.embed_page import name_and_label, render_embeddings
 from trainer.run.directory import read_config
@@ -79,6 +80,7 @@ def embed_source(
     new = [out, *([out.with_suffix(".csv")] if out.suffix == ".npy" else []), *([page] if page else [])]
     raise_on_all_ranks(_check_output(out, new) if rank_info.rank == 0 else None)
     encoder, _ = load_encoder(run, config, choice)
+    check_image_sizes(encoder, config, {image_size(config)})
     to_device(encoder, rank_info.device)
     source = _open_on_all_ranks(src)
     first, last = (len(source) * rank // rank_info.world_size for rank in (rank_info.rank, rank_info.rank + 1))

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainer.build import check_image_sizes
 from trainer.config import Config
 from trainer.config_file import flatten
 from trainer.distributed import RankInfo, process_group, raise_on_all_ranks
@@ -84,6 +85,7 @@ def evaluate(
         ValueError: On all ranks, if RUN/NAME has another evaluation, or something that the evaluation needs is missing.
     """
     encoder, step = load_encoder(run, config, choice)
+    check_image_sizes(encoder, config, {image_size(config)})
     to_device(encoder, rank_info.device)
     checksum = weights_checksum(encoder.backbone)
     trained = read_config(run)

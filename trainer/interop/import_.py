@@ -297,7 +297,7 @@ def _convert_by_timm(tensors: Tensors, config: Config, expected: Tensors) -> Ten
         return tensors
     try:
         converted: Tensors = convert(dict(backbone), model)
-    except (KeyError, AttributeError, RuntimeError, ValueError):
+    except (LookupError, AttributeError, TypeError, AssertionError, RuntimeError, ValueError):
         # Converters expect names that the file of another network lacks, and modules that the model lacks. The check
         # of all names and shapes then says what differs.
         return tensors

@@ -1,5 +1,6 @@
 """The report of a run: one self-contained HTML page with a summary, charts, galleries and the configuration."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from trainer.run.directory import read_config
 from trainer.run.files import read_json, write_atomically
 from trainer.run.metrics import set_up_logging
 from trainer.run.results import Row, evaluation_rows, primary_metric, read_evaluations, read_rows
+
+log = logging.getLogger(__name__)
 
 # The facts at the top of the page: a key of results.json or metrics.jsonl, its label, and how its value is written.
 FACTS = {
@@ -41,21 +44,28 @@ EVALUATION_DETAILS = {
 HIDDEN_DETAILS = {"network", "images", "seconds", "ranks", "device", "torch"}
 
 
-def write_report(run: Path) -> Path:
-    """Writes RUN/report.html and returns its path. The galleries need a checkpoint, the rest of the page does not.
+def write_report(run: Path, overrides: list[str] | None = None) -> Path:
+    """Writes RUN/report.html and returns its path. The galleries need a checkpoint and the images, the rest does not.
+
+    Args:
+        run: The run directory.
+        overrides: Settings for the galleries, `section.key=value`, such as where the images are now.
 
     Raises:
         ValueError: `run` is not a run directory.
     """
-    config = read_config(run)
+    config = read_config(run, overrides)
     neighbours: list[Gallery] = []
     negatives: list[Gallery] = []
     with distributed.process_group(config.run.device) as rank_info:
         set_up_logging(rank_info.rank)
         if list_checkpoints(run / "checkpoints"):
-            neighbours, negatives = draw_galleries(run, config, rank_info)
+            try:
+                neighbours, negatives = draw_galleries(run, config, rank_info)
+            except ValueError as error:
+                log.warning("the page has no galleries: %s", error)
     rows, results = read_rows(run / "metrics.jsonl"), read_json(run / "results.json")
-    html = render(run, config.model_dump(mode="json"), rows, results, neighbours, negatives)
+    html = render(run, read_config(run).model_dump(mode="json"), rows, results, neighbours, negatives)
     write_atomically(run / "report.html", html)
     return run / "report.html"
 
@@ -185,7 +195,11 @@ def summarise_evaluations(found: dict[str, dict[str, Any]]) -> list[dict[str, st
 def _details(results: dict[str, Any]) -> list[str]:
     metric, _ = primary_metric(results)
     hidden = HIDDEN_DETAILS | EVALUATION_DETAILS.keys() | {metric, f"{metric}_deviation"}
-    known = [write.format(results[key]) for key, write in EVALUATION_DETAILS.items() if results.get(key)]
+    known = [
+        write.format(results[key])
+        for key, write in EVALUATION_DETAILS.items()
+        if results.get(key) and (write == "{}" or is_number(results[key]))
+    ]
     others = [
         f"{key} = {format_value(x)}"
         for key, x in results.items()

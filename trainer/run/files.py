@@ -71,8 +71,8 @@ def as_os_error(error: SafetensorError, path: Path) -> OSError:
 
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
-    """Write `values` as indented JSON, atomically."""
-    write_atomically(path, json.dumps(values, indent=2) + "\n")
+    """Write `values` as indented JSON, atomically. Numbers may be those of NumPy and tensors with one element."""
+    write_atomically(path, json.dumps(values, indent=2, default=lambda number: number.item()) + "\n")
 
 
 def read_json(path: Path) -> dict[str, Any]:

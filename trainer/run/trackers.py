@@ -35,13 +35,13 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes TensorBoard event files, and hides steps after `start` that an earlier process wrote."""
+    """Writes TensorBoard event files, and hides steps after `start` that an earlier process wrote; with None, none."""
 
-    def __init__(self, folder: Path, start: int) -> None:
+    def __init__(self, folder: Path, start: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         threading.excepthook = _report_thread_error
-        self.writer = SummaryWriter(folder / "tensorboard", purge_step=start + 1)
+        self.writer = SummaryWriter(folder / "tensorboard", purge_step=None if start is None else start + 1)
 
     def add(self, step: int, values: dict[str, float]) -> None:
         """See `Tracker`."""
@@ -140,7 +140,7 @@ class Prometheus:
 
 
 def tracker_factories(
-    settings: MonitorSettings, run: Path, folder: Path, start: int
+    settings: MonitorSettings, run: Path, folder: Path, start: int | None
 ) -> dict[str, Callable[[], Tracker]]:
     """Return a constructor for each tracker that the settings enable, by display name. Constructors raise OSError.
 
@@ -148,7 +148,7 @@ def tracker_factories(
         settings: The trackers.
         run: The run directory.
         folder: The directory of what is logged: `run`, or that of an evaluation in it.
-        start: Step from which the log continues.
+        start: Step from which the log continues; None for what is not a continued log.
     """
     evaluation = "" if folder == run else str(folder.relative_to(run))
     factories: dict[str, Callable[[], Tracker]] = {}
@@ -164,7 +164,7 @@ def tracker_factories(
     return factories
 
 
-def open_trackers(settings: MonitorSettings, run: Path, folder: Path, start: int) -> dict[str, Tracker]:
+def open_trackers(settings: MonitorSettings, run: Path, folder: Path, start: int | None) -> dict[str, Tracker]:
     """Return the trackers that can be used, by display name. Logs a warning for the others. See `tracker_factories`."""
     trackers = {}
     for name, make_tracker in tracker_factories(settings, run, folder, start).items():
@@ -195,7 +195,7 @@ def log_results(settings: MonitorSettings, run: Path, folder: Path, step: int, r
         results: The results; only numbers are sent.
     """
     numbers = {name: value for name, value in results.items() if isinstance(value, int | float)}
-    trackers = open_trackers(settings, run, folder, step)
+    trackers = open_trackers(settings, run, folder, None)
     for name, tracker in trackers.items():
         try:
             tracker.add(step, {f"results.{key}": float(value) for key, value in numbers.items()})

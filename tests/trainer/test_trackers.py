@@ -230,7 +230,6 @@ try:
     tracker.close()
 except OSError as error:
     print(error, round(time.monotonic() - began))
-os._exit(0)  # the end of W&B's own process is not waited for
 """
 
 
@@ -239,7 +238,7 @@ def test_a_network_that_is_lost_during_training(tmp_path: Path) -> None:
     """The last rows stay on the disk, for `wandb sync`."""
     (tmp_path / "config.yaml").write_text(dump(small_config(tmp_path, tmp_path)))
     command = [PYTHON, "-c", LOST_NETWORK, str(tmp_path)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert re.match(r"Timed out finishing run. [2-9]$", done.stdout), done.stderr
     assert [row["loss"] for row in wandb_rows(tmp_path, 1)] == ["1"]
 

@@ -162,17 +162,18 @@ def test_render_center_keeps_all_of_a_small_image(shape: tuple[int, int]) -> Non
 
 @pytest.mark.parametrize("shape", [(1, 60_000), (60_001, 2)])
 def test_only_the_middle_of_a_strip_is_enlarged(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    picture = np.zeros((*shape, 3), np.uint8)
+    image = np.zeros((*shape, 3), np.uint8)
     middle = max(shape) // 2
-    (picture if shape[0] > shape[1] else picture.transpose(1, 0, 2))[middle - 4 : middle + 4] = 200
+    along = image if shape[0] > shape[1] else image.transpose(1, 0, 2)
+    along[middle - 4 : middle + 4] = 200
     sizes = []
 
-    def counted(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    def counted(part: np.ndarray, height: int, width: int) -> np.ndarray:
         sizes.append((height, width))
-        return resize(image, height, width)
+        return resize(part, height, width)
 
     monkeypatch.setattr(cpu, "resize", counted)
-    assert (render_center(picture, 224) == 200).all()
+    assert (render_center(image, 224) == 200).all()
     assert max(sizes[0]) <= 34 * 256
 
 

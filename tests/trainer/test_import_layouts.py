@@ -650,7 +650,7 @@ def test_classifiers_of_files_that_timm_converts_itself(
     ],
 )
 def test_layer_scale_that_timm_calls_gamma(tmp_path: Path, name: str, arguments: dict[str, Any]) -> None:
-    """In DeiT III's file it has the same name, but timm's ViT calls it ls1.gamma."""
+    """DeiT III's file has the same name for a tensor that timm's ViT calls ls1.gamma."""
     network = timm.create_model(name, num_classes=0, **arguments)
     assert "blocks.0.gamma_1" in network.state_dict()
     save_file(network.state_dict(), tmp_path / "model.safetensors")

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import wandb
 from prometheus_client.parser import text_string_to_metric_families
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # type: ignore[import-untyped]
 from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 from wandb.sdk.mailbox import HandleAbandonedError, MailboxClosedError
 
 from tests.trainer.small import PYTHON, small_config
 from trainer.config import MonitorSettings
 from trainer.config_file import dump
+from trainer.run import trackers
 from trainer.run.console import curve
 from trainer.run.metrics import MetricsLogger
 from trainer.run.results import read_rows
@@ -241,6 +243,16 @@ def test_a_network_that_is_lost_during_training(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert re.match(r"Timed out finishing run. [2-9]$", done.stdout), done.stderr
     assert [row["loss"] for row in wandb_rows(tmp_path, 1)] == ["1"]
+
+
+def test_results_of_an_evaluation_hide_no_step_of_its_curve(tmp_path: Path) -> None:
+    curve_of_training = trackers.TensorBoard(tmp_path, 0)
+    curve_of_training.add(5, {"loss": 1.0})
+    curve_of_training.close()
+    trackers.log_results(MonitorSettings(), tmp_path, tmp_path, 0, {"top1": 0.5})
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [5]
 
 
 def test_a_curve() -> None:

@@ -98,7 +98,7 @@ def _measure(
     device, batch_size = rank_info.device, config.data.batch_size
     phases = train_step.phases if train_step else PhaseTimer(device)
     if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)  # of the mode before
+        torch.cuda.reset_peak_memory_stats(device)  # the peak of an earlier mode does not count
     if mode == "synthetic":
         batches: Iterator[Batch] = repeat(random_batch(config, rank_info))
     else:

@@ -285,13 +285,12 @@ def _convert_by_timm(tensors: Tensors, config: Config, expected: Tensors) -> Ten
 
     The converter is not used where it resizes tensors, nor for ViTs, whose names `layouts.py` has.
     """
+    if "backbone.blocks.0.gamma_1" in expected:  # BEiT and EVA, whose files look like those of DeiT III, a plain ViT
+        tensors = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): x for name, x in tensors.items()}
     backbone = {name.removeprefix("backbone."): x for name, x in tensors.items() if name.startswith("backbone.")}
     with torch.device("meta"):
         model = build_encoder(config).backbone
     convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
-    if "backbone.blocks.0.gamma_1" in expected:  # BEiT and EVA, whose files look like those of DeiT III, a plain ViT
-        tensors = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): x for name, x in tensors.items()}
-        backbone = {re.sub(r"\.ls(\d)\.gamma$", r".gamma_\1", name): x for name, x in backbone.items()}
     missing = {name for name in expected if name.startswith("backbone.")} - tensors.keys()
     if not missing or convert is None or isinstance(model, VisionTransformer):
         return tensors

@@ -35,7 +35,7 @@ class Tracker(Protocol):
 
 
 class TensorBoard:
-    """Writes TensorBoard event files, and hides steps after `start` that an earlier process wrote; with None, none."""
+    """Writes TensorBoard event files, and hides steps after `start` of an earlier process; None hides none."""
 
     def __init__(self, folder: Path, start: int | None) -> None:
         from torch.utils.tensorboard import SummaryWriter

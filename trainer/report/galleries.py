@@ -16,7 +16,6 @@ from trainer.evaluate.features import embed
 from trainer.interop.weights import find_weights, read_encoder
 from trainer.report.page import Image, thumbnail
 from trainer.run import checkpoint
-from trainer.run.sources import open_sources
 
 MAX_QUERIES, MAX_NEGATIVES = 8, 12  # galleries of each kind
 NEAREST = 8  # images in a gallery
@@ -40,17 +39,18 @@ class Gallery:
             )
 
 
-def draw_galleries(run: Path, config: Config, rank_info: RankInfo) -> tuple[list[Gallery], list[Gallery]]:
+def draw_galleries(
+    run: Path, config: Config, rank_info: RankInfo, train: Source, val: Source | None
+) -> tuple[list[Gallery], list[Gallery]]:
     """Returns the galleries of a run's newest checkpoint: nearest to validation images, and nearest to negatives.
 
     The first list is empty without validation images, the second one for a method without learned negatives.
 
     Raises:
-        ValueError: There is no undamaged checkpoint, or the images cannot be opened.
+        ValueError: There is no undamaged checkpoint, or the newest one cannot be read.
     """
     weights, _ = find_weights(run)
     method = build_method(config, rank_info, read_encoder(weights, config))
-    train, val, _ = open_sources(config.data.model_copy(update={"more_val": None}), run)
     chosen = _spread(len(train), MAX_IMAGES)
     neighbours = find_neighbours(method.student, config, rank_info, train, val, chosen) if val else []
     negatives: list[Gallery] = []

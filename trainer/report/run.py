@@ -17,6 +17,7 @@ from trainer.run.directory import read_config
 from trainer.run.files import read_json, write_atomically
 from trainer.run.metrics import set_up_logging
 from trainer.run.results import Row, evaluation_rows, primary_metric, read_evaluations, read_rows
+from trainer.run.sources import open_sources
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +53,7 @@ def write_report(run: Path, overrides: list[str] | None = None) -> Path:
         overrides: Settings for the galleries, `section.key=value`, such as where the images are now.
 
     Raises:
-        ValueError: `run` is not a run directory.
+        ValueError: `run` is not a run directory, all of its checkpoints are damaged, or the newest cannot be read.
     """
     config = read_config(run, overrides)
     neighbours: list[Gallery] = []
@@ -61,9 +62,11 @@ def write_report(run: Path, overrides: list[str] | None = None) -> Path:
         set_up_logging(rank_info.rank)
         if list_checkpoints(run / "checkpoints"):
             try:
-                neighbours, negatives = draw_galleries(run, config, rank_info)
+                train, val, _ = open_sources(config.data.model_copy(update={"more_val": None}), run)
             except ValueError as error:
                 log.warning("the page has no galleries: %s", error)
+            else:
+                neighbours, negatives = draw_galleries(run, config, rank_info, train, val)
     rows, results = read_rows(run / "metrics.jsonl"), read_json(run / "results.json")
     html = render(run, read_config(run).model_dump(mode="json"), rows, results, neighbours, negatives)
     write_atomically(run / "report.html", html)

@@ -10,6 +10,7 @@ As custom operators they do not break the graph of torch.compile and work on fak
 import functools
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
 import torch
@@ -64,7 +65,9 @@ def _run_triton(name: str, *args: Any) -> tuple[Tensor, ...]:
         return _run_chunked(name, *args)
     if name == "adversary_step":
         args = _adversary_arguments(args)
-    return tuple(getattr(triton_kernels(), name)(*args))
+    # Triton launches on the current device, which need not be that of the tensors.
+    with torch.cuda.device(args[0].device) if args[0].is_cuda else nullcontext():
+        return tuple(getattr(triton_kernels(), name)(*args))
 
 
 @functools.cache

@@ -33,7 +33,8 @@ def row_bits(seed: int | Tensor, row_K: Tensor, dim: int) -> Tensor:
 def round_to_bf16(x_KD: Tensor, bits_KD: Tensor) -> Tensor:
     """Round fp32 [K, D] to bf16 by the lower 16 of the random bits."""
     exact_KD = ((x_KD.view(torch.int32) + (bits_KD & 0xFFFF)) & -0x10000).view(torch.float32)
-    return exact_KD.to(torch.bfloat16)
+    # NaN has to remain NaN: the sum of that of a GPU, 0x7FFFFFFF, overflows into the sign.
+    return torch.where(x_KD.isnan(), x_KD, exact_KD).to(torch.bfloat16)
 
 
 def seed32(seed: Tensor) -> Tensor:

@@ -52,6 +52,8 @@ def main() -> None:
     else:
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
     device = torch.device("cuda", dist.get_node_local_rank(0)) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # the bank lies on the current device
     torch.manual_seed(0)  # equal weights on all ranks
     student = torchvision.models.resnet18(num_classes=128).to(device)
     bank = Bank(BankSettings(size=4096), dim=128, mesh=make_mesh("sharded", device, ranks_per_node=1))

@@ -53,8 +53,8 @@ def _hash(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _rounded(x, bits):  # type: ignore[no-untyped-def]
     """Compute `kernels.rounding.round_to_bf16` of fp32; the result is still fp32."""
-    x = x.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
-    return (x & 0xFFFF0000).to(tl.float32, bitcast=True)
+    sum_bits = x.to(tl.uint32, bitcast=True) + (bits & 0xFFFF)
+    return tl.where(x == x, (sum_bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)
 
 
 @triton.jit(do_not_specialize=["first"])

@@ -119,7 +119,7 @@ def hardest(q_ND: Tensor, c_CD: Tensor, own_N: Tensor | None, m: int, below: flo
     kept = max(_MIN_KEPT, triton.next_power_of_2(m))
     kept_SNP = q_ND.new_empty(splits, num_queries, kept, dtype=torch.int64)
     if num_queries > 0:
-        similarity, _, precision = products(q_ND.dtype)
+        similarity, _, precision = products(q_ND.dtype, dim, sums=False)
         hardest_kernel[(row_tiles, splits)](
             q_ND, c_CD, own_N, kept_SNP, num_queries, len(c_CD), triton.cdiv(column_tiles, splits),
             math.inf if below is None else below,

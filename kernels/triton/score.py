@@ -37,7 +37,7 @@ def _add_tile(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     T: tl.constexpr,
     HAS_OWN: tl.constexpr,
-    SIXTH_POWER: tl.constexpr,
+    POWER: tl.constexpr,
     RAGGED: tl.constexpr,
     SIMILARITY: tl.constexpr,
     WEIGHTED: tl.constexpr,
@@ -54,7 +54,9 @@ def _add_tile(  # type: ignore[no-untyped-def]
         c_TD = tl.load(tile_ptr + offsets_TD)
     s_BT = tl.dot(q_BD, tl.trans(c_TD.to(SIMILARITY)), input_precision=PRECISION)
     e_BT = tl.exp2(s_BT * scale)
-    if SIXTH_POWER:
+    if POWER == 1:
+        ea_BT = e_BT
+    elif POWER == 6:
         cube_BT = e_BT * e_BT * e_BT
         ea_BT = cube_BT * cube_BT
     else:
@@ -95,7 +97,7 @@ def score_kernel(  # type: ignore[no-untyped-def]
     HAS_KEYS: tl.constexpr,
     HAS_OWN: tl.constexpr,
     HAS_NEGATIVES: tl.constexpr,
-    SIXTH_POWER: tl.constexpr,
+    POWER: tl.constexpr,
     RAGGED_KEYS: tl.constexpr,
     RAGGED_NEGATIVES: tl.constexpr,
     SIMILARITY: tl.constexpr,
@@ -105,9 +107,10 @@ def score_kernel(  # type: ignore[no-untyped-def]
     """Write the partial sums of one tile of queries over one split of the columns.
 
     Tensors: q [N, D], k [M, D], own int64 [N] (read if HAS_OWN), n [K, D]; z, za and top fp32 [S, N] and o fp32
-    [S, N, D] are written. scale and scale_a are log2(e) / T and log2(e) / T_a. SIXTH_POWER: T / T_a is 6, so the
-    adversary's exponential is the sixth power of the encoder's. RAGGED_KEYS, RAGGED_NEGATIVES: T does not divide M, K.
-    SIMILARITY, WEIGHTED and PRECISION are those of `tiles.Products`.
+    [S, N, D] are written. scale and scale_a are log2(e) / T and log2(e) / T_a. POWER is the ratio T / T_a if
+    it is 1 (without an adversary) or 6 (published for AdCo), so that the adversary's exponential is a power of the
+    encoder's, and 0 for others. RAGGED_KEYS, RAGGED_NEGATIVES: T does not divide M, K. SIMILARITY, WEIGHTED and
+    PRECISION are those of `tiles.Products`.
     """
     split = tl.program_id(1)
     rows_B = tl.program_id(0) * B + tl.arange(0, B)
@@ -129,13 +132,13 @@ def score_kernel(  # type: ignore[no-untyped-def]
         for start in range(first * T, tl.minimum(last, key_tiles) * T, T):
             z_B, za_B, top_B, o_BD = _add_tile(
                 q_BD, own_B, k_ptr, start, num_keys, z_B, za_B, top_B, o_BD, scale, scale_a,
-                D, T, HAS_OWN, SIXTH_POWER, RAGGED_KEYS, SIMILARITY, WEIGHTED, PRECISION,
+                D, T, HAS_OWN, POWER, RAGGED_KEYS, SIMILARITY, WEIGHTED, PRECISION,
             )  # fmt: skip
     if HAS_NEGATIVES:
         for start in range(tl.maximum(first - key_tiles, 0) * T, (last - key_tiles) * T, T):
             z_B, za_B, top_B, o_BD = _add_tile(
                 q_BD, own_B, n_ptr, start, num_negatives, z_B, za_B, top_B, o_BD, scale, scale_a,
-                D, T, False, SIXTH_POWER, RAGGED_NEGATIVES, SIMILARITY, WEIGHTED, PRECISION,
+                D, T, False, POWER, RAGGED_NEGATIVES, SIMILARITY, WEIGHTED, PRECISION,
             )  # fmt: skip
 
     partial = split.to(tl.int64) * num_queries
@@ -175,7 +178,7 @@ def score(
             _LOG2_E / temperature, _LOG2_E / adversary_temperature,
             D=dim, B=tile.rows, T=tile.columns,
             HAS_KEYS=len(k_MD) > 0, HAS_OWN=own_N is not None, HAS_NEGATIVES=len(n_KD) > 0,
-            SIXTH_POWER=abs(temperature / adversary_temperature - 6) < 1e-6,
+            POWER=next((x for x in (1, 6) if abs(temperature / adversary_temperature - x) < 1e-6), 0),
             RAGGED_KEYS=len(k_MD) % tile.columns != 0, RAGGED_NEGATIVES=len(n_KD) % tile.columns != 0,
             SIMILARITY=similarity, WEIGHTED=weighted, PRECISION=precision,
             num_warps=tile.warps, num_stages=tile.stages,

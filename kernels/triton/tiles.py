@@ -22,7 +22,9 @@ TABLE_PATH = Path(__file__).with_name("tiles.csv")
 # Whether Triton's interpreter runs the kernels, slowly, on the CPU.
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
-_MAX_SPLITS = 16  # each split of the columns has N x D partial sums
+# Each split of the columns has N x D partial sums. More than these only where the rows alone do not fill the device.
+_MAX_SPLITS = 16
+_GAIN = 0.94  # more splits have to take less than this share of the time
 _INTERPRETER_PROCESSORS = 8  # so that the interpreter splits the columns, too
 
 
@@ -98,21 +100,23 @@ def tiles(kernel: str, architecture: int, dim: int, dtype: torch.dtype) -> Tiles
     return TABLE.get(Key(kernel, architecture, name, dim)) or TABLE[Key(kernel, similar, name, dim)]
 
 
-def products(dtype: torch.dtype, dim: int = 0, interpreted: bool = INTERPRETED) -> Products:
+def products(dtype: torch.dtype, dim: int, sums: bool = True, interpreted: bool = INTERPRETED) -> Products:
     """Choose how to multiply elements of a dtype on tensor cores.
 
     - bf16: both products are in bf16. This rounds p to 8 bits, as flash attention does.
     - fp16: similarities are in fp16. The adversary's p exceeds fp16's range, so the factors of weighted sums are tf32,
       which has fp16's 11 bits and fp32's range.
     - fp32: each factor is split into two tf32 numbers, and the three largest of their four products are added
-      (tf32x3). The error is about 2^-22 |q| |c|, and the speed a sixth of bf16's. In weighted sums over more than 128
-      dimensions, the split factors would exceed the registers; there fp32 is multiplied without tensor cores.
+      (tf32x3). The error is about 2^-22 |q| |c|, and the speed a sixth of bf16's. In kernels with weighted sums over
+      more than 128 dimensions, and in others over more than 256, the split factors would exceed the registers; there
+      fp32 is multiplied without tensor cores.
 
     The interpreter has no bf16 arithmetic and computes in fp32 instead, as it does for all tf32.
 
     Args:
         dtype: Dtype of the queries.
-        dim: Dimensions of the kernel's weighted sum; 0 for a kernel without.
+        dim: Number of dimensions.
+        sums: Whether the kernel has weighted sums.
         interpreted: Whether the interpreter runs the kernel.
     """
     import triton.language as tl
@@ -121,7 +125,7 @@ def products(dtype: torch.dtype, dim: int = 0, interpreted: bool = INTERPRETED) 
         return Products(tl.float32, tl.float32, "ieee") if interpreted else Products(tl.bfloat16, tl.bfloat16, "tf32")
     if dtype is torch.float16:
         return Products(tl.float16, tl.float32, "tf32")
-    return Products(tl.float32, tl.float32, "tf32x3" if dim <= 128 else "ieee")
+    return Products(tl.float32, tl.float32, "tf32x3" if dim <= (128 if sums else 256) else "ieee")
 
 
 def unsupported(q_ND: Tensor) -> str | None:
@@ -162,8 +166,12 @@ def num_splits(row_tiles: int, column_tiles: int, device: torch.device) -> int:
 def best_splits(row_tiles: int, column_tiles: int, processors: int) -> int:
     """Compute `num_splits` for a number of processors.
 
-    A choice takes the number of rounds of programs times the tiles of a program; among equal choices, the fewest splits
-    win.
+    The time of a choice is the number of rounds of programs times the tiles of a program. The fewest splits are chosen
+    whose time is nearly that of the fastest.
     """
-    choices = range(1, min(_MAX_SPLITS, column_tiles) + 1)
-    return min(choices, key=lambda splits: -(-row_tiles * splits // processors) * -(-column_tiles // splits))
+    most = max(_MAX_SPLITS, -(-processors // max(1, row_tiles)))
+    times = {
+        splits: -(-row_tiles * splits // processors) * -(-column_tiles // splits)
+        for splits in range(1, max(1, min(most, column_tiles)) + 1)
+    }
+    return next(splits for splits, time in times.items() if _GAIN * time <= min(times.values()))

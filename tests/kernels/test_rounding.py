@@ -40,6 +40,9 @@ def test_rounds_to_a_neighbour_and_right_on_average() -> None:
     assert ((rounded - x).mean(1) / gap[:, 0]).abs().max() < 5 * 0.5 / 64
     exact = torch.tensor([[0.0, 1.0, -2.5, float("inf")]])
     assert torch.equal(round_to_bf16(exact, random_bits(1, 0, 1, 4, CPU)).float(), exact)
+    not_numbers = torch.tensor([[0x7FFFFFFF, 0x7FC00000, -1]], dtype=torch.int32).view(torch.float32)  # first: a GPU's
+    most = torch.full((1, 3), 0xFFFF, dtype=torch.int32)
+    assert round_to_bf16(not_numbers, most).isnan().all()
 
 
 def steps(kernels: Any, weights: torch.dtype, velocity: torch.dtype | None, count: int) -> tuple[Tensor, list[Tensor]]:

@@ -13,18 +13,16 @@ from trainer.bench import static
 from trainer.bench.static import Job
 
 TABLED = static.jobs()
-# To keep 64 columns takes the most registers of what has room.
-JOBS = [*TABLED, *(Job("hardest", architecture, 128, "bfloat16", kept=64) for architecture in static.ARCHITECTURES)]
 SPILLING = Job("adversary", 80, 128, "bfloat16", "float32", "float32", tile=(128, 128, 4, 2))
 
 
 @pytest.fixture(scope="module")
 def compiled() -> dict[Job, dict[str, Any]]:
-    jobs = [*JOBS, SPILLING]
+    jobs = [*TABLED, SPILLING]
     return dict(zip(jobs, static.run(jobs), strict=True))
 
 
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: "-".join(str(x) for x in job if x is not None))
+@pytest.mark.parametrize("job", TABLED, ids=lambda job: "-".join(str(x) for x in job if x is not None))
 def test_fits_and_uses_the_hardware(job: Job, compiled: dict[Job, dict[str, Any]]) -> None:
     row = compiled[job]
     assert row["spilled"] == row["LDL and STL"] == 0
@@ -34,18 +32,22 @@ def test_fits_and_uses_the_hardware(job: Job, compiled: dict[Job, dict[str, Any]
     if job.architecture == 80:
         assert row["shared"] <= static.SHARED_MEMORY_OF_SMALL  # these tiles also serve sm_86, sm_89 and sm_120
     weighted = 0 if job.kernel == "hardest" else 1
-    exact = job.dtype == "float32" and weighted and job.dim > 128  # without tensor cores, see `tiles.products`
-    if not exact:
+    limit = 128 if weighted else 256  # of fp32 on tensor cores, see `tiles.products`
+    if job.dtype != "float32" or job.dim <= limit:
         assert row["HMMA"] + row["HGMMA"] > 0
-    if job.architecture == 90 and job.dtype != "float32":
+    narrow = job.dim == 512 and weighted  # tiles of 32 rows, for the registers: too few for HGMMA and for the warps
+    if job.architecture == 90 and job.dtype != "float32" and row["rows"] >= 64:
         assert row["HMMA"] == 0
     assert row["LDG.128"] + row["LDGSTS.128"] > 0
     if job.dtype != "float32":
         assert row["LDGSTS.128"] > 0  # rows are loaded ahead
-    # One exponential serves both temperatures; `score` has a loop over keys and one over negatives.
-    loops = {"score": 2, "adversary": 1, "hardest": 1}[job.kernel]
+    # One exponential serves two temperatures with ratio 6; `score` has a loop over keys and one over negatives.
+    loops = 2 if job.kernel == "score" and job.variant != "one matrix" else 1
     elements = loops * row["rows"] * row["columns"] // (32 * row["warps"])
-    assert row["MUFU.EX2"] == (elements if weighted else 0)
+    exponentials = 2 if job.variant == "other temperatures" else 1
+    if narrow and job.dtype != "float32":
+        exponentials = 2  # two warps compute the same ones
+    assert row["MUFU.EX2"] == (exponentials * elements if weighted else 0)
     if job.dtype != "float32":
         assert row["WARPGROUP.ARRIVE"] in (0, loops * (1 + weighted))  # products do not wait for each other
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import kernels
 from kernels import AdversaryParams, chunked, ops, reference
 from kernels.triton import tiles
-from kernels.triton.tiles import num_splits
+from kernels.triton.tiles import best_splits, num_splits
 from tests.kernels.cases import (
     ADVERSARY_TEMPERATURE,
     TEMPERATURE,
@@ -113,6 +113,9 @@ def test_splits_fill_the_processors() -> None:
     assert num_splits(2, 100, cpu) == 4  # eight programs of 25 tiles
     assert num_splits(2, 3, cpu) == 3  # no more splits than tiles
     assert num_splits(12, 100, cpu) == 2  # 24 programs in three rounds of 50 tiles instead of 12 in two of 100
+    assert best_splits(2, 1024, 108) == 52  # 16 splits of two row tiles would leave 76 of 108 processors idle
+    assert best_splits(256, 1536, 108) == 2  # eight splits would be 5 % faster and take four times the memory
+    assert best_splits(0, 3, 132) == best_splits(3, 0, 132) == 1
 
 
 @pytest.mark.parametrize("adversary_temperature", [0.03, 0.05, 0.12, 0.2])

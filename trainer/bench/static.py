@@ -24,12 +24,11 @@ from triton.compiler import ASTSource
 from kernels.triton.adversary import adversary_kernel
 from kernels.triton.hardest import hardest_kernel
 from kernels.triton.score import score_kernel
-from kernels.triton.tiles import Tiles, products, tiles
+from kernels.triton.tiles import DIMS, Tiles, products, tiles
 from trainer.bench.harness import Columns, print_rows
 from trainer.bench.kernels import WEIGHTS
 
 ARCHITECTURES = (80, 90)
-DIMS = (64, 128, 256)
 DTYPES = ("bfloat16", "float16", "float32")
 
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}  # bytes that a program may use
@@ -38,6 +37,14 @@ _SHARED_MEMORY_OF_PROCESSOR = {80: 164 * 1024, 90: 228 * 1024}
 _RESERVED = 1024  # bytes of shared memory that each program takes in addition
 _REGISTERS = 65536  # of a processor, allocated 8 at a time to each thread
 _WARPS = 64  # of a processor
+
+# Variants of `score` beside AdCo's published one, which has keys, negatives and two temperatures with ratio 6.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "partly filled tiles": {"RAGGED_KEYS": True, "RAGGED_NEGATIVES": True},
+    "one temperature": {"POWER": 1},
+    "other temperatures": {"POWER": 0},
+    "one matrix": {"POWER": 1, "HAS_NEGATIVES": False},
+}
 
 # Columns of the table: the instructions that each counts.
 INSTRUCTIONS = {
@@ -58,7 +65,8 @@ class Job(NamedTuple):
     """One kernel to compile.
 
     architecture: 80 or 90. weights and velocity: types, for `adversary` only. tile: as `kernels.triton.tiles.Tiles`,
-    None for the tile of the table. kept: number of columns kept for each query, for `hardest` only.
+    None for the tile of the table. kept: number of columns kept for each query, for `hardest` only. variant: a key of
+    VARIANTS, for `score` only.
     """
 
     kernel: str
@@ -69,18 +77,22 @@ class Job(NamedTuple):
     velocity: str | None = None
     tile: tuple[int, int, int, int] | None = None
     kept: int | None = None
+    variant: str | None = None
 
 
 def jobs() -> list[Job]:
     """Return all combinations of kernel, dimension, type and architecture.
 
-    `adversary` in bf16 also has jobs with low-precision weights; `hardest` keeps 16 columns.
+    In bf16, `adversary` also has jobs with low-precision weights. With the dimensions of the recipes too, `score` also
+    has its variants, and `hardest`, which keeps 16 columns, also one with 128.
     """
     found = []
-    for common in product(ARCHITECTURES, DIMS, DTYPES):
-        found.append(Job("score", *common))
-        found += [Job("adversary", *common, *types) for types in (WEIGHTS if "bfloat16" in common else WEIGHTS[:1])]
-        found.append(Job("hardest", *common, kept=16))
+    for architecture, dim, dtype in product(ARCHITECTURES, DIMS, DTYPES):
+        common, bf16 = (architecture, dim, dtype), dtype == "bfloat16"
+        recipe = bf16 and dim in (128, 256)
+        found += [Job("score", *common, variant=variant) for variant in (None, *(VARIANTS if recipe else ()))]
+        found += [Job("adversary", *common, *types) for types in (WEIGHTS if bf16 else WEIGHTS[:1])]
+        found += [Job("hardest", *common, kept=kept) for kept in ((16, 128) if recipe else (16,))]
     return found
 
 
@@ -123,14 +135,15 @@ def report(rows: list[dict[str, Any]], out: Path | None) -> None:
 
 def _label(row: dict[str, Any]) -> str:
     types = f" W {row['weights']}, v {row['velocity']}" if row["weights"] else ""
-    return f"{row['kernel']} {row['dtype']}{types}".replace("float", "")
+    kept = f" {row['kept']} kept" if row["kept"] else ""
+    return f"{row['kernel']} {row['dtype']}{types}".replace("float", "") + kept + (f" {row['variant'] or ''}").rstrip()
 
 
 def compile_job(job: Job) -> dict[str, Any]:
     """Compile one job in this process and return its row of `run`.
 
     The kernel is specialised as in training: published temperatures, own keys, sizes and addresses that are multiples
-    of 16 and of the tiles.
+    of 16 and of the tiles, unless its variant says otherwise.
     """
     tile = Tiles(*job.tile) if job.tile else tiles(job.kernel, job.architecture, job.dim, getattr(torch, job.dtype))
     kernel, signature, constants = _arguments(job, tile)
@@ -169,12 +182,12 @@ def _arguments(job: Job, tile: Tiles) -> tuple[Any, dict[str, str], dict[str, An
     """Return the kernel, the signature of its arguments and the values of the compile-time constants."""
     kernel = {"score": score_kernel, "adversary": adversary_kernel, "hardest": hardest_kernel}[job.kernel]
     similarity, weighted, precision = products(
-        getattr(torch, job.dtype), 0 if job.kernel == "hardest" else job.dim, interpreted=False
+        getattr(torch, job.dtype), job.dim, sums=job.kernel != "hardest", interpreted=False
     )
     values: dict[str, Any] = {"D": job.dim, "B": tile.rows, "T": tile.columns, "P": job.kept}
     values |= {"SIMILARITY": similarity, "WEIGHTED": weighted, "PRECISION": precision}
-    values |= {"HAS_KEYS": True, "HAS_OWN": True, "HAS_NEGATIVES": True, "SIXTH_POWER": True}
-    values |= {"RAGGED_KEYS": False, "RAGGED_NEGATIVES": False}
+    values |= {"HAS_KEYS": True, "HAS_OWN": True, "HAS_NEGATIVES": True, "POWER": 6}
+    values |= {"RAGGED_KEYS": False, "RAGGED_NEGATIVES": False, **VARIANTS.get(job.variant or "", {})}
     types = dict.fromkeys(("q_ptr", "k_ptr", "n_ptr", "c_ptr"), job.dtype)
     types |= {"own_ptr": "int64", "kept_ptr": "int64", "w_ptr": job.weights or "float32", "skip_ptr": "uint8"}
     types |= {"lr_ptr": "float64", "seed_ptr": "int64"}

@@ -35,7 +35,8 @@ if [[ ${0##*/} != slurm_script ]]; then # SLURM's name of its copy; SLURM_JOB_ID
     check_files
     id=$(sbatch --parsable --hold "${options[@]}" "slurm/${0##*/}" "$@")
     id=${id%%;*}
-    trap 'scancel "$id"; rm -rf "${new:-}"; echo "error: job $id could not be prepared: cancelled" >&2' EXIT
+    trap 'rm -rf "${new:-}"; scancel "$id" && end=cancelled || end="still held, end it by scancel $id"
+        echo "error: job $id could not be prepared: $end" >&2' EXIT
     snapshot "$id"
     scontrol release "$id"
     trap - EXIT

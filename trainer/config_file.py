@@ -56,7 +56,8 @@ def changed_keys(before: Config, now: Config) -> list[str]:
     """Describe each key that differs but must not differ when a run is resumed, such as `run.seed was 0, now 1`."""
     keys = [*walk_keys(Config), *walk_keys(type(now.method), "method.")]
     resumable = [key.name for key in keys if key.resumable]
-    if before.model.weights and now.model.weights:  # may have moved; the first start has read them
+    earlier, later = (Path(config.model.weights or "") for config in (before, now))
+    if earlier.name and earlier.name == later.name:  # may have moved to another folder; the first start has read them
         resumable.append("model.weights")
     old, new = (
         {name: short_name(value) for name, value in flatten(config.model_dump(mode="json")).items()}

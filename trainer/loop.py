@@ -206,7 +206,7 @@ def train(task: Task, batches: Iterator[Batch], start: int, settings: LoopSettin
                 values |= task.log_values(step, values) | throughput.take(step) | peak_memory(rank_info.device)
                 metrics.log({**settings.position(step), **values, "unreadable": unreadable.total()})
                 seen = min((step - start) * settings.batch_size, settings.num_images)
-                if not stopping:  # which saves first
+                if not stopping or step == settings.steps:  # a stop saves first
                     unreadable.check_limit(seen, settings.max_unreadable)
 
             watchdog.expect(f"saving or evaluating after step {step}", run.long_timeout)

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -31,7 +32,15 @@ def make_site(folder: Path, commands: dict[str, str]) -> dict[str, str]:
 
 
 def run(site: Path, environment: dict[str, str], *command: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command, cwd=site, env=environment, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        command,
+        cwd=site,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # bash cannot trap what a parent ignores
+    )
 
 
 def test_a_job_is_released_with_its_code(tmp_path: Path) -> None:
@@ -60,6 +69,14 @@ def test_a_job_whose_files_do_not_exist_is_not_submitted(tmp_path: Path, name: s
     assert done.returncode == 1
     assert done.stderr == f"error: {name}=typo: no such file in {tmp_path}\n"
     assert not (tmp_path / "calls").exists()
+
+
+def test_a_job_that_can_neither_be_released_nor_cancelled_is_named(tmp_path: Path) -> None:
+    done = run(
+        tmp_path, make_site(tmp_path, FAKE_SLURM | {"scontrol": "exit 1", "scancel": "exit 1"}), "slurm/adco_800ep.sh"
+    )
+    assert done.returncode == 1
+    assert done.stderr == "error: job 7 could not be prepared: still held, end it by scancel 7\n"
 
 
 @pytest.mark.parametrize("command", ["cp", "mv"])

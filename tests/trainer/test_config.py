@@ -334,7 +334,6 @@ def test_all_mistakes_at_once(tmp_path: Path) -> None:
         ("data.views=[{size: 28}]", "data.views: need at least 2 views"),
         ("data.views=3", "data.views: input should be a valid tuple"),
         ("data.augment.flip=2", "data.augment.flip: input should be less than or equal to 1, got 2"),
-        ("optim={name: lars, weight_decay: 0}", "optim.weight_decay: lars adapts what has weight decay"),
         ("optim.lr_final=1", "optim.lr_final: 1.0 is above optim.lr, 0.03"),
         ("optim.warmup=3", "optim.warmup: 3.0 epochs are more than run.epochs, 2"),
         ("engine.kind=fsdp2", "engine.kind: got 'fsdp2', need one of 'ddp', 'fsdp', 'deepspeed'"),

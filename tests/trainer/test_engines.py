@@ -474,6 +474,18 @@ def test_layers_in_a_row_are_a_block() -> None:
     assert blocks(network) == list(network.backbone.blocks)
 
 
+def train_with_unused_parameters(engine: str) -> Outcome:
+    settings = {**ENGINES[engine], "compile": "none"}
+    model = {"backbone": f"{__file__}:TwoBlocks", "backbone_args": {}}
+    return run(make_config("vit", model=model, method={"bn": "sync"}, engine=settings, optim={"accumulate": 2}))
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp", "zero2"])
+def test_parameters_that_are_not_used_are_accepted_by_every_engine(engine: str) -> None:
+    expected, found = (run_ranks(ranks, train_with_unused_parameters, engine)[0] for ranks in (1, 2))
+    torch.testing.assert_close(found.losses, expected.losses, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
 def test_parameters_that_are_not_used_do_not_hinder_a_resume(name: str) -> None:
     def make() -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -497,6 +509,11 @@ def test_parameters_that_are_not_used_do_not_hinder_a_resume(name: str) -> None:
         step(*pair)
     for x, y in zip(network.parameters(), again.parameters(), strict=True):
         assert torch.equal(x, y)
+
+
+def test_lars_needs_weight_decay() -> None:
+    with pytest.raises(ValueError, match=r"optim\.weight_decay: lars adapts what has weight decay"):
+        make_optimizer(TwoBlocks(), Optim(name="lars", weight_decay=0))
 
 
 def test_a_backbone_without_known_blocks() -> None:
@@ -527,6 +544,12 @@ def test_deepspeeds_json() -> None:
         ({"bf16": {"enabled": True}}, "bf16.enabled is True, but"),
         ({"gradient_clipping": 5}, "gradient_clipping is 5, but"),
         ({"optimizer": {"type": "Adam"}}, "optimizer is not DeepSpeed's to choose"),
+        ({"train_micro_batch_size_per_gpu": 7}, "train_micro_batch_size_per_gpu is not DeepSpeed's to choose"),
+        (
+            {"zero_optimization": {"offload_optimizer": {"device": "nvme"}}},
+            "offload_optimizer needs engine.cpu_offload",
+        ),
+        ({"zero_optimization": {"offload_param": {"device": "nvme"}}}, "offload_param needs"),
     ],
 )
 def test_deepspeeds_json_may_not_contradict(options: dict[str, Any], message: str) -> None:

@@ -56,7 +56,9 @@ class DDP(TorchEngine):
             device_ids=[self.device.index] if self.device.type == "cuda" else None,
             **DDP_LOCAL_BUFFERS,  # see `trainer.engines.finite.RunningStatistics`
             gradient_as_bucket_view=True,
-            static_graph=self.accumulate == 1,  # which cannot alternate between syncing and not syncing
+            # A static graph also knows the parameters without gradient, but always synchronises.
+            static_graph=self.accumulate == 1,
+            find_unused_parameters=self.accumulate > 1,
         )
         if self.settings.compress == "bf16":
             wrapped.register_comm_hook(None, bf16_compress_hook)

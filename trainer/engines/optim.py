@@ -58,12 +58,6 @@ class Optim(Section):
             raise ValueError(f"lr_final: {self.lr_final} is above optim.lr, {self.lr}")
         return self
 
-    @model_validator(mode="after")
-    def _lars_needs_decay(self) -> "Optim":
-        if self.name == "lars" and not self.weight_decay:
-            raise ValueError("weight_decay: lars adapts what has weight decay; for none give a tiny one, such as 1e-12")
-        return self
-
 
 def cosine(step: int, steps: int, start: float, final: float, warmup_steps: float = 0) -> float:
     """Return a schedule's value: a linear warm-up from 0 to start, then half a cosine to final at `steps`."""
@@ -85,7 +79,14 @@ def make_optimizer(student: nn.Module, settings: Optim, fused: bool = True) -> t
         student: The network.
         settings: Section `optim`.
         fused: Whether AdamW is one operation that can be skipped on the device and captured, like SGD and LARS.
+
+    Raises:
+        ValueError: LARS has no weight decay.
     """
+    if settings.name == "lars" and not settings.weight_decay:
+        raise ValueError(
+            "optim.weight_decay: lars adapts what has weight decay; for none give a tiny one, such as 1e-12"
+        )
     groups = [part for group in _parameter_groups(student, settings) for part in _split(group)]
     if settings.name == "adamw":
         return torch.optim.AdamW(groups, lr=settings.lr, fused=fused, capturable=fused)

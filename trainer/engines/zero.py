@@ -269,9 +269,13 @@ def make_json(
         # DeepSpeed's own bucket size, 5e8 elements, takes 2 GB.
         "zero_optimization": {"overlap_comm": gpu, "reduce_bucket_size": 25_000_000},
     }
-    for key in ("optimizer", "scheduler"):
+    for key in ("optimizer", "scheduler", "train_micro_batch_size_per_gpu"):
         if key in settings.options:
-            raise ValueError(f"engine.options: {key} is not DeepSpeed's to choose; see optim.*")
+            raise ValueError(f"engine.options: {key} is not DeepSpeed's to choose; see optim.* and data.batch_size")
+    zero = settings.options.get("zero_optimization", {})
+    for key in ("offload_optimizer", "offload_param"):
+        if key in zero and key not in ours["zero_optimization"]:
+            raise ValueError(f"engine.options: {key} needs engine.cpu_offload, and offload_param also engine.stage=3")
     return merge(merge(defaults, settings.options, ""), ours, "engine.options: ")
 
 

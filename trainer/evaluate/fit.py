@@ -174,7 +174,12 @@ def fit(
     config, rank_info = context.config, context.rank_info
     view = View(size=image_size(config), scale=recipe.scale)
     data = config.data.model_copy(
-        update={"views": (view,), "augment": CROPS_AND_FLIPS, "batch_size": recipe.batch_size}
+        update={
+            "views": (view,),
+            "augment": CROPS_AND_FLIPS,
+            "batch_size": recipe.batch_size,
+            "backend": config.data.evaluation_backend_for(rank_info.device),
+        }
     )
     epoch_steps = steps_per_epoch(len(train), recipe.batch_size)
     settings = LoopSettings(

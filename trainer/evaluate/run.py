@@ -113,7 +113,8 @@ def evaluate(
             origin = {"network": choice.network, "step": step, **_hardware(rank_info)}
             write_results(folder / RESULTS, {**results, **origin} if rank_info.rank == 0 else None)
             if rank_info.rank == 0:
-                log_results(config.monitor, run, folder, step, results)
+                stored = read_json(folder / RESULTS)  # numbers of NumPy are Python's there
+                log_results(config.monitor, run, folder, step, {name: stored[name] for name in results})
         return read_json(folder / RESULTS)
 
 

@@ -94,7 +94,9 @@ def replay(run: Path) -> str:
         step, ranks = facts["step"], len(facts["samples"])
         if ranks != rank_info.world_size:
             raise ValueError(f"{run}: step {step} ran on {ranks} ranks, got {rank_info.world_size}")
-        train_step = TrainStep(config, rank_info)
+        # A compiled network has no hooks between its layers.
+        eager = config.engine.model_copy(update={"compile": "none"})
+        train_step = TrainStep(config.model_copy(update={"engine": eager}), rank_info)
         train_step.load(folder / f"step-{step:08d}")
         batch = load_file(_batch_file(folder, step, rank_info.rank), device=str(rank_info.device))
         views = [batch[f"view{i}"] for i in range(len(config.data.views))]

@@ -66,8 +66,8 @@ class Watchdog:
                 self.wake.wait(min(remaining, _POLL_SECONDS))
                 if self.closed:
                     return
-                if (late := time.monotonic() - began - _POLL_SECONDS) > _SUSPENDED_SECONDS:
-                    self.deadline += late  # all of the process was stopped, by Ctrl-Z or SLURM
+                if (waited := time.monotonic() - began) > _POLL_SECONDS + _SUSPENDED_SECONDS:
+                    self.deadline += waited  # all of the process was stopped, by Ctrl-Z or SLURM
         with self.path.open("w") as file:
             print(f"rank {self.rank} hung in {self.activity}; stacks of its threads:", file=file, flush=True)
             faulthandler.dump_traceback(file, all_threads=True)

@@ -1,11 +1,13 @@
 """Files of a run directory: atomic writes, JSON, safetensors, and errors that name the file and the reason."""
 
 import json
+import math
 import os
 import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -72,7 +74,13 @@ def as_os_error(error: SafetensorError, path: Path) -> OSError:
 
 def write_json(path: Path, values: dict[str, Any]) -> None:
     """Write `values` as indented JSON, atomically. Numbers may be those of NumPy and tensors with one element."""
-    write_atomically(path, json.dumps(values, indent=2, default=lambda number: number.item()) + "\n")
+    write_atomically(path, json.dumps(values, indent=2, default=_to_number) + "\n")
+
+
+def _to_number(x: Any) -> Any:
+    if isinstance(x, np.generic | np.ndarray | Tensor) and math.prod(x.shape) == 1:
+        return x.item()
+    raise TypeError(f"{type(x).__name__} is not a number, text, list or dictionary")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -111,9 +111,11 @@ class StepTime(NamedTuple):
 
 def operator_seconds(event: OperatorEvent, gpu: Gpu) -> tuple[float, bool]:
     """Return the seconds that an operator takes, and whether the memory bandwidth limits it."""
-    uses_tf32 = "convolution" in event.name or event.name in ("score", "adversary_step", "hardest")
-    # In fp32, torch convolves with tensor cores (TF32) but multiplies matrices without them.
-    tensor_cores = gpu.flops.get(event.dtype) or (gpu.flops.get("tf32") if uses_tf32 else None)
+    # In fp32, torch convolves with tensor cores (TF32) but multiplies matrices without them; our kernels add up three
+    # products in TF32 for each.
+    products = 3 if event.name in ("score", "adversary_step", "hardest") else 1 if "convolution" in event.name else 0
+    tf32 = gpu.flops.get("tf32", 0.0) / products if products else None
+    tensor_cores = gpu.flops.get(event.dtype) or tf32
     product = event.flops / (tensor_cores * TENSOR_CORES if tensor_cores else gpu.fp32_flops * CUDA_CORES)
     compute = max(product, event.exponentials / gpu.exponentials)
     memory = event.bytes / (gpu.bandwidth * BANDWIDTH)

@@ -65,11 +65,13 @@ def adversary(
 def _roofline(gpu: Gpu, elements: int, dim: int, dtype: str, bytes: int) -> Roofline:
     """Return the roofline of two products, similarity and weighted sum, of `elements` similarities."""
     product = 2 * elements * dim
-    # As in `kernels.triton.tiles.products`: an fp32 product takes three tf32 products, and fp16 accumulates in tf32.
+    # As in `kernels.triton.tiles.products`: an fp32 product takes three tf32 products, or no tensor cores, and the
+    # weighted sums of fp16 are in tf32.
+    fp32 = gpu.flops["tf32"] / 3 if dim <= 128 else gpu.fp32_flops
     rates = {
         "bfloat16": (gpu.flops["bfloat16"], gpu.flops["bfloat16"]),
         "float16": (gpu.flops["float16"], gpu.flops["tf32"]),
-        "float32": (gpu.flops["tf32"] / 3, gpu.flops["tf32"] / 3),
+        "float32": (fp32, fp32),
     }[dtype]
     tensor_seconds = sum(product / rate for rate in rates)
     return Roofline(2 * product, bytes, tensor_seconds, elements / gpu.exponentials, bytes / gpu.bandwidth)

@@ -17,9 +17,10 @@ import torch
 from typer.testing import CliRunner
 
 from trainer.__main__ import app
-from trainer.bench.gpu import parts, record, runner, speed, trajectory
+from trainer.bench.gpu import parts, ranks, record, runner, runs, speed, trajectory
 from trainer.bench.gpu.record import Line, Setting
 from trainer.bench.gpu.runner import Part
+from trainer.config import Config
 from trainer.plan import roofline
 from trainer.plan.hardware import GPUS
 
@@ -105,6 +106,22 @@ def test_gaps_between_kernels() -> None:
 def test_differences_of_trajectories() -> None:
     assert trajectory.difference([1.0, 4.5], [1.0, 5.0]) == pytest.approx(0.1)
     assert trajectory.mean_difference([1.0, 4.0], [2.0, 3.0]) == 0
+
+
+def test_runs_on_a_gpu_do_not_need_dali(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`auto` would be DALI, which the core installation lacks."""
+    config = runs._run_config(Setting(torch.device("cuda"), tmp_path), tmp_path, tmp_path)
+    assert config.data.backend_for(torch.device("cuda")) == "cpu"
+    found: list[Config] = []
+
+    def launched(config: Config) -> str:
+        found.append(config)
+        raise InterruptedError
+
+    monkeypatch.setattr(ranks, "dump", launched)
+    with pytest.raises(InterruptedError):
+        next(ranks.check_killed_rank(Setting(torch.device("cpu"), tmp_path)))
+    assert found[0].data.backend_for(torch.device("cuda")) == "cpu"
 
 
 @pytest.mark.slow

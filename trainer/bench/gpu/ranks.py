@@ -130,7 +130,8 @@ def check_killed_rank(setting: Setting) -> Iterator[Line]:
         folder = Path(name)
         images = write_images(folder / "images", 64, side=40)
         run = {"dir": str(folder / "run"), "epochs": 10_000, "log_every": 1, "save_every": 2}
-        config = make_config("resnet", setting.device.type, {"run": run, "data": {"train": str(images)}})
+        data = {"train": str(images), "backend": "cpu"}  # DALI need not be installed
+        config = make_config("resnet", setting.device.type, {"run": run, "data": data})
         (folder / "config.yaml").write_text(dump(config), encoding="utf-8")
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         torchrun = subprocess.Popen([*launcher, "-m", "trainer", "pretrain", str(folder / "config.yaml")])

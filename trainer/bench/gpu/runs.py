@@ -59,7 +59,8 @@ def check_resume(setting: Setting) -> Iterator[Line]:
 
 def _run_config(setting: Setting, folder: Path, images: Path, lr: float = 0.05) -> Config:
     run = {"dir": str(folder), "epochs": 1, "log_every": 1, "save_every": 1000}
-    sections = {"run": run, "data": {"train": str(images)}, "optim": {"lr": lr}}
+    data = {"train": str(images), "backend": "cpu"}  # DALI need not be installed
+    sections = {"run": run, "data": data, "optim": {"lr": lr}}
     return make_config("resnet", setting.device.type, sections, batch_size=setting.pick(16, 8))
 
 

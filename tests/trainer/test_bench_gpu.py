@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,15 +38,39 @@ def raises(setting: Setting) -> Iterator[Line]:
 
 def crashes(setting: Setting) -> Iterator[Line]:
     yield record.holds("first", True, "")
+    launch(setting.folder / "crashed")
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
 def hangs(setting: Setting) -> Iterator[Line]:
-    """Hang with a descendant, whose process is in the file `descendant`."""
-    descendant = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
-    (setting.folder / "descendant").write_text(str(descendant.pid))
+    launch(setting.folder / "hung")
     yield record.holds("first", True, "")
     time.sleep(1000)
+
+
+LAUNCHER = """
+import subprocess, time
+rank = subprocess.Popen(["sleep", "1000"], start_new_session=True)
+print(rank.pid, flush=True)
+time.sleep(1000)
+"""
+
+
+def launch(path: Path) -> None:
+    """Start a process that starts another in a session of its own, as torchrun does, and write the numbers of both."""
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True)
+    assert launcher.stdout is not None
+    path.write_text(f"{launcher.pid} {launcher.stdout.readline()}")
+
+
+def end(path: Path) -> bool:
+    """Return whether both processes of `launch` end within a minute."""
+    processes = [int(number) for number in path.read_text().split()]
+    for _ in range(600):
+        if all(map(ended, processes)):
+            break
+        time.sleep(0.1)
+    return len(processes) == 2 and all(map(ended, processes))
 
 
 def ended(process: int) -> bool:
@@ -73,12 +98,8 @@ def test_a_part_that_crashes_or_hangs_does_not_stop_the_next(tmp_path: Path, cap
     assert rows[1]["note"] == "exit code 1: RuntimeError: CUDA error: an illegal [memory] access"
     assert rows[3]["note"].startswith("killed by SIGSEGV")
     assert "Traceback" in (tmp_path / "raises.log").read_text()
-    descendant = int((tmp_path / "descendant").read_text())
-    for _ in range(600):
-        if ended(descendant):
-            break
-        time.sleep(0.1)
-    assert ended(descendant)
+    assert end(tmp_path / "crashed")
+    assert end(tmp_path / "hung")
     printed = capfd.readouterr().out
     assert "4 passed, 3 failed, 1 slow, 0 skipped" in printed
     assert "raises: end: failed: exit code 1: RuntimeError: CUDA error: an illegal [memory] access" in printed
@@ -86,8 +107,81 @@ def test_a_part_that_crashes_or_hangs_does_not_stop_the_next(tmp_path: Path, cap
 
 def test_parts_without_time_are_skipped(tmp_path: Path) -> None:
     assert runner.run([Part("good", good, 60)], Setting(torch.device("cpu"), tmp_path), 0)
-    (row,) = json.loads((tmp_path / "record.json").read_text())["lines"]
+    (row,) = lines_of(tmp_path)
     assert (row["verdict"], row["note"]) == ("skipped", "no time is left: --parts good runs it alone")
+
+
+def lines_of(folder: Path) -> list[dict[str, Any]]:
+    """Return the lines of a record, which are in both files."""
+    rows: list[dict[str, Any]] = json.loads((folder / "record.json").read_text())["lines"]
+    assert rows == [json.loads(line) for line in (folder / "lines.jsonl").read_text().splitlines()]
+    return rows
+
+
+def test_a_part_that_the_time_for_all_parts_cuts_short_is_skipped(tmp_path: Path) -> None:
+    assert runner.run([Part("hangs", hangs, 600)], Setting(torch.device("cpu"), tmp_path), 15)
+    first, row = lines_of(tmp_path)
+    assert (first["verdict"], row["name"], row["verdict"]) == ("passed", "time", "skipped")
+    assert row["note"] == "the time for all parts was over after 15 s of this one: --parts hangs runs it alone"
+    assert end(tmp_path / "hung")
+
+
+def test_multi_gpu_parts_come_before_those_that_only_measure() -> None:
+    assert [part.name for part in parts.PARTS][:4] == ["kernels", "losses", "ranks", "killed-rank"]
+
+
+def test_parts_that_run_again_replace_their_own_lines_only(tmp_path: Path) -> None:
+    setting = Setting(torch.device("cpu"), tmp_path)
+    runner.run([Part("a", good, 600), Part("b", good, 600)], setting, 1200)
+    before = lines_of(tmp_path)
+    assert not runner.run([Part("a", raises, 600)], setting, 1200)
+    assert [(row["part"], row["name"]) for row in lines_of(tmp_path)] == [
+        ("b", "error"), ("b", "time"), ("a", "first"), ("a", "end")
+    ]  # fmt: skip
+    assert lines_of(tmp_path)[:2] == before[2:]
+    # The failed line is not of this run.
+    assert runner.run([Part("c", good, 600)], setting, 0)
+    assert [row["part"] for row in lines_of(tmp_path)] == ["b", "b", "a", "a", "c"]
+    assert runner.run([Part("b", good, 600)], setting, 0)  # gets no time
+    assert [(row["part"], row["verdict"]) for row in lines_of(tmp_path)][:2] == [("b", "passed"), ("b", "slow")]
+
+
+def test_an_interrupted_run_keeps_the_lines_of_finished_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_part(part: Part, *_: Any) -> Iterator[Line]:
+        yield record.holds(f"{part.name} {len(starts)}", True, "")
+        if part.name == "b" and len(starts) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(runner, "run_part", run_part)
+    starts: list[int] = []
+    chosen, setting = [Part(name, good, 60) for name in "ab"], Setting(torch.device("cpu"), tmp_path)
+    starts.append(1)
+    runner.run(chosen, setting, 60)
+    starts.append(2)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run(chosen, setting, 60)
+    assert [row["name"] for row in json.loads((tmp_path / "record.json").read_text())["lines"]] == ["b 1", "a 2"]
+    streamed = [json.loads(line)["name"] for line in (tmp_path / "lines.jsonl").read_text().splitlines()]
+    assert streamed == ["b 1", "a 2", "b 2"]
+
+
+def test_a_record_of_other_versions_is_not_extended(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    setting, chosen = Setting(torch.device("cpu"), tmp_path), [Part("good", good, 60)]
+    runner.run(chosen, setting, 0)
+    path.write_text(path.read_text().replace(torch.__version__, "1.0"))
+    before = path.read_text()
+    with pytest.raises(ValueError, match=r"record.json has torch 1.0, this machine .*: give another --out"):
+        runner.run(chosen, setting, 0)
+    assert path.read_text() == before
+
+
+def test_a_second_full_run_does_not_erase_a_record(tmp_path: Path) -> None:
+    (tmp_path / "record.json").write_text("{}")
+    error = CliRunner().invoke(app, ["bench", "gpu", "--device", "cpu", "--out", str(tmp_path)]).exception
+    assert isinstance(error, ValueError)
+    assert str(error).startswith(f"--out: {tmp_path} has a record already: give another folder, or delete it")
+    assert (tmp_path / "record.json").read_text() == "{}"
 
 
 def test_verdicts() -> None:
@@ -151,7 +245,7 @@ def test_without_a_gpu(command: list[str], monkeypatch: pytest.MonkeyPatch) -> N
 def test_unknown_parts_are_refused() -> None:
     error = CliRunner().invoke(app, ["bench", "gpu", "--device", "cpu", "--parts", "losses,speed"]).exception
     assert isinstance(error, ValueError)
-    assert str(error).startswith("--parts: got 'speed', need some of kernels, losses, host-reads, ")
+    assert str(error).startswith("--parts: got 'speed', need some of kernels, losses, ranks, ")
 
 
 def test_static_and_tune_exclude_each_other() -> None:

@@ -6,6 +6,9 @@ written as they come:
 FOLDER/lines.jsonl    one comparison per line
 FOLDER/record.json    the machine, the versions and all lines; rewritten after each part
 FOLDER/PART.log       what the part printed, and its traceback if it failed
+
+A part that runs again replaces its own lines once it has ended, unless the time for all parts cut it short. The record
+keeps the lines of all other parts.
 """
 
 import json
@@ -22,15 +25,17 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import psutil
 import torch
 from rich.console import Console
 from rich.markup import escape
 
 from data.processes import fork_server
-from trainer.bench.gpu.record import Line, Setting
+from trainer.bench.gpu.record import Line, Setting, skipped
 from trainer.bench.harness import environment, print_rows
-from trainer.run.files import write_json
+from trainer.run.files import read_json, write_atomically, write_json
 
+RECORD, LINES = "record.json", "lines.jsonl"
 NOTE = 60  # characters of a note in the table; the record has all
 END_SECONDS = 10.0  # for a killed part to end
 
@@ -44,7 +49,7 @@ class Part(NamedTuple):
 
 
 def run(parts: list[Part], setting: Setting, seconds: float) -> bool:
-    """Run parts one after the other and write the record.
+    """Run parts one after the other and write the record, which keeps the lines of other parts.
 
     Args:
         parts: The parts in their order.
@@ -52,39 +57,75 @@ def run(parts: list[Part], setting: Setting, seconds: float) -> bool:
         seconds: Time for all parts; those that it does not suffice for are skipped.
 
     Returns:
-        Whether no line failed.
+        Whether no line of these parts failed.
+
+    Raises:
+        ValueError: The record in the folder is of another device or of other versions.
     """
     setting.folder.mkdir(parents=True, exist_ok=True)
     record = {"device": device_name(setting.device), "versions": _versions(), **environment()}
-    rows: list[dict[str, Any]] = []
+    kept = _recorded_lines(setting.folder / RECORD, record)
+    _write_lines(setting.folder / LINES, kept)
+    found: list[dict[str, Any]] = []
     end = time.monotonic() + seconds
-    with (setting.folder / "lines.jsonl").open("w", encoding="utf-8") as file:
-        for part in parts:
-            began = time.monotonic()
-            for line in run_part(part, setting, min(part.limit, end - began)):
-                row = {"part": part.name, **line._asdict(), "seconds": round(time.monotonic() - began, 1)}
-                file.write(json.dumps(row) + "\n")
-                file.flush()
-                rows.append(row)
-                Console().print(
-                    f"{part.name}: {line.name}: {line.verdict}", markup=False, highlight=False, soft_wrap=True
-                )
-            write_json(setting.folder / "record.json", {**record, "lines": rows})
-    report(record["device"], rows)
-    Console().print(f"The record is {setting.folder}/record.json", markup=False, highlight=False, soft_wrap=True)
-    return not any(row["verdict"] == "failed" for row in rows)
+    for part in parts:
+        rows = []
+        began = time.monotonic()
+        for line in run_part(part, setting, end - began):
+            rows.append({"part": part.name, **line._asdict(), "seconds": round(time.monotonic() - began, 1)})
+            with (setting.folder / LINES).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            text = f"{part.name}: {line.name}: {line.verdict}"
+            Console().print(text, markup=False, highlight=False, soft_wrap=True)
+        found += rows
+        earlier = [row for row in kept if row["part"] == part.name]
+        ran_out_of_time = any((row["name"], row["verdict"]) == ("time", "skipped") for row in rows)
+        if not (earlier and ran_out_of_time):
+            kept = [row for row in kept if row["part"] != part.name] + rows
+        write_json(setting.folder / RECORD, {**record, "lines": kept})
+        _write_lines(setting.folder / LINES, kept)
+    report(record["device"], found)
+    Console().print(f"The record is {setting.folder / RECORD}", markup=False, highlight=False, soft_wrap=True)
+    return not any(row["verdict"] == "failed" for row in found)
 
 
-def run_part(part: Part, setting: Setting, limit: float) -> Iterator[Line]:
-    """Run a part in a process of its own and yield its lines as they come, and one more if it does not end well."""
-    if limit <= 0:
-        yield Line("time", "skipped", note=f"no time is left: --parts {part.name} runs it alone")
+def _recorded_lines(path: Path, record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the lines of an earlier record; none if there is no file."""
+    if not path.exists():
+        return []
+    earlier = read_json(path)
+    for key in ("device", "versions", "torch"):
+        if earlier.get(key) != record[key]:
+            raise ValueError(
+                f"{path} has {key} {earlier.get(key)}, this machine {record[key]}: give another --out, or delete it"
+            )
+    lines: list[dict[str, Any]] = earlier["lines"]
+    return lines
+
+
+def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def run_part(part: Part, setting: Setting, left: float) -> Iterator[Line]:
+    """Run a part in a process of its own and yield its lines as they come, and one more if it does not end well.
+
+    Args:
+        part: The part.
+        setting: The device and the folder of the record.
+        left: Seconds until the time for all parts is over. A part that this cuts short is skipped; one that exceeds
+            its own limit has failed.
+    """
+    alone = f"--parts {part.name} runs it alone"
+    if left <= 0:
+        yield skipped("time", f"no time is left: {alone}")
         return
     context = fork_server(["trainer.bench.gpu.parts"])
     reader, writer = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(part, setting, writer), name=part.name)
     process.start()
     writer.close()
+    limit = min(part.limit, left)
     end, in_time = time.monotonic() + limit, True
     try:
         while in_time := reader.poll(max(0.0, end - time.monotonic())):
@@ -94,7 +135,9 @@ def run_part(part: Part, setting: Setting, limit: float) -> Iterator[Line]:
     finally:
         _kill(process)
     log = setting.folder / f"{part.name}.log"
-    if not in_time:
+    if not in_time and left < part.limit:
+        yield skipped("time", f"the time for all parts was over after {left:.0f} s of this one: {alone}")
+    elif not in_time:
         yield Line("time", "failed", limit, limit, "s", f"still running, killed; see {log}")
     elif process.exitcode != 0:
         yield Line("end", "failed", note=f"{_cause(process.exitcode)}: {_last_line(log)}")
@@ -114,10 +157,22 @@ def _work(part: Part, setting: Setting, writer: Connection) -> None:
 def _kill(process: BaseProcess) -> None:
     """Kill a part and its descendants, which may have outlived it."""
     assert process.pid is not None
-    with suppress(ProcessLookupError):  # it has ended and nothing of it is left, or it has only just begun
-        os.killpg(process.pid, signal.SIGKILL)
+    descendants = _descendants(process.pid)
     process.kill()
+    for descendant in descendants:
+        with suppress(psutil.NoSuchProcess):
+            descendant.kill()
     process.join(END_SECONDS)
+
+
+def _descendants(part: int) -> list[psutil.Process]:
+    """Return the processes of a part's session and their descendants, since torchrun gives its ranks own sessions."""
+    found = []
+    for process in psutil.process_iter():
+        with suppress(OSError, psutil.Error):  # it has just ended
+            if os.getsid(process.pid) == part:
+                found += [process, *process.children(recursive=True)]
+    return found
 
 
 def _cause(exit_code: int | None) -> str:

@@ -6,7 +6,10 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.small import small_config, write_images
+from tests.trainer.test_cuda_graph import CPU, CpuGraph
 from trainer.bench import save
+from trainer.run.checkpoint import Saver
+from trainer.train_step import TrainStep
 
 
 def test_cost_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,3 +26,19 @@ def test_cost_of_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     save.report(result, tmp_path / "save.json")
     assert json.loads((tmp_path / "save.json").read_text()) == result
     assert "step beside it" in capsys.readouterr().out
+
+
+def test_the_warm_up_includes_the_capture_of_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[CpuGraph] = []
+
+    def make_graph(train_step: TrainStep, _: object) -> CpuGraph:
+        graphs.append(CpuGraph(CPU, train_step.phases, train_step._discard))
+        return graphs[-1]
+
+    def start(saver: Saver, *_: object) -> None:
+        raise InterruptedError(f"a save begins after {graphs[0].steps} steps and {graphs[0].captures} captures")
+
+    monkeypatch.setattr(TrainStep, "_make_graph", make_graph)
+    monkeypatch.setattr(Saver, "start", start)
+    with pytest.raises(InterruptedError, match="after 13 steps and 1 captures"):
+        save.run(small_config(tmp_path / "run", tmp_path / "none"), tmp_path, saves=1)

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from tests.trainer.small import small_config
+from tests.trainer.test_cuda_graph import CPU, CpuGraph
 from trainer.bench import step
+from trainer.train_step import TrainStep
 
 
 def test_a_step_and_its_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -19,3 +21,8 @@ def test_a_step_and_its_phases(tmp_path: Path, capsys: pytest.CaptureFixture[str
     step.report(result, tmp_path / "out/step.json")
     assert json.loads((tmp_path / "out/step.json").read_text()) == result
     assert "bare networks" in capsys.readouterr().out
+
+
+def test_the_warm_up_includes_the_capture_of_a_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(TrainStep, "_make_graph", lambda step, _: CpuGraph(CPU, step.phases, step._discard))
+    assert list(step.run(small_config(tmp_path / "run", tmp_path / "none"), repeats=2)["phases"]) == ["graph"]

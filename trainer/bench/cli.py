@@ -120,8 +120,12 @@ def bench_throughput(
         Literal["all", "full", "synthetic", "data"],
         typer.Option(help="full: as in training; synthetic: without the loader; data: the loader alone"),
     ] = "all",
-    steps: Annotated[int, typer.Option(help="Number of timed steps; times are medians", min=2)] = 50,
-    warmup: Annotated[int, typer.Option(help="Number of steps before the timed ones", min=1)] = 10,
+    steps: Annotated[
+        int, typer.Option(help="Number of timed steps, rounded up to a multiple of the loader's workers", min=2)
+    ] = 50,
+    warmup: Annotated[
+        int, typer.Option(help="Minimum number of steps before them; as many as batches are made ahead", min=1)
+    ] = 10,
     out: OutPath = None,
 ) -> None:
     """Measure images/s of training CONFIG here, or under torchrun on many machines; time by phase, memory, MFU."""

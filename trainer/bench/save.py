@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from trainer import distributed
 from trainer.bench.harness import print_table, seconds, write_result
-from trainer.bench.synthetic import build_step, describe, frozen_rates, random_views, title
+from trainer.bench.synthetic import build_step, describe, frozen_rates, random_views, title, warm_up_steps
 from trainer.config import Config
 from trainer.run import checkpoint
 
@@ -47,7 +47,7 @@ def run(config: Config, folder: Path | None, saves: int) -> dict[str, Any]:
         def step() -> float:
             return seconds(lambda: train_step.step(views, 0, rates), rank_info.device)
 
-        for _ in range(WARMUP):
+        for _ in range(warm_up_steps(train_step, WARMUP)):
             step()
         alone, beside, copying, saving = [], [], [], []
         for number in range(saves):

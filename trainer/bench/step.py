@@ -8,7 +8,7 @@ from torch import Tensor
 
 from trainer import distributed
 from trainer.bench.harness import interleave, medians, print_table, seconds, write_result
-from trainer.bench.synthetic import build_step, describe, frozen_rates, random_views, title
+from trainer.bench.synthetic import build_step, describe, frozen_rates, random_views, title, warm_up_steps
 from trainer.config import Config
 from trainer.train_step import TrainStep
 
@@ -29,7 +29,7 @@ def run(config: Config, repeats: int) -> dict[str, Any]:
             "step": lambda: seconds(lambda: train_step.step(views, 0, rates), rank_info.device),
             "bare": lambda: seconds(lambda: _take_bare_step(bare_step, views, config), rank_info.device),
         }
-        interleave(sides, WARMUP)
+        interleave(sides, warm_up_steps(train_step, WARMUP))
         train_step.phases.pop()
         times = medians(interleave(sides, repeats))
         phases = train_step.phases.pop()

@@ -25,6 +25,11 @@ def build_step(config: Config, rank_info: RankInfo) -> TrainStep:
     return train_step
 
 
+def warm_up_steps(train_step: TrainStep, steps: int) -> int:
+    """Return `steps`, or as many more as a step with a CUDA graph needs to be captured and replayed once."""
+    return max(steps, train_step.graph.warm_up + 2) if train_step.graph else steps
+
+
 def describe(config: Config, rank_info: RankInfo) -> dict[str, Any]:
     """Describe the step and the circumstances of a measurement, for its result file."""
     return {

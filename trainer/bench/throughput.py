@@ -2,6 +2,9 @@
 
 Three modes: `full` trains as `pretrain` does, with the loader; `synthetic` takes the same steps on one random batch
 that is already on the device, so the difference is the cost of the loader; `data` runs the loader alone.
+
+Images/s are those of all timed steps together, not of the median step: worker processes deliver their batches at about
+the same time, so a few steps contain all waiting for data.
 """
 
 import logging
@@ -21,10 +24,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from data.batch import Batch
 from data.loader import train_batches
+from data.settings import DataSettings
 from data.sources.base import Source
 from trainer import distributed
 from trainer.bench.harness import environment, print_table, synchronize, write_result
-from trainer.bench.synthetic import build_step, frozen_rates, random_batch
+from trainer.bench.synthetic import build_step, frozen_rates, random_batch, warm_up_steps
 from trainer.build import autocast_dtype
 from trainer.config import Config
 from trainer.distributed import RankInfo
@@ -45,15 +49,27 @@ TRACED_STEPS = 3  # after the timed ones, for the time of collectives
 
 
 def run(config: Config, modes: Sequence[Mode], steps: int, warmup: int) -> dict[str, Any]:
-    """Measure the throughput of `steps` steps after `warmup` others, in one mode after the other. Called by all ranks.
+    """Measure the throughput in one mode after the other. Called by all ranks.
 
-    Returns what was run and, under `modes`, the figures of each mode; the same on all ranks.
+    Args:
+        config: The configuration.
+        modes: The modes to measure.
+        steps: Minimum number of timed steps, see `_loader_steps`.
+        warmup: Minimum number of steps before them, see `_loader_steps` and `warm_up_steps`.
+
+    Returns:
+        What was run, with the numbers of steps taken, and, under `modes`, the figures of each mode; the same on all
+        ranks.
     """
     with distributed.process_group(config.run.device) as rank_info, tempfile.TemporaryDirectory() as folder:
         set_up_logging(rank_info.rank)
         device = rank_info.device
         source = None if set(modes) == {"synthetic"} else _open_source(config, folder)
         train_step = None if set(modes) == {"data"} else build_step(config, rank_info)
+        if train_step:
+            warmup = warm_up_steps(train_step, warmup)
+        if source is not None:
+            steps, warmup = _loader_steps(config.data, device, steps, warmup)
         figures = {
             mode: _measure(config, rank_info, mode, None if mode == "data" else train_step, source, steps, warmup)
             for mode in modes
@@ -83,6 +99,18 @@ def _open_source(config: Config, folder: str) -> Source:
     folders: list[Any] = [folder]
     dist.broadcast_object_list(folders)
     return open_training(config, Path(folders[0] if os.path.isdir(folders[0]) else folder))
+
+
+def _loader_steps(settings: DataSettings, device: torch.device, steps: int, warmup: int) -> tuple[int, int]:
+    """Return the numbers of timed steps and of warm-up steps with the loader. Called by all ranks.
+
+    Timed are whole rounds of the workers: each worker delivers a batch in a round, and the wait for the round is in one
+    step. The warm-up takes all batches that the loader can make ahead: `prefetch` of each worker, and DALI's own.
+    """
+    workers = torch.tensor(settings.workers_for(device))
+    dist.all_reduce(workers, dist.ReduceOp.MAX)  # machines may have different numbers of cores
+    count = max(1, int(workers))
+    return -(-steps // count) * count, max(warmup, (count + 1) * settings.prefetch)
 
 
 def _measure(
@@ -132,14 +160,15 @@ def _measure(
     if rank_info.rank == 0 and late:
         log.warning("%s", late)
     tenths = statistics.quantiles(seconds, n=10, method="inclusive")
-    step_seconds = _mean(statistics.median(seconds))
+    step_seconds = _mean(statistics.mean(seconds))
     figures: dict[str, Any] = {
         "images_per_second": batch_size / step_seconds,
         "images_per_second_per_rank": batch_size / step_seconds / rank_info.world_size,
         "step_seconds": step_seconds,
         "step_seconds_10": _mean(tenths[0]),
+        "step_seconds_50": _mean(statistics.median(seconds)),
         "step_seconds_90": _mean(tenths[-1]),
-        "data_wait": phase_times["data"].mean / _mean(statistics.mean(seconds)),
+        "data_wait": phase_times["data"].mean / step_seconds,
         "phases": phase_metrics(phase_times),
     }
     if train_step and rank_info.world_size > 1:
@@ -230,6 +259,7 @@ _ROWS = (
     ("images/s a rank", "images_per_second_per_rank", lambda x: f"{x:,.1f}"),
     ("step", "step_seconds", lambda x: f"{1e3 * x:,.1f} ms"),
     ("  10th percentile", "step_seconds_10", lambda x: f"{1e3 * x:,.1f} ms"),
+    ("  median", "step_seconds_50", lambda x: f"{1e3 * x:,.1f} ms"),
     ("  90th percentile", "step_seconds_90", lambda x: f"{1e3 * x:,.1f} ms"),
     ("waiting for data", "data_wait", lambda x: f"{100 * x:.1f} %"),
     ("collectives", "communication", lambda x: f"{100 * x:.1f} %"),

@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from tests.trainer.small import VIT, small_config
+from trainer.__main__ import app
 from trainer.bench.scaling import collect, plot, report, submit
 from trainer.config_file import dump
 
@@ -53,10 +55,39 @@ def small(folder: Path) -> Path:
 def test_local_processes(tmp_path: Path) -> None:
     arguments = ["--mode", "synthetic", "--steps", "2", "--warmup", "1"]
     write_result(tmp_path, "weak", 1, 10.0)
-    lines = submit(small(tmp_path), [], tmp_path, [1, 2], ["weak"], True, [], arguments)
+    lines = list(submit(small(tmp_path), [], tmp_path, [1, 2], ["weak"], True, [], arguments))
     assert lines == [f"measured {tmp_path}/weak-00002.json", f"{tmp_path}/weak-00001.json exists already"]
     result = json.loads((tmp_path / "weak-00002.json").read_text())
     assert (result["ranks"], result["batch_size"]) == (2, 24)
+
+
+def test_a_local_size_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun is replaced by a script that fails on two processes as torchrun does."""
+    script = """#!/bin/sh
+case "$*" in
+*--nproc-per-node=2*)
+    echo 'RuntimeError: CUDA error: out of memory' >&2
+    echo 'torch.distributed.elastic.multiprocessing.errors.ChildFailedError:' >&2
+    exit 1 ;;
+esac
+echo 'batch 48 is measured'
+"""
+    (tmp_path / "python").write_text(script)
+    (tmp_path / "python").chmod(0o755)
+    config, study = small(tmp_path), tmp_path / "study"
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    result = CliRunner().invoke(
+        app, ["scale", "submit", str(config), str(study), "--sizes", "1,2,4", "--kind", "weak", "--local"]
+    )
+    assert isinstance(result.exception, ValueError)
+    assert str(result.exception) == f"scale: 1 of 3 sizes failed; their output is in {study}/weak-00002.log"
+    assert [line for line in result.output.splitlines() if "weak-" in line] == [
+        f"measured {study}/weak-00001.json",
+        "weak-00002 failed: RuntimeError: CUDA error: out of memory",
+        f"measured {study}/weak-00004.json",
+    ]
+    assert (study / "weak-00004.log").read_text() == "batch 48 is measured\n"
+    assert "ChildFailedError" in (study / "weak-00002.log").read_text()
 
 
 @pytest.fixture
@@ -81,29 +112,29 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_job_that_slurm_still_has_is_not_submitted_again(slurm: Path, queue: str, submitted: bool) -> None:
     (slurm / "queue").write_text(queue)
     config, study = small(slurm), slurm / "study"
-    first = submit(config, [], study, [2], ["strong"], False, [], [])
+    first = list(submit(config, [], study, [2], ["strong"], False, [], []))
     assert first == [f"job 41: 2 nodes, batch 12, {study}/strong-00002.json"]
-    again = submit(config, [], study, [2], ["strong"], False, [], [])
+    again = list(submit(config, [], study, [2], ["strong"], False, [], []))
     state = queue.split()[1:2]
     assert again == (first if submitted else [f"job 41 is {state[0]} already: 2 nodes, {study}/strong-00002.json"])
     assert len((slurm / "calls").read_text().splitlines()) == 1 + submitted
     write_result(study, "strong", 2, 10.0)
-    assert submit(config, [], study, [2], ["strong"], False, [], []) == [f"{study}/strong-00002.json exists already"]
+    measured = list(submit(config, [], study, [2], ["strong"], False, [], []))
+    assert measured == [f"{study}/strong-00002.json exists already"]
 
 
 def test_sbatch_does_not_get_the_variables_of_salloc(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("SLURM_MEM_PER_NODE", "SLURM_CPU_BIND", "SLURM_JOB_ID", "SLURM_CONF"):
         monkeypatch.setenv(name, "x")
-    submit(small(slurm), [], slurm / "study", [1], ["weak"], False, [], [])
+    list(submit(small(slurm), [], slurm / "study", [1], ["weak"], False, [], []))
     assert (slurm / "variables").read_text() == "SLURM_CONF=x\n"
 
 
 def test_jobs(slurm: Path) -> None:
     tmp_path = slurm
     config, study = small(tmp_path), tmp_path / "study"
-    lines = submit(
-        config, ["bank.size=60"], study, [3, 1], ["strong", "weak"], False, ["--partition=gpu"], ["--steps=9"]
-    )
+    options = (False, ["--partition=gpu"], ["--steps=9"])
+    lines = list(submit(config, ["bank.size=60"], study, [3, 1], ["strong", "weak"], *options))
     assert lines[3] == f"job 41: 3 nodes, batch 36, {study}/weak-00003.json"
     calls = (tmp_path / "calls").read_text().splitlines()
     assert calls[1] == (
@@ -112,10 +143,11 @@ def test_jobs(slurm: Path) -> None:
     )
     assert len(calls) == 4
     with pytest.raises(ValueError, match="12 images do not divide among 5"):
-        submit(config, [], study, [5], ["strong"], False, [], [])
+        list(submit(config, [], study, [1, 5], ["weak", "strong"], False, [], []))
+    assert len((tmp_path / "calls").read_text().splitlines()) == 4, "all sizes are checked before any is submitted"
 
 
 def test_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ValueError, match="sbatch is not installed; --local measures"):
-        submit(small(tmp_path), [], tmp_path / "study", [1], ["weak"], False, [], [])
+        list(submit(small(tmp_path), [], tmp_path / "study", [1], ["weak"], False, [], []))

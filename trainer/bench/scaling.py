@@ -4,6 +4,7 @@ Strong scaling keeps the batch, so each rank's share shrinks. Weak scaling multi
 
     FOLDER/weak-00004.json      result of `bench throughput` on 4 nodes (locally: processes)
     FOLDER/weak-00004.job       number of the SLURM job that measures it
+    FOLDER/weak-00004.log       output of the local processes
     FOLDER/scaling.json         the table of all sizes; scaling.png and scaling.html draw it
 """
 
@@ -12,7 +13,7 @@ import io
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -71,10 +72,10 @@ def submit(
     local: bool,
     options: list[str],
     arguments: list[str],
-) -> list[str]:
-    """Start `bench throughput` at each size of which `folder` has no result, and return a line for each size.
+) -> Iterator[str]:
+    """Start `bench throughput` at each size of which `folder` has no result, and yield a line for each size.
 
-    A size whose job SLURM still has is not submitted again.
+    A size whose job SLURM still has is not submitted again. After a local size that fails, the others are measured.
 
     Args:
         path: The configuration, which `overrides` change.
@@ -87,33 +88,47 @@ def submit(
         arguments: Options of `bench throughput`.
 
     Raises:
-        ValueError: A size does not divide the batch, or a job cannot be started.
+        ValueError: A size does not divide the batch (before anything is started), a job cannot be submitted, or local
+            sizes have failed (after all others).
     """
-    config, lines = load(path, overrides), []
+    config = load(path, overrides)
+    jobs = [
+        (size, _batch_size(config, kind, size), folder / f"{kind}-{size:05d}.json")
+        for kind in kinds
+        for size in sorted(sizes)
+    ]
     folder.mkdir(parents=True, exist_ok=True)
-    jobs = [(kind, size, folder / f"{kind}-{size:05d}.json") for kind in kinds for size in sorted(sizes)]
     measured = [out for _, _, out in jobs if out.exists()]
+    failed: list[str] = []
     missing = [job for job in jobs if job[2] not in measured]
     submitted = {out: job for _, _, out in missing if (job := _read_job(out))}
     states = _states_of_jobs() if submitted and not local else {}
-    for kind, size, out in track(missing, "measuring", disable=not local):
-        batch_size = _batch_size(config, kind, size)
+    for size, batch_size, out in track(missing, "measuring", disable=not local):
         others = [text for text in overrides if not text.startswith("data.batch_size=")]
         words = [*others, f"data.batch_size={batch_size}", *arguments, "--out", str(out.resolve())]
         if local:
             threads = os.environ.get("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // max(sizes))))
             launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={size}"]
-            _run([*launcher, "-m", "trainer", "bench", "throughput", str(path), *words], OMP_NUM_THREADS=threads)
-            lines.append(f"measured {out}")
+            command = [*launcher, "-m", "trainer", "bench", "throughput", str(path), *words]
+            log, environment = out.with_suffix(".log"), _environment(OMP_NUM_THREADS=threads)
+            with log.open("w", encoding="utf-8") as file:
+                code = subprocess.run(command, env=environment, stdout=file, stderr=subprocess.STDOUT).returncode
+            if code:
+                failed.append(str(log))
+                yield f"{out.stem} failed: {_last_error(log.read_text(encoding='utf-8', errors='replace'))}"
+            else:
+                yield f"measured {out}"
             continue
         if (job := submitted.get(out, "")) in states:
-            lines.append(f"job {job} is {states[job]} already: {size} nodes, {out}")
+            yield f"job {job} is {states[job]} already: {size} nodes, {out}"
             continue
         sbatch = ["sbatch", "--parsable", f"--nodes={size}", *options, "slurm/scaling_study.sh"]
         job = _run([*sbatch, *words], CONFIG=str(path)).strip().split(";")[0]  # a cluster's name may follow
         write_atomically(out.with_suffix(".job"), f"{job}\n")
-        lines.append(f"job {job}: {size} nodes, batch {batch_size}, {out}")
-    return lines + [f"{out} exists already" for out in measured]
+        yield f"job {job}: {size} nodes, batch {batch_size}, {out}"
+    yield from (f"{out} exists already" for out in measured)
+    if failed:
+        raise ValueError(f"scale: {len(failed)} of {len(missing)} sizes failed; their output is in {', '.join(failed)}")
 
 
 def _batch_size(config: Config, kind: Kind, size: int) -> int:
@@ -135,22 +150,32 @@ def _states_of_jobs() -> dict[str, str]:
     return {job: state for job, state in (line.split() for line in lines)}
 
 
-def _run(command: list[str], **environment: str) -> str:
-    """Run a command with additional environment variables and return its output.
+def _environment(**variables: str) -> dict[str, str]:
+    """Return the environment variables of a command: this process's own and `variables`.
 
-    It does not get the variables of a job that this process runs in, such as those of salloc: sbatch and srun would
-    take them as options.
+    Those of a job that this process runs in, such as those of salloc, are left out: sbatch and srun would take them as
+    options.
     """
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "SRUN_"))}
     inherited |= {name: value for name, value in os.environ.items() if name == "SLURM_CONF"}
+    return {**inherited, **variables}
+
+
+def _run(command: list[str], **variables: str) -> str:
+    """Run a command with additional environment variables and return its output."""
     try:
-        done = subprocess.run(command, env={**inherited, **environment}, capture_output=True, text=True)
+        done = subprocess.run(command, env=_environment(**variables), capture_output=True, text=True)
     except FileNotFoundError as error:
         raise ValueError(f"scale: {command[0]} is not installed; --local measures on this machine") from error
     if done.returncode:
-        last = next((line for line in reversed(done.stderr.splitlines()) if "error:" in line), done.stderr[-300:])
-        raise ValueError(f"scale: {' '.join(command)} failed: {last.strip()}")
+        raise ValueError(f"scale: {' '.join(command)} failed: {_last_error(done.stderr)}")
     return done.stdout
+
+
+def _last_error(output: str) -> str:
+    """Return the last line with an error; torchrun ends with one of its own, which says only that a rank failed."""
+    errors = [line for line in output.splitlines() if "rror:" in line and "ChildFailedError" not in line]
+    return errors[-1].strip() if errors else output[-300:].strip()
 
 
 def collect(folder: Path) -> list[Point]:

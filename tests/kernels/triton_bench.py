@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from kernels.triton import tiles as tiles_module
 from kernels.triton.tiles import Key, Tiles, read_table, tiles
 from tests.kernels.cases import use_wide_tiles
 from trainer.bench import harness, static
@@ -86,29 +87,70 @@ def test_times_are_compared_with_the_roofline(monkeypatch: pytest.MonkeyPatch, t
     ]
 
 
-def test_tune(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """The first candidate does not fit, the second is slower than the third."""
-    candidates = [(64, 64, 4, 2), (32, 64, 4, 2), (16, 64, 4, 2)]
-    monkeypatch.setattr(gpu, "CANDIDATES", candidates)
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """The table that `tune` writes, for one dimension and type. Candidates take 1 KiB of shared memory for each row,
+    and as long as they have rows.
+    """
     monkeypatch.setattr(static, "DIMS", (32,))
     monkeypatch.setattr(static, "DTYPES", ("float16",))
-    monkeypatch.setattr(
-        static, "run", lambda jobs, _: [{"spilled": 8 * (j.tile[0] == 64), "programs": 1} for j in jobs]
-    )
-    monkeypatch.setattr("kernels.triton.tiles.TABLE", before := read_table())
+    monkeypatch.setattr("kernels.triton.tiles.TABLE", read_table())
     monkeypatch.setattr("kernels.triton.tiles.TABLE_PATH", tmp_path / "tiles.csv")
-    real, before = gpu.measure_gpu, dict(before)
+    monkeypatch.setattr(
+        static,
+        "run",
+        lambda jobs, _: [{"spilled": 8 * (j.tile[0] == 64), "programs": 1, "shared": 1024 * j.tile[0]} for j in jobs],
+    )
+    monkeypatch.setattr(gpu, "_shared_memory", lambda _: 100 * 1024)
+    real = gpu.measure_gpu
 
     def measure(action: Any, repeats: int) -> tuple[float, int]:
         rows = tiles(action.func.__name__.removeprefix("_"), 80, 32, torch.float16).rows
         return real(action, repeats)[1] * float(rows), 0
 
     monkeypatch.setattr(gpu, "measure_gpu", measure)
+    return tmp_path / "tiles.csv"
+
+
+def set_tiles(monkeypatch: pytest.MonkeyPatch, shipped: Tiles, candidates: list[Tiles]) -> None:
+    monkeypatch.setattr(gpu, "CANDIDATES", candidates)
+    for kernel in KERNELS:
+        monkeypatch.setitem(tiles_module.TABLE, Key(kernel, 80, "float16", 32), shipped)
+
+
+KERNELS = ("score", "adversary", "hardest")
+
+
+def test_tune(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first candidate spills, the second is slower than the third, and the fourth needs too much shared memory."""
+    set_tiles(monkeypatch, Tiles(48, 64, 4, 2), [Tiles(rows, 64, 4, 2) for rows in (64, 32, 16, 128)])
+    before = dict(tiles_module.TABLE)
     found = gpu.tune(CPU, 1, shape=(17, 100))
     assert [(row["kernel"], row["tried"], row["tile"]) for row in found] == [
-        (name, 2, Tiles(16, 64, 4, 2)) for name in ("score", "adversary", "hardest")
+        (name, 3, Tiles(16, 64, 4, 2)) for name in KERNELS
     ]
-    after = read_table(tmp_path / "tiles.csv")
+    after = read_table(tuned)
     changed = {key for key in before if after[key] != before[key]}
-    assert changed == {Key(name, 80, "float16", 32) for name in ("score", "adversary", "hardest")}
+    assert changed == {Key(name, 80, "float16", 32) for name in KERNELS}
     assert after.keys() == before.keys()
+
+
+@pytest.mark.parametrize("rows", [16, 64], ids=["it fits", "it spills, as some tiles of the table do"])
+def test_tune_keeps_a_shipped_tile_that_is_the_fastest(tuned: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    shipped = Tiles(rows, 64, 4, 2)
+    set_tiles(monkeypatch, shipped, [Tiles(96, 64, 4, 2), shipped])
+    found = gpu.tune(CPU, 1, shape=(17, 100))
+    assert [(row["tried"], row["tile"]) for row in found] == [(2, shipped)] * 3
+
+
+def test_tune_keeps_the_shipped_tile_if_nothing_fits(
+    tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shipped = Tiles(128, 64, 4, 2)
+    set_tiles(monkeypatch, shipped, [Tiles(64, 64, 4, 2)])
+    before = dict(tiles_module.TABLE)
+    assert [(row["tried"], row["tile"], row["seconds"]) for row in gpu.tune(CPU, 1, shape=(17, 100))] == [
+        (0, shipped, None)
+    ] * 3
+    assert before == tiles_module.TABLE
+    assert "score float16 D = 32: no tile fits, the table keeps" in capsys.readouterr().out

@@ -155,7 +155,8 @@ def _measure(action: Callable[[], object], device: torch.device, repeats: int = 
 def tune(device: torch.device, repeats: int, shape: tuple[int, int] = (4096, 65536)) -> list[dict[str, Any]]:
     """Find the fastest tiles of each kernel and write them to `kernels/triton/tiles.csv` for this architecture.
 
-    Of CANDIDATES, those that the compiler fits into registers and shared memory are timed, at N and K of `shape`.
+    The table's own tile and those of CANDIDATES that the compiler fits into registers are timed, at N and K of `shape`,
+    if they fit into this GPU's shared memory. If none does, the table keeps its tile.
     Returns a dictionary for each kernel, type and dimension.
     """
     from trainer.bench import static  # needs Triton, which a CPU build of torch lacks
@@ -166,12 +167,20 @@ def tune(device: torch.device, repeats: int, shape: tuple[int, int] = (4096, 655
     for dim, dtype, kernel in itertools.product(static.DIMS, static.DTYPES, _CALLS):
         weights, velocity = WEIGHTS[0] if kernel == "adversary" else (None, None)
         kept = 16 if kernel == "hardest" else None
-        jobs = [static.Job(kernel, compiled_for, dim, dtype, weights, velocity, tile, kept) for tile in CANDIDATES]
+        shipped = tiles.tiles(kernel, architecture, dim, getattr(torch, dtype))
+        candidates = list(dict.fromkeys([shipped, *itertools.starmap(tiles.Tiles, CANDIDATES)]))
+        jobs = [static.Job(kernel, compiled_for, dim, dtype, weights, velocity, tile, kept) for tile in candidates]
         fitting = [
-            tiles.Tiles(*tile)
-            for tile, row in zip(CANDIDATES, static.run(jobs, os.cpu_count() or 1), strict=True)
-            if row["spilled"] == 0 and row["programs"] > 0
+            tile
+            for tile, row in zip(candidates, static.run(jobs, os.cpu_count() or 1), strict=True)
+            if row["shared"] <= _shared_memory(device)
+            and (tile == shipped or (row["spilled"] == 0 and row["programs"] > 0))
         ]
+        row = {"kernel": kernel, "dtype": dtype, "dim": dim, "tried": len(fitting)}
+        if not fitting:
+            Console().print(f"{kernel} {dtype} D = {dim}: no tile fits, the table keeps {shipped}")
+            found.append(row | {"tile": shipped, "seconds": None})
+            continue
         case = random_case(*shape, dim, torch.float32).map(lambda x: x.to(device)).with_dtype(getattr(torch, dtype))
         key = tiles.Key(kernel, architecture, dtype, dim)
         seconds = {}
@@ -183,10 +192,14 @@ def tune(device: torch.device, repeats: int, shape: tuple[int, int] = (4096, 655
         tiles.write_table(
             tiles.TABLE, tiles.TABLE_PATH
         )  # after each kernel, so that an interrupted run keeps its results
-        row = {"kernel": kernel, "dtype": dtype, "dim": dim, "tried": len(fitting), "tile": best}
-        found.append(row | {"seconds": seconds[best]})
+        found.append(row | {"tile": best, "seconds": seconds[best]})
         Console().print(f"{kernel} {dtype} D = {dim}: {best}, {1e3 * seconds[best]:.3f} ms, best of {len(fitting)}")
     return found
+
+
+def _shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a program can use on a GPU."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _score(case: NegativesCase) -> object:

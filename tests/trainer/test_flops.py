@@ -1,6 +1,7 @@
 """FLOPs of a step against published numbers."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from trainer.config import Config
 from trainer.config_file import load
 from trainer.plan.flops import step_flops
-from trainer.plan.hardware import peak_flops
+from trainer.plan.hardware import GPUS, known_gpu, peak_flops
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,8 +55,34 @@ def test_peaks(monkeypatch: pytest.MonkeyPatch) -> None:
         "NVIDIA L40": None,
         "NVIDIA RTX A3000 Laptop GPU": None,
         "NVIDIA RTX A4000": None,
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None,
         "Other": None,
     }
     for name, flops in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
         assert peak_flops(torch.device("cuda")) == flops, name
+
+
+def test_known_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert known_gpu(torch.device("cpu")) is None
+    names = {
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA A100-SXM4-40GB": "a100-40",
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "Tesla V100-SXM2-32GB": "v100",
+        "NVIDIA A100-PCIE-40GB": None,
+        "NVIDIA H100 PCIe": None,
+        "NVIDIA H100 NVL": None,
+        "NVIDIA H200 NVL": None,
+        "NVIDIA GH200 480GB": None,
+        "NVIDIA A100-SXM4-40GB MIG 1g.5gb": None,
+        "NVIDIA L4": None,
+    }
+    for name, key in names.items():
+        memory = 40 if "40GB" in name else 80
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda device, m=memory: SimpleNamespace(total_memory=m * 1e9)
+        )
+        assert known_gpu(torch.device("cuda")) is (key and GPUS[key]), name

@@ -75,12 +75,33 @@ _OTHER_PEAKS = {
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the GPU's rated FLOP/s of products in its fastest 16-bit type, or None if they are not known."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
+    name = _cuda_name(device)
     peaks = {**_OTHER_PEAKS, **{gpu.model: max(gpu.flops.values()) for gpu in GPUS.values()}}
-    # Only whole words count: "NVIDIA L40" contains L4, and "NVIDIA RTX A4000" contains A40.
-    return next((flops for words, flops in peaks.items() if re.search(rf"\b{words}\b", name)), None)
+    return next((flops for words, flops in peaks.items() if _has(name, words)), None)
+
+
+def known_gpu(device: torch.device) -> Gpu | None:
+    """Return the constants of the GPU, of its models that whose memory is nearest; None if it is not in the table.
+
+    PCIe and NVL cards are not: their clocks, bandwidths and links differ from those of the modules in the table.
+    """
+    name = _cuda_name(device)
+    if _has(name, "PCIe") or _has(name, "NVL"):
+        return None
+    models = [gpu for gpu in GPUS.values() if _has(name, gpu.model)]
+    memory = torch.cuda.get_device_properties(device).total_memory if models else 0
+    return min(models, key=lambda gpu: abs(gpu.memory - memory), default=None)
+
+
+def _cuda_name(device: torch.device) -> str:
+    """Return the name that CUDA reports; "" for a CPU and for a part of a GPU (MIG), whose rates are not the GPU's."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return "" if _has(name, "MIG") else name
+
+
+def _has(name: str, words: str) -> bool:
+    """Return whether a GPU's name has these words. "NVIDIA L40" does not have L4, nor "NVIDIA RTX A4000" A40."""
+    return bool(re.search(rf"\b{words}\b", name, re.IGNORECASE))
 
 
 class Network(NamedTuple):

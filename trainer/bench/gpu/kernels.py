@@ -20,7 +20,7 @@ from torch import Tensor
 from kernels import chunked, reference
 from kernels.ops import Implementation, triton_kernels
 from kernels.triton import tiles
-from trainer.bench.gpu.record import Line, Setting, at_most, fast_enough, holds, known_gpu, skipped
+from trainer.bench.gpu.record import Line, Setting, at_most, fast_enough, holds, skipped
 from trainer.bench.harness import measure_gpu, seconds
 from trainer.bench.kernels import (
     WEIGHTS,
@@ -32,7 +32,7 @@ from trainer.bench.kernels import (
     random_case,
 )
 from trainer.plan import roofline
-from trainer.plan.hardware import Gpu
+from trainer.plan.hardware import Gpu, known_gpu
 
 # N and K that are smaller than a tile, one more than a tile, and not multiples of any; the last takes 3 GiB in fp64.
 EDGES = ((1, 1), (3, 130), (129, 1000), (1000, 65521))
@@ -199,7 +199,8 @@ def tune(device: torch.device, repeats: int, shape: tuple[int, int] = (4096, 655
 
 def _shared_memory(device: torch.device) -> int:
     """Return the bytes of shared memory that a program can use on a GPU."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(device)
+    return properties.shared_memory_per_block_optin  # type: ignore[attr-defined] # not in torch's stubs
 
 
 def _score(case: NegativesCase) -> object:

@@ -6,8 +6,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from trainer.plan.hardware import GPUS, Gpu
-
 Verdict = Literal["passed", "failed", "slow", "skipped"]
 
 
@@ -78,12 +76,3 @@ def holds(name: str, condition: bool, note: str, details: Mapping[str, object] |
 def skipped(name: str, reason: str, value: float | None = None, unit: str = "") -> Line:
     """Return a line for what could not be compared."""
     return Line(name, "skipped", value, unit=unit, note=reason)
-
-
-def known_gpu(device: torch.device) -> Gpu | None:
-    """Return the constants of the GPU, of its models that whose memory is nearest; None if it is not in the table."""
-    if device.type != "cuda":
-        return None
-    name, memory = torch.cuda.get_device_name(device), torch.cuda.get_device_properties(device).total_memory
-    models = [gpu for gpu in GPUS.values() if gpu.model in name]
-    return min(models, key=lambda gpu: abs(gpu.memory - memory), default=None)

@@ -128,3 +128,11 @@ def check_score(got: Score, plain: Score, truth: Score) -> None:
         # The sixth power of e^(s/T) has six times the rounding error.
         slack = 1e-5 if name == "za_N" else 3e-6
         check_as_exact_as_plain(name, getattr(got, name), getattr(plain, name), getattr(truth, name), slack)
+
+
+def check_step(got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
+    """Check the results of `changed`."""
+    for name in got:
+        # The statistics are sums of e^(s/T) at the adversary's temperature, as za_N is.
+        slack = 1e-5 if name in AdversaryStats._fields else 3e-6
+        check_as_exact_as_plain(name, got[name], plain[name], truth[name], slack)

@@ -9,7 +9,6 @@ import shlex
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
@@ -238,9 +237,7 @@ def test_shuffled_batchnorm_trains_on_two_ranks_and_goes_on_with_one(
 ) -> None:
     """Under any engine; and then with none."""
     config = small_config(tmp_path / "run", images, engine=engine)
-    ranks = start_ranks(2, trainer, "pretrain", write_config(config))
-    wait_for_step(tmp_path / "run", 9, ranks)
-    ranks[0].send_signal(signal.SIGINT)
+    ranks = start_ranks(2, pretrain_with_signal, write_config(config), 9, "SIGINT")
     assert [rank.wait() for rank in ranks] == [75, 75], ranks[0].errors
     pretrain(small_config(tmp_path / "run", images))
     rows = rows_of(tmp_path / "run")
@@ -269,16 +266,6 @@ def test_the_loss_curve_goes_on_over_other_numbers_of_ranks(tmp_path: Path, imag
         assert together["step"] == alone["step"]
         for key in ("loss", "positive_similarity", "bank_norm"):
             assert together[key] == pytest.approx(alone[key], rel=1e-5), (alone["step"], key)
-
-
-def wait_for_step(folder: Path, step: int, ranks: list[Program]) -> None:
-    for _ in range(6000):
-        path = folder / "metrics.jsonl"
-        if path.exists() and path.read_text().count('"loss"') >= step:
-            return
-        assert ranks[0].process.is_alive(), ranks[0].errors
-        time.sleep(0.05)
-    raise AssertionError(f"step {step} was not reached in five minutes")
 
 
 BF16 = {"size": 30, "precision": "bf16", "weights": "bf16", "velocity": "bf16"}

@@ -89,7 +89,7 @@ def test_times_are_compared_with_the_roofline(monkeypatch: pytest.MonkeyPatch, t
 
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """The table that `tune` writes, for one dimension and type. Candidates take 1 KiB of shared memory for each row,
+    """The table that `tune` writes, for one dimension and type. Candidates take 512 bytes of shared memory a row,
     and as long as they have rows.
     """
     monkeypatch.setattr(static, "DIMS", (32,))
@@ -99,7 +99,7 @@ def tuned(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     monkeypatch.setattr(
         static,
         "run",
-        lambda jobs, _: [{"spilled": 8 * (j.tile[0] == 64), "programs": 1, "shared": 1024 * j.tile[0]} for j in jobs],
+        lambda jobs, _: [{"spilled": 8 * (j.tile[0] == 64), "programs": 1, "shared": 512 * j.tile[0]} for j in jobs],
     )
     monkeypatch.setattr(gpu, "_shared_memory", lambda _: 100 * 1024)
     real = gpu.measure_gpu
@@ -123,7 +123,7 @@ KERNELS = ("score", "adversary", "hardest")
 
 def test_tune(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first candidate spills, the second is slower than the third, and the fourth needs too much shared memory."""
-    set_tiles(monkeypatch, Tiles(48, 64, 4, 2), [Tiles(rows, 64, 4, 2) for rows in (64, 32, 16, 128)])
+    set_tiles(monkeypatch, Tiles(32, 32, 4, 2), [Tiles(rows, 64, 4, 2) for rows in (64, 32, 16, 256)])
     before = dict(tiles_module.TABLE)
     found = gpu.tune(CPU, 1, shape=(17, 100))
     assert [(row["kernel"], row["tried"], row["tile"]) for row in found] == [
@@ -138,7 +138,7 @@ def test_tune(tuned: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("rows", [16, 64], ids=["it fits", "it spills, as some tiles of the table do"])
 def test_tune_keeps_a_shipped_tile_that_is_the_fastest(tuned: Path, monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
     shipped = Tiles(rows, 64, 4, 2)
-    set_tiles(monkeypatch, shipped, [Tiles(96, 64, 4, 2), shipped])
+    set_tiles(monkeypatch, shipped, [Tiles(128, 64, 4, 2), shipped])
     found = gpu.tune(CPU, 1, shape=(17, 100))
     assert [(row["tried"], row["tile"]) for row in found] == [(2, shipped)] * 3
 
@@ -146,7 +146,7 @@ def test_tune_keeps_a_shipped_tile_that_is_the_fastest(tuned: Path, monkeypatch:
 def test_tune_keeps_the_shipped_tile_if_nothing_fits(
     tuned: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shipped = Tiles(128, 64, 4, 2)
+    shipped = Tiles(256, 64, 4, 2)
     set_tiles(monkeypatch, shipped, [Tiles(64, 64, 4, 2)])
     before = dict(tiles_module.TABLE)
     assert [(row["tried"], row["tile"], row["seconds"]) for row in gpu.tune(CPU, 1, shape=(17, 100))] == [

@@ -158,6 +158,10 @@ class _Feed:
         encoded = np.array([image.ndim == 1 for image in images])
         return [_or_placeholder(images, encoded, (1,)), _or_placeholder(images, ~encoded, (1, 1, 3)), encoded, *views]
 
+    def end(self) -> None:
+        """End the worker processes. DALI's operators keep the feed in cycles until Python's collector runs."""
+        self.batches = iter(())
+
     def complete(self) -> tuple[Tensor, list[tuple[int, str]]]:
         """Release the oldest batch; return the indices of the images shown, int64 [B], and its unreadable images.
 
@@ -255,25 +259,28 @@ def make_batches(
     while step < stop:
         feed = _Feed(iterate(reader, range(step, stop), workers, prefetch, pin_memory=False))
         pipeline = _pipeline(feed, sizes, batch_size, settings, device)
-        pipeline.build()
-        while step < stop:
-            try:
-                outputs = pipeline.run(stream)
-            except RuntimeError as error:
-                failed += 1
-                if failed == MAX_FAILURES:
-                    raise
-                log.warning("batch %d: DALI failed, so the CPU backend makes it: %s", step, _reason(error))
-                break
-            failed = 0
-            views = _to_torch(outputs, stream)
-            del outputs
-            yield _without_missing(Batch(views, *feed.complete()), stream)
-            del views
-            step += 1
-        else:
-            return
-        del pipeline, feed  # its worker processes must end before the next ones start
+        try:
+            pipeline.build()
+            while step < stop:
+                try:
+                    outputs = pipeline.run(stream)
+                except RuntimeError as error:
+                    failed += 1
+                    if failed == MAX_FAILURES:
+                        raise
+                    log.warning("batch %d: DALI failed, so the CPU backend makes it: %s", step, _reason(error))
+                    break
+                failed = 0
+                views = _to_torch(outputs, stream)
+                del outputs
+                yield _without_missing(Batch(views, *feed.complete()), stream)
+                del views
+                step += 1
+            else:
+                return
+        finally:
+            del pipeline
+            feed.end()
         yield dataset[step]
         step += 1
 

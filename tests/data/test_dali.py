@@ -1,7 +1,9 @@
 """The DALI backend on the CPU, with the graph of a GPU: pixels, order, resuming, and unreadable images."""
 
+import gc
 import io
 import logging
+import multiprocessing
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -308,6 +310,32 @@ def test_an_image_that_breaks_the_pipeline_costs_one_batch(
         assert a.samples.tolist() == b.samples.tolist()
         assert a.unreadable == b.unreadable
         assert (a.views[0].float() - b.views[0].float()).abs().mean() < 1
+
+
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_workers_end_with_their_pipeline(small: Source, monkeypatch: pytest.MonkeyPatch, prefetch: int) -> None:
+    """Without the help of Python's collector, which does not run during training."""
+    run, runs = dali.Pipeline.run, []
+
+    def fails_once(self: object, stream: object) -> object:
+        runs.append(1)
+        if len(runs) == 2:
+            raise RuntimeError("encountered: a damaged file")
+        return run(self, stream)
+
+    monkeypatch.setattr(dali.Pipeline, "run", fails_once)
+    settings = data_settings(views=(View(size=8),), batch_size=8, workers=2, prefetch=prefetch, backend="dali")
+    before = set(multiprocessing.active_children())
+    gc.disable()
+    try:
+        batches = train_batches(small, settings, 3, 0, 1, 0, 6, CPU)
+        for _ in range(3):
+            next(batches)
+        assert len(set(multiprocessing.active_children()) - before) == 2
+        assert len(list(batches)) == 3
+        assert set(multiprocessing.active_children()) <= before
+    finally:
+        gc.enable()
 
 
 def test_a_pipeline_that_always_fails_raises(small: Source, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -532,6 +532,7 @@ def test_deepspeeds_json() -> None:
     settings = deepspeed_json(config, torch.bfloat16)
     assert settings["zero_optimization"]["reduce_bucket_size"] == 1000
     assert settings["wall_clock_breakdown"] is True
+    assert settings["timers"]["throughput"]["enabled"] is False
     assert settings["gradient_clipping"] == 1.0
     assert (settings["train_batch_size"], settings["gradient_accumulation_steps"]) == (16, 2)
     assert settings["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}

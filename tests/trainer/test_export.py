@@ -22,7 +22,7 @@ from models import method
 from tests.trainer.small import VIT, small_config, write_images
 from trainer.__main__ import main
 from trainer.distributed import process_group
-from trainer.interop.export import export
+from trainer.interop.export import SUFFIXES, export
 from trainer.interop.import_ import import_weights
 from trainer.interop.layouts import to_detectron2
 from trainer.interop.model_card import model_card
@@ -306,16 +306,22 @@ def error_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[st
 def test_what_a_format_cannot_hold(
     vit: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    out = str(tmp_path / "a")
+    out = str(tmp_path / "a.safetensors")
     narrow = imported(tmp_path, "resnet18", "model.backbone_args={channels: [8, 8, 8, 16]}")
     output = error_line(monkeypatch, capsys, str(narrow), "--format", "torchvision", "--out", out)
     assert "torchvision's resnet18 is another network: unknown: layer1.0.downsample.0.weight, " in output
     assert "layer1.0.conv1.weight is [8, 64, 3, 3], need [64, 64, 3, 3]" in output
     output = error_line(monkeypatch, capsys, str(vit), "--format", "detectron2", "--out", out)
+    assert output == f"error: --out: got {out}, need a name that ends in .pkl for --format detectron2\n"
+    pickled, model = str(tmp_path / "a.pkl"), str(tmp_path / "a.onnx")
+    output = error_line(monkeypatch, capsys, str(vit), "--format", "detectron2", "--out", pickled)
     assert "detectron2 has ResNets only, the backbone is vit_tiny_patch16_224" in output
     output = error_line(monkeypatch, capsys, str(vit), "--format", "timm", "--out", out, "--network", "teacher")
     assert "has no teacher, only student" in output
-    assert not Path(out).exists()
+    monkeypatch.setattr("trainer.interop.export.ONNX_BYTES", 1000)
+    output = error_line(monkeypatch, capsys, str(vit), "--format", "onnx", "--out", model)
+    assert "--format onnx: got 0.0 GB of weights, need less than 0.0 GB for one file" in output
+    assert not any(Path(path).exists() for path in (out, pickled, model))
     Path(out).write_text("precious")
     output = error_line(monkeypatch, capsys, str(vit), "--format", "timm", "--out", out)
     assert output == f"error: {out} exists: choose another name, nothing is overwritten\n"
@@ -336,7 +342,8 @@ def test_a_stem_for_small_images(tmp_path: Path, images: Tensor) -> None:
     )
     for to, who in (("torchvision", "torchvision"), ("detectron2", "torchvision"), ("huggingface", "Hugging Face")):
         with pytest.raises(ValueError, match=rf"{who}.* has no ResNet with a stem for small images .*stem_stride 2"):
-            export(folder, to, tmp_path / "a", NEWEST, "unknown")  # type: ignore[arg-type]
+            out = tmp_path / f"a{SUFFIXES.get(to, '')}"
+            export(folder, to, out, NEWEST, "unknown")  # type: ignore[arg-type]
     usage = export(folder, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
     assert "once its conv1 is nn.Conv2d(3, conv1.out_channels, 3, 2, padding=1, bias=False)" in usage
     network = timm.create_model("resnet18", num_classes=0, channels=[8, 8, 8, 16])

@@ -11,7 +11,7 @@ import torch
 from models.encoder import Encoder
 from tests.ranks import run_ranks
 from tests.trainer.evaluations import NARROW, evaluate_here, write_run
-from tests.trainer.small import VIT, write_images
+from tests.trainer.small import VIT, VIT_ARGS, write_images
 from trainer.config import Config
 from trainer.engines.base import update
 from trainer.engines.optim import Sgd
@@ -21,6 +21,8 @@ from trainer.evaluate.probe import Classifier
 from trainer.ops.stop import Stopped
 
 SMALL = ["finetune.labels=0.5", "finetune.batch_size=12", "finetune.epochs=4", "finetune.lr=1", "finetune.seeds=[0,7]"]
+UNUSED = {"backbone": f"{Path(__file__).with_name('test_engines.py')}:TwoBlocks", "backbone_args": {}, "dim": 16}
+DROPPED = {**VIT, "backbone_args": {**VIT_ARGS, "drop_path_rate": 0.5}}
 
 
 @pytest.fixture(scope="module")
@@ -66,11 +68,12 @@ def on_ranks(run: Path) -> Results:
     return evaluate_here(EVALUATOR, run, [*SMALL, "finetune.seeds=[0]"])
 
 
-def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path) -> None:
+@pytest.mark.parametrize("model", [NARROW, UNUSED], ids=["resnet", "unused parameters"])
+def test_the_number_of_ranks_does_not_matter(tmp_path: Path, images: Path, model: dict[str, Any]) -> None:
     """BatchNorm is synchronised over all ranks."""
     losses = []
     for world_size in (1, 2):
-        run = write_run(tmp_path / f"run-{world_size}", images)
+        run = write_run(tmp_path / f"run-{world_size}", images, model=model)
         run_ranks(world_size, on_ranks, run)
         text = (run / "finetune-50pct/seed-0/metrics.jsonl").read_text()
         losses.append([json.loads(line)["loss"] for line in text.splitlines()])
@@ -90,10 +93,11 @@ def test_a_finished_seed_is_not_trained_again(tmp_path: Path, images: Path) -> N
     assert second["top1"] == first["top1"]
 
 
+@pytest.mark.parametrize("model", [NARROW, DROPPED], ids=["resnet", "stochastic depth"])
 @pytest.mark.usefixtures("small_group")
-def test_it_continues_after_a_stop(tmp_path: Path, images: Path) -> None:
+def test_it_continues_after_a_stop(tmp_path: Path, images: Path, model: dict[str, Any]) -> None:
     """The stop file exists before the evaluation starts."""
-    interrupted, uninterrupted = write_run(tmp_path / "cut", images), write_run(tmp_path / "whole", images)
+    interrupted, uninterrupted = (write_run(tmp_path / name, images, model=model) for name in ("cut", "whole"))
     folder = interrupted / "finetune-50pct"
     folder.mkdir()
     (folder / "stop").touch()

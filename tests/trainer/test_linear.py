@@ -4,9 +4,11 @@ import json
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,12 +244,22 @@ def test_each_classifier_trains_as_if_alone() -> None:
     assert min(accuracies[0], accuracies[2]) > 0
 
 
-def test_features_that_do_not_fit_in_memory_are_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+def test_features_that_do_not_fit_in_memory_are_in_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    # Free memory does not count: after a training the page cache has most of it, and gives it back.
+    monkeypatch.setattr(os, "sysconf", lambda name: 2**20)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * 4 * 10 * 4))
     features = linear_fast._allocate_features((10, 4), RankInfo(torch.device("cpu"), 0, 1, 1), tmp_path)
     features[:] = 3
     assert features.sum() == 120
     assert not list(tmp_path.iterdir()), "the file has no name"
+    assert "kept in a file" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(os, "sysconf", lambda name: 1)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2 * 4 * 10 * 4 + 1))
+    linear_fast._allocate_features((10, 4), RankInfo(torch.device("cpu"), 0, 1, 1), tmp_path)
+    assert not caplog.text
 
 
 def interrupted(run: Path) -> str:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from tests.processes import Program, trainer
@@ -18,6 +19,7 @@ from trainer.__main__ import main
 from trainer.distributed import process_group
 from trainer.ops import stop
 from trainer.ops.stop import StopHandler, Stopped, deadline, interruptible
+from trainer.run import checkpoint
 
 
 def train(folder: Path, ask: str, steps: int = 50) -> tuple[int, str]:
@@ -145,6 +147,19 @@ def test_work_without_steps_stops_at_once(tmp_path: Path, group: None, ask: str)
     with interruptible(tmp_path, None):
         pass
     assert list(tmp_path.iterdir()) == [], "the next start removes the mark"
+
+
+def test_a_signal_while_a_checkpoint_is_loaded(tmp_path: Path, group: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DCP takes the interruption for a failure to read."""
+    assert checkpoint.save(tmp_path / "checkpoints", 1, {"x": torch.ones(3)}, keep=1)
+
+    def read_data(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint.Reader, "read_data", read_data)
+    with pytest.raises(Stopped, match="SIGTERM"), interruptible(tmp_path):
+        checkpoint.load(tmp_path / "checkpoints/step-00000001", {"x": torch.zeros(3)})
+    assert json.loads((tmp_path / "stopped.json").read_text()) == {"reason": "SIGTERM"}
 
 
 def test_a_file_is_left_to_the_training_that_follows(tmp_path: Path, group: None) -> None:

@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from data.batch import Batch
 from data.loader import train_batches
 from data.order import steps_per_epoch
+from data.random import NETWORK, hash_counters
 from data.sources.base import Source
 from data.views import View
 from models.compat import DDP_LOCAL_BUFFERS
@@ -40,7 +41,7 @@ class Recipe(NamedTuple):
         epochs: Number of epochs.
         lr: Returns the learning rate of the step after a number of steps.
         scale: Area of the random crops, as a share of the image's area.
-        seed: Seed of the order and the crops.
+        seed: Seed of the order, the crops, dropout and stochastic depth.
         save_every: Steps between checkpoints.
     """
 
@@ -61,6 +62,7 @@ class ClassifierTraining:
         optimizer: torch.optim.Optimizer,
         labels: NDArray[np.int64],
         lr: Callable[[int], float],
+        seed: int,
         config: Config,
         rank_info: RankInfo,
     ) -> None:
@@ -71,10 +73,11 @@ class ClassifierTraining:
             optimizer: Over the trained parameters.
             labels: Class of each training image, int64 [number of images].
             lr: Returns the learning rate of the step after a number of steps.
+            seed: Seed of dropout and stochastic depth, together with step and rank.
             config: Gives the precision.
             rank_info: This process among all ranks.
         """
-        self.network, self.optimizer, self.lr, self.rank_info = network, optimizer, lr, rank_info
+        self.network, self.optimizer, self.lr, self.seed, self.rank_info = network, optimizer, lr, seed, rank_info
         self.device, self.precision = rank_info.device, autocast_dtype(config, rank_info.device)
         self.trained: nn.Module = network.head if network.frozen else network
         self.scale = LossScale(self.device) if self.precision == torch.float16 and not network.frozen else None
@@ -98,10 +101,12 @@ class ClassifierTraining:
                 device_ids=[self.device.index] if self.device.type == "cuda" else None,
                 **DDP_LOCAL_BUFFERS,
                 gradient_as_bucket_view=True,
+                static_graph=True,  # which knows the parameters without gradient
             )
 
     def step(self, batch: Batch, step: int) -> StepResult:
         """See `trainer.loop.Task.step`."""
+        torch.manual_seed(int(hash_counters(self.seed, NETWORK, step)[0] >> np.uint64(2)) + self.rank_info.rank)
         with self.phases("normalize"):
             (x_BCHW,) = batch.normalized(self.device, self.precision)
             labels_B = self.labels_N[batch.samples.to(self.device, non_blocking=True)]
@@ -199,7 +204,7 @@ def fit(
         run=config.run.model_copy(update={"profile": 0}),
         trackers=config.monitor,
     )
-    task = ClassifierTraining(network, optimizer, train.labels, recipe.lr, config, rank_info)
+    task = ClassifierTraining(network, optimizer, train.labels, recipe.lr, recipe.seed, config, rank_info)
     saved = checkpoint.newest(folder / "checkpoints")
     start = task.load(saved) if saved else 0
     task.start()

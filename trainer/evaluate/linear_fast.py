@@ -14,12 +14,12 @@ C classes, D features, of which the last is always 1 (its weight is the bias).
 
 import logging
 import math
-import os
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -141,10 +141,9 @@ def cache_features(source: Source, context: EvaluationContext) -> CachedFeatures
 
 
 def _allocate_features(shape: tuple[int, ...], rank_info: RankInfo, folder: Path) -> Tensor:
-    """Return an fp32 tensor in host memory, or in a deleted file if it needs more than half of the free memory."""
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    """Return an fp32 tensor in host memory, or in a deleted file if it needs more than half of the memory left."""
     size = 4 * math.prod(shape)
-    if 2 * size * rank_info.local_world_size < free:
+    if 2 * size * rank_info.local_world_size < psutil.virtual_memory().available:
         return torch.empty(shape)
     log.warning("the features need %.3g GB and are kept in a file in %s", size / 1e9, folder)
     with tempfile.TemporaryFile(dir=folder) as file:  # the mapping outlives the open file

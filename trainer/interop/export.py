@@ -42,6 +42,13 @@ from trainer.run.files import as_os_error
 
 Format = Literal["timm", "torchvision", "detectron2", "onnx", "huggingface"]
 
+SUFFIXES: dict[str, str] = {
+    "timm": ".safetensors",
+    "torchvision": ".safetensors",
+    "detectron2": ".pkl",
+    "onnx": ".onnx",
+}
+ONNX_BYTES = 2**31  # a file is one protobuf message, which is smaller
 TOLERANCE = 1e-4  # relative to the largest feature; the order of summation differs
 
 
@@ -91,10 +98,13 @@ def export(run: Path, to: Format, out: Path, choice: CheckpointChoice, licence: 
         A text that says how to load the export; '' on ranks other than 0.
 
     Raises:
-        ValueError: `out` exists, the run has no such network, or the format cannot represent it.
+        ValueError: `out` exists or has another format's name, the run has no such network, or the format cannot
+            represent it.
     """
     if out.exists():
         raise ValueError(f"{out} exists: choose another name, nothing is overwritten")
+    if (suffix := SUFFIXES.get(to)) and out.suffix != suffix:  # by which those who load it recognise the format
+        raise ValueError(f"--out: got {out}, need a name that ends in {suffix} for --format {to}")
     config = read_config(run)
     with distributed.process_group("cpu") as rank_info:
         encoder, step = load_encoder(run, config, choice)
@@ -216,7 +226,16 @@ class _PortablePickler(pickle.Pickler):
 
 
 def write_onnx(export: Export, path: Path) -> str:
-    """Writes an ONNX model with a variable batch size. Raises ValueError if onnxruntime returns other features."""
+    """Writes an ONNX model with a variable batch size.
+
+    Raises ValueError if the weights are too large for one file, or if onnxruntime returns other features.
+    """
+    size = sum(x.nbytes for x in export.weights().values())
+    if size >= ONNX_BYTES:
+        raise ValueError(
+            f"--format onnx: got {size / 1e9:.1f} GB of weights, need less than {ONNX_BYTES / 1e9:.1f} GB for one "
+            "file; --format timm and huggingface have no limit"
+        )
     with optional_import("export", "--format onnx"):
         import onnx
         import onnxruntime

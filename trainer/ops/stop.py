@@ -204,7 +204,8 @@ def interruptible(
         if not peers.stop_together(exit_code(), str(stopped)):
             raise ValueError(f"stopped ({signals.reason}), but other ranks do not answer: one has failed") from None
         (folder / _STOP_FILE).unlink(missing_ok=True)
-        write_json(folder / _STOPPED_FILE, {"reason": signals.reason})
+        if signals.reason:  # else another rank has it
+            write_json(folder / _STOPPED_FILE, {"reason": signals.reason})
         raise
 
 

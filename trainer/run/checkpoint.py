@@ -24,7 +24,7 @@ import torch.distributed.checkpoint as dcp
 from torch.utils._pytree import tree_leaves, tree_map
 
 from trainer.distributed import raise_on_all_ranks
-from trainer.ops.ending import exit_without_cleanup
+from trainer.ops.ending import Stopped, exit_without_cleanup
 from trainer.run.checkpoint_files import (
     WEIGHTS,
     Reader,
@@ -200,11 +200,15 @@ def load(path: Path, state: State) -> None:
 
     Raises:
         ValueError: On all ranks, if a tensor is missing, has another shape, or the index contains code.
+        Stopped: On all ranks, if a rank was asked to stop.
     """
     reader = Reader(path)
     try:
         dcp.load(state, storage_reader=reader)
     except dcp.CheckpointException as error:
+        for failure, _ in error.failures.values():
+            if isinstance(failure, Stopped):  # a signal to this rank or another one, and no fault of the checkpoint
+                raise failure from error
         raise ValueError(f"checkpoint {path}: {reader.error or _reason(error)}") from error
 
 

@@ -341,8 +341,8 @@ def test_a_stem_for_small_images(tmp_path: Path, images: Tensor) -> None:
         small_config(folder, photos, run={"epochs": 1}, model=model, eval={"knn_every": 0}, bank={"init": "random"})
     )
     for to, who in (("torchvision", "torchvision"), ("detectron2", "torchvision"), ("huggingface", "Hugging Face")):
+        out = tmp_path / f"a{SUFFIXES.get(to, '')}"
         with pytest.raises(ValueError, match=rf"{who}.* has no ResNet with a stem for small images .*stem_stride 2"):
-            out = tmp_path / f"a{SUFFIXES.get(to, '')}"
             export(folder, to, out, NEWEST, "unknown")  # type: ignore[arg-type]
     usage = export(folder, "timm", tmp_path / "a.safetensors", NEWEST, "unknown")
     assert "once its conv1 is nn.Conv2d(3, conv1.out_channels, 3, 2, padding=1, bias=False)" in usage

@@ -11,8 +11,8 @@ set -euo pipefail
 job=$1
 shift
 MAX_FAILURES=${MAX_FAILURES:-3}
-STOP_SECONDS=${STOP_SECONDS:-240} # after which a job that was asked to stop and has not is requeued as it is
-ANSWER_SECONDS=${ANSWER_SECONDS:-300} # for which SLURM, which may be restarting, is asked again if it does not answer
+STOP_SECONDS=${STOP_SECONDS:-240} # after a stop request; a job that still runs then is requeued without saving
+ANSWER_SECONDS=${ANSWER_SECONDS:-300} # how long to keep asking SLURM, which may be restarting
 
 # shellcheck source=slurm/launch.sh
 source "$job/code/slurm/launch.sh"

@@ -35,7 +35,8 @@ if [[ ${0##*/} != slurm_script ]]; then # SLURM's name of its copy; SLURM_JOB_ID
     check_files
     id=$(sbatch --parsable --hold "${options[@]}" "slurm/${0##*/}" "$@")
     id=${id%%;*}
-    trap 'rm -rf "${new:-}"; scancel "$id" && end=cancelled || end="still held, end it by scancel $id"
+    end=cancelled
+    trap 'rm -rf "${new:-}"; scancel "$id" || end="still held, end it by scancel $id"
         echo "error: job $id could not be prepared: $end" >&2' EXIT
     snapshot "$id"
     scontrol release "$id"

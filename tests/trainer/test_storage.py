@@ -22,6 +22,7 @@ from tests.ranks import run_ranks
 from tests.trainer.small import small_config, write_images
 from tests.trainer.storage import command, fill, ranks_command, small_disk, user
 from trainer.config_file import dump
+from trainer.interop.export import SUFFIXES
 from trainer.run import checkpoint
 from trainer.run.checkpoint_files import IndexUnpickler
 from trainer.run.results import read_rows, write_results
@@ -385,10 +386,11 @@ def test_results_that_do_not_fit(tmp_path: Path) -> None:
 def test_an_export_that_does_not_fit(site: Path, shared: Path, to: str) -> None:
     with small_disk(shared / "disk", kib=64) as disk:
         fill(disk, free=16_384)
-        code, errors = command("export", site / "run", "--format", to, "--out", disk / "out")
+        out = disk / f"out{SUFFIXES.get(to, '')}"
+        code, errors = command("export", site / "run", "--format", to, "--out", out)
         assert code == 1
         assert "No space left on device" in errors
-        assert f"{disk}/out" in errors
+        assert str(out) in errors
         assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 

@@ -230,17 +230,17 @@ def write_onnx(export: Export, path: Path) -> str:
 
     Raises ValueError if the weights are too large for one file, or if onnxruntime returns other features.
     """
+    with optional_import("export", "--format onnx"):
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 # torch's exporter uses it
+
     size = sum(x.nbytes for x in export.weights().values())
     if size >= ONNX_BYTES:
         raise ValueError(
             f"--format onnx: got {size / 1e9:.1f} GB of weights, need less than {ONNX_BYTES / 1e9:.1f} GB for one "
             "file; --format timm and huggingface have no limit"
         )
-    with optional_import("export", "--format onnx"):
-        import onnx
-        import onnxruntime
-        import onnxscript  # noqa: F401 # torch's exporter uses it
-
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's exporter warns about its own code
